@@ -1,0 +1,1 @@
+"""What runs a graph: the bundle and its manifest, sessions, and the SelectiveScan op."""

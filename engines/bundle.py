@@ -1,0 +1,173 @@
+"""Open a bundle (validated, every hash checked) and write one (all of it or nothing)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mdnet_engines.errors import BundleError, UsageError
+from mdnet_engines.manifest import (
+    GRAPH_NAMES,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    SCHEMA_VERSION,
+    FileEntry,
+    GraphName,
+    Manifest,
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest is valid and whose files are what the manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check the bundle at `path`.
+
+        Raises:
+            BundleError: not a bundle, or its manifest or one of its files can't be trusted; the message says which.
+        """
+        root = Path(path)
+        manifest = _read_manifest(root)
+        for entry in manifest.files():
+            _check_file(root, entry)
+        return cls(root, manifest)
+
+    def graph_path(self, name: GraphName) -> Path:
+        """The ONNX file of the graph `name`."""
+        return self.path / self.manifest.graphs[name].file.name
+
+
+def _read_manifest(root: Path) -> Manifest:
+    file = root / MANIFEST_NAME
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        reason = f"no {MANIFEST_NAME} in it" if root.is_dir() else "no such folder"
+        raise BundleError(f"{root} is not a bundle ({reason}); make one with: mdnet-export build -o {root}") from None
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not JSON ({error}); rebuild the bundle with: mdnet-export build") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file} has schema version {version!r}, this mdnet reads {SCHEMA_VERSION}; "
+            "rebuild the bundle, or install the mdnet that wrote it"
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {where}: {first['msg']} (got {first['input']!r:.80})") from None
+    if missing := [name for name in GRAPH_NAMES if name not in manifest.graphs]:
+        raise BundleError(f"{file} lacks the graphs {', '.join(missing)}; rebuild the bundle")
+    return manifest
+
+
+def _check_file(root: Path, entry: FileEntry) -> None:
+    file = root / entry.name
+    # The name pattern already excludes separators and `..`; a link is the way out that is left.
+    if file.is_symlink():
+        raise BundleError(f"{file} is a link; a bundle's files must be in its own folder")
+    if not file.is_file():
+        raise BundleError(f"{file} is missing; copy the whole folder, or rebuild it with: mdnet-export build")
+    if (size := file.stat().st_size) != entry.size:
+        raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}; the copy is incomplete or altered")
+    if (digest := sha256_of(file)) != entry.sha256:
+        raise BundleError(f"{file} has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…; it was altered")
+
+
+def sha256_of(file: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entry(file: Path) -> FileEntry:
+    """Describe `file` for the manifest."""
+    return FileEntry(name=file.name, sha256=sha256_of(file), size=file.stat().st_size)
+
+
+@contextlib.contextmanager
+def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder; when the block ends well, it takes the place of `destination` in one step.
+
+    The folder is made beside `destination`, so the last step is a rename. If the block raises, or the process dies,
+    `destination` is as it was. An existing destination is replaced only if it is a bundle or an empty folder.
+
+    Raises:
+        UsageError: `destination` exists and is something else.
+    """
+    # The final component may be a link to where the bundle really is: replace that, not the link.
+    target = Path(destination).resolve()
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        for file in scratch.iterdir():
+            _flush_to_disk(file)
+        if target.exists():
+            _exchange(scratch, target)
+        else:
+            scratch.rename(target)
+    finally:
+        # After an exchange this is the old bundle; after a failure the unfinished one; after a rename nothing.
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise `UsageError` unless `target` is free, an empty folder or a bundle."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file; -o takes the folder to write the bundle to")
+    if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
+        raise UsageError(f"{target} exists and is not a bundle; it is left alone. Choose another folder with -o")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders. On Linux in one system call, so that no reader ever finds `old` missing."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
+    old.rename(aside / "bundle")
+    new.rename(old)
+    (aside / "bundle").rename(new)
+    aside.rmdir()
+
+
+def _flush_to_disk(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,67 @@
+"""What the three command lines share: one-line errors, exit codes and `--debug`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from mdnet_engines.errors import MDNetError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Command(click.Group):
+    """A click group whose subcommands end in one line and an exit code instead of a traceback.
+
+    Exit codes: 0 done, 1 the work failed (or some images did), 2 bad usage, 130 interrupted.
+    `--debug` before or after the subcommand lets the traceback through.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        argv = list(sys.argv[1:] if not args else args[0] or [])
+        debug = "--debug" in argv
+        try:
+            code = super().main([a for a in argv if a != "--debug"], standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            code = _say("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader went away (`| head`). Point stdout at nothing so that the exit flush does not complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except MDNetError as error:
+            if debug:
+                raise
+            code = _say(str(error), error.exit_code)
+        except OSError as error:
+            if debug:
+                raise
+            code = _say(explain_os_error(error), 1)
+        except Exception as error:
+            if debug:
+                raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            code = _say(f"unexpected {type(error).__name__}: {first} (add --debug for the traceback)", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code
+
+
+def explain_os_error(error: OSError) -> str:
+    """One line for the operating system's refusals that users meet: no space, no permission, no such file."""
+    where = os.fsdecode(error.filename) if error.filename is not None else ""
+    at = f"{where}: " if where else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{at}no space left on the disk; nothing was replaced. Free some, or write elsewhere with -o"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{at}no permission; choose another place with -o or fix the permissions"
+    return f"{at}{error.strerror or error}"

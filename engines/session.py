@@ -1,0 +1,93 @@
+"""Run one ONNX graph with ONNX Runtime, on the provider that was asked for and on no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mdnet_engines.errors import MDNetError, UsageError
+
+Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
+PROVIDERS: dict[str, str] = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+}
+_QUIET = 3  # ONNX Runtime's "error" severity: its warnings about foreign nodes are not for users
+
+
+class OrtSession:
+    """One graph, ready to run. Safe to call from several threads.
+
+    Args:
+        path: the ONNX file; external weights are found beside it.
+        backend: which provider must run it. CUDA keeps CPU as the provider of what CUDA has no kernel for
+            (shape arithmetic), but a session that came up without CUDA is refused: ONNX Runtime falls back silently.
+        threads: intra-op threads; by default all the cores this process may use.
+
+    Raises:
+        MDNetError: ONNX Runtime is missing, lacks the provider, or can't load the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, backend: Backend = "onnxruntime-cpu", threads: int = 0):
+        if backend not in PROVIDERS:
+            raise UsageError(f"unknown backend {backend!r}; known: {', '.join(PROVIDERS)}")
+        ort = _import_onnxruntime()
+        provider = PROVIDERS[backend]
+        if provider not in ort.get_available_providers():
+            raise MDNetError(
+                f"{backend} needs ONNX Runtime's {provider}; this install has "
+                f"{', '.join(ort.get_available_providers())}. pip install 'mdnet[cuda]' (and uninstall onnxruntime first)"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = _QUIET
+        options.intra_op_num_threads = threads or available_cores()
+        providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        try:
+            self._session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {_first_line(error)}") from error
+        if (running := self._session.get_providers()[0]) != provider:
+            raise MDNetError(
+                f"asked for {provider}, ONNX Runtime came up with {running}: is the CUDA install complete?"
+            )
+        self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph on `feeds` (input name → array, batch first); give its outputs by name.
+
+        Raises:
+            MDNetError: a feed is missing, or has a shape or type that the graph does not take.
+        """
+        try:
+            values = self._session.run(None, {name: feeds[name] for name in self.inputs})
+        except KeyError as error:
+            raise MDNetError(f"the graph needs the input {error}; it was given {', '.join(feeds)}") from None
+        except Exception as error:
+            raise MDNetError(f"ONNX Runtime failed: {_first_line(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def available_cores() -> int:
+    """Cores this process may use; a container's CPU set counts, the machine's total does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MDNetError(
+            f"ONNX Runtime can't be imported ({_first_line(error)}); "
+            "pip install 'mdnet[cpu]', or 'mdnet[cuda]' where there is a GPU"
+        ) from None
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
