@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
@@ -21,11 +22,16 @@ class Command(click.Group):
     `--debug` before or after the subcommand lets the traceback through.
     """
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        argv = list(sys.argv[1:] if not args else args[0] or [])
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.epilog = "--debug anywhere on the line shows the traceback of a failure."
+
+    def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> NoReturn:
+        argv = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in argv
+        kwargs["standalone_mode"] = False
         try:
-            code = super().main([a for a in argv if a != "--debug"], standalone_mode=False, **kwargs)
+            code = super().main([word for word in argv if word != "--debug"], **kwargs)
         except click.ClickException as error:
             error.show()
             code = error.exit_code

@@ -39,8 +39,8 @@ class OrtSession:
         provider = PROVIDERS[backend]
         if provider not in ort.get_available_providers():
             raise MDNetError(
-                f"{backend} needs ONNX Runtime's {provider}; this install has "
-                f"{', '.join(ort.get_available_providers())}. pip install 'mdnet[cuda]' (and uninstall onnxruntime first)"
+                f"{backend} needs {provider}; this ONNX Runtime has {', '.join(ort.get_available_providers())}. "
+                "pip uninstall onnxruntime, then pip install 'mdnet[cuda]'"
             )
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
