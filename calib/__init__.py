@@ -1,0 +1,1 @@
+"""Precision as a rewrite of the ONNX graphs."""

@@ -1,0 +1,57 @@
+# `make demo` and `make test` work from a fresh clone: they make .venv and install into it what they need.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+
+# constraints.txt is tried out on 3.11; any Python from 3.10 on may do: make test PYTHON=python3.13
+PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo $$p; break; fi; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGES := mdnet mdnet_calib mdnet_engines mdnet_export mdnet_rt
+PYTEST_ARGS ?= -m "not full_size"
+
+.PHONY: help demo test lint typecheck format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and score examples/ with it
+	$(BIN)/mdnet-export build
+	$(BIN)/mdnet-rt score examples/
+
+test: lint typecheck ## lint, check types and run the tests that need no GPU and no full-size model
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test ## style, format and which room imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# On the wheel, where the packages have their import names; by way of the sdist, so that both are known to be complete.
+typecheck: $(VENV)/.installed-test ## mypy on the packages as a user gets them
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	$(BIN)/python -m build --outdir build/typecheck > build/typecheck/build.log 2>&1 || \
+		{ cat build/typecheck/build.log; exit 1; }
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt --target build/typecheck/site build/typecheck/*.whl
+	cd build/typecheck/site && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" $(PACKAGES:%=-p %)
+
+format: $(VENV)/.installed-test ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, build output, caches and the demo bundle
+	rm -rf $(VENV) build dist mdnet-bundle *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is newer than what it was installed from, so that a second run installs nothing.
+$(VENV)/.installed-demo: EXTRAS := cpu,export
+$(VENV)/.installed-test: EXTRAS := cpu,export,test,lint
+$(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(or $(PYTHON),python3) is not Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing [$(EXTRAS)] into $(VENV): a minute or two, 1.6 GB"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $(VENV)/.installed-demo $@

@@ -1,0 +1,151 @@
+"""MD-Net's configuration: one flat, frozen dataclass, with a named preset for every model the project knows.
+
+The abstract of the paper (arXiv 2509.17172) names the parts, not their sizes. A field marked "ours" is a choice that
+the abstract leaves open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mdnet_engines.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MDNetConfig:
+    """Everything that determines MD-Net's graphs. Sizes are in channels, tokens or pixels."""
+
+    preset: str
+    image_size: int = 256
+    """Side of the square input, S. Ours: the smallest size that gives Stable Diffusion's U-Net a 4×4 mid block."""
+
+    # Frozen diffusion encoder: the VAE's encoder, then the U-Net's down path and mid block (SD 1.5 by default).
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+    vae_layers: int = 2
+    latent_channels: int = 4
+    vae_scaling: float = 0.18215
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    unet_layers: int = 2
+    unet_heads: int = 8
+    """Heads of every attention; diffusers' SD 1.5 configuration calls this count `attention_head_dim`."""
+    context_dim: int = 768
+    context_length: int = 77
+    norm_groups: int = 32
+    timestep: int = 1
+    """Ours: nearly no noise is assumed in the latent, and none is added (as VPD does), so scores are deterministic."""
+
+    # Vision Mamba
+    vim_dim: int = 384
+    vim_depth: int = 24
+    vim_patch: int = 16
+    vim_stride: int = 16
+    vim_state: int = 16
+    vim_conv: int = 4
+    vim_expand: int = 2
+
+    # Fusion and head (ours)
+    fusion_depth: int = 2
+    fusion_heads: int = 6
+    fusion_mlp: int = 4
+    head_dim: int = 128
+    score_min: float = 1.0
+    score_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.image_size % 64 or self.image_size <= 0:
+            raise UsageError(f"image_size is {self.image_size}; the U-Net's mid block needs a multiple of 64")
+        if len(self.vae_channels) != 4 or len(self.unet_channels) != 4:
+            raise UsageError("vae_channels and unet_channels need four entries each: S/8 latents, S/64 mid block")
+        if self.vim_dim % self.fusion_heads:
+            raise UsageError(f"vim_dim {self.vim_dim} is not a multiple of fusion_heads {self.fusion_heads}")
+
+    @property
+    def vim_inner(self) -> int:
+        """Channels of the selective scan, D."""
+        return self.vim_dim * self.vim_expand
+
+    @property
+    def vim_dt_rank(self) -> int:
+        """Rank of the step-size projection: ceil(vim_dim / 16)."""
+        return -(-self.vim_dim // 16)
+
+    @property
+    def vim_grid(self) -> int:
+        """Patches along one side."""
+        return (self.image_size - self.vim_patch) // self.vim_stride + 1
+
+    @property
+    def vim_class_index(self) -> int:
+        """Where the class token stands among the vim_grid² + 1 tokens: in the middle."""
+        return self.vim_grid**2 // 2
+
+    @property
+    def feature_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The encoder's outputs without the batch: name → (channels, height, width)."""
+        c, s = self.unet_channels, self.image_size
+        return {
+            "down_s16": (c[1], s // 16, s // 16),
+            "down_s32": (c[2], s // 32, s // 32),
+            "mid_s64": (c[3], s // 64, s // 64),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MDNetConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UsageError: a field is unknown or missing; the message names it.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise UsageError(f"unknown configuration fields: {', '.join(unknown)}; was it made by a newer mdnet?")
+        if "preset" not in fields:
+            raise UsageError("the configuration lacks its preset's name")
+        # JSON has no tuples.
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+PRESETS: dict[str, MDNetConfig] = {
+    config.preset: config
+    for config in (
+        MDNetConfig("sd15-vim-s"),
+        MDNetConfig("sd15-vim-t", vim_dim=192, fusion_heads=3),
+        # The same code at widths that train on two cores in minutes.
+        MDNetConfig(
+            "demo",
+            image_size=128,
+            vae_channels=(16, 24, 32, 32),
+            vae_layers=1,
+            unet_channels=(32, 48, 64, 64),
+            unet_layers=1,
+            unet_heads=2,
+            context_dim=32,
+            context_length=8,
+            norm_groups=8,
+            vim_dim=64,
+            vim_depth=4,
+            fusion_depth=2,
+            fusion_heads=2,
+            fusion_mlp=2,
+            head_dim=32,
+        ),
+    )
+}
+
+
+def preset(name: str) -> MDNetConfig:
+    """The preset called `name`.
+
+    Raises:
+        UsageError: there is none; the message lists those there are.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise UsageError(f"no preset {name!r}; there are: {', '.join(PRESETS)}") from None

@@ -1,0 +1,39 @@
+"""MD-Net: a frozen diffusion encoder (local detail) and a Vision Mamba (global structure), joined by cross-attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mdnet.config import MDNetConfig
+from mdnet.diffusion import DiffusionEncoder
+from mdnet.fusion import Fusion
+from mdnet.vim import VisionMamba
+
+
+class MDNet(nn.Module):
+    """Face photograph → predicted mean rating (SynergyNet, arXiv 2509.17172)."""
+
+    def __init__(self, config: MDNetConfig):
+        super().__init__()
+        self.config = config
+        self.diffusion = DiffusionEncoder(config)
+        self.vim = VisionMamba(config)
+        self.fusion = Fusion(config)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 RGB (B, S, S, 3) → scores (B,) on the rating scale."""
+        with torch.no_grad():
+            features = self.diffusion(image)
+        return self.fusion(features, self.vim(image))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Vim and fusion; the diffusion encoder is frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def random_mdnet(config: MDNetConfig, seed: int) -> MDNet:
+    """An untrained MD-Net, the same for the same seed; leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MDNet(config).eval()

@@ -1,0 +1,209 @@
+"""The selective scan as a PyTorch operator, `mdnet::selective_scan`, with its gradient.
+
+For channel d and state n, with dt = softplus(delta + delta_bias) and h₀ = 0 (Mamba, arXiv 2312.00752, section 3.2):
+
+    h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t]) · silu(z[t])
+
+The reverse scan runs t from L−1 down to 0. The state is float32 (float64 for float64 input) whatever the input is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK_BYTES = 64 * 2**20  # bounds the decay and state tensors that one stretch of the forward pass holds
+
+
+@torch.library.custom_op("mdnet::selective_scan", mutates_args=())
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool = False,
+) -> Tensor:
+    """Selective scan over the last axis of `u`.
+
+    Args:
+        u, delta, z: (batch, channels, length).
+        A: (channels, states), negative for a decaying state.
+        B, C: (batch, states, length).
+        D, delta_bias: (channels,).
+        reverse: scan from the last step to the first.
+
+    Returns:
+        (batch, channels, length), in the type of `u`.
+
+    Raises:
+        ValueError: a shape does not fit the others; the message names both.
+    """
+    check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    kind = _state_dtype(u)
+    u_, z_, dt, B_, C_ = _time_major(u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
+    length, batch, channels = u_.shape
+    A_, y = A.to(kind), torch.empty_like(u_)
+    h = u_.new_zeros(batch, channels, A.shape[1])
+    chunk = max(1, _CHUNK_BYTES // h.nbytes)
+    starts = range(0, length, chunk)
+    for start in reversed(starts) if reverse else starts:
+        span = slice(start, min(start + chunk, length))
+        _, states = _states(dt[span], u_[span], A_, B_[span], h, reverse)
+        h = states[0 if reverse else -1]
+        y[span] = (states @ C_[span, :, :, None]).squeeze(-1)
+    y = (y + D.to(kind) * u_) * F.silu(z_)
+    return y.permute(1, 2, 0).to(u.dtype).contiguous()
+
+
+@selective_scan.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool = False,
+) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mdnet::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `selective_scan` for its eight tensors. States are recomputed, not kept from the forward pass."""
+    kind = _state_dtype(u)
+    g, u_, z_, dt, B_, C_ = _time_major(grad, u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
+    A_, D_ = A.to(kind), D.to(kind)
+    decay, h = _states(dt, u_, A_, B_, u_.new_zeros(*u_.shape[1:], A.shape[1]), reverse)  # (L, B, D, N) each
+
+    y = (h @ C_[..., None]).squeeze(-1) + D_ * u_
+    gate = torch.sigmoid(z_)
+    grad_z = g * y * gate * (1 + z_ * (1 - gate))
+    g = g * gate * z_  # with respect to the ungated output
+
+    # dL/dh runs against the scan: dL/dh[t] = g[t]·C[t] + decay[t+1]·dL/dh[t+1].
+    grad_h = g[..., None] * C_[:, :, None, :]
+    order = list(range(len(h))) if reverse else list(reversed(range(len(h))))
+    for later, now in zip(order, order[1:], strict=False):
+        grad_h[now].addcmul_(decay[later], grad_h[later])
+
+    dtu = dt * u_
+    grad_C = (g[:, :, None, :] @ h).squeeze(2)
+    grad_B = (dtu[:, :, None, :] @ grad_h).squeeze(2)
+    grad_dtu = (grad_h @ B_[..., None]).squeeze(-1)
+    # The decay's share: dL/d(dt·A) = dL/dh · decay·h[t−1], and decay·h[t−1] is h minus what step t added.
+    grad_exponent = h.addcmul_(dtu[..., None], B_[:, :, None, :], value=-1).mul_(grad_h)
+    grad_dt = torch.einsum("lbdn,dn->lbd", grad_exponent, A_) + grad_dtu * u_
+    grad_A = torch.einsum("lbdn,lbd->dn", grad_exponent, dt)
+    grad_delta = grad_dt * -torch.expm1(-dt)  # softplus' = 1 − exp(−softplus)
+    grads = (
+        (grad_dtu * dt + g * D_).permute(1, 2, 0),
+        grad_delta.permute(1, 2, 0),
+        grad_A,
+        grad_B.permute(1, 2, 0),
+        grad_C.permute(1, 2, 0),
+        (g * u_).sum((0, 1)),
+        grad_z.permute(1, 2, 0),
+        grad_delta.sum((0, 1)),
+    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return tuple(  # type: ignore[return-value]
+        value.to(like.dtype).contiguous() for value, like in zip(grads, inputs, strict=True)
+    )
+
+
+@selective_scan_backward.register_fake
+def _(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C, D, z, delta_bias)
+    )
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *selective_scan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.reverse), None
+
+
+selective_scan.register_autograd(_differentiate, setup_context=_save)
+
+
+def check_shapes(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
+) -> None:
+    """Raise `ValueError`, naming both shapes, where an input does not fit `u` and `A`."""
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"u must be (batch, channels, length), A (channels, states); got {_of(u)} and {_of(A)}")
+    if 0 in u.shape:
+        raise ValueError(f"u has an empty axis: {_of(u)}")
+    (batch, channels, length), states = u.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, channels, length)),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, states, length)),
+        "C": (C, (batch, states, length)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, channels, length)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {_of(tensor)}, but u {_of(u)} and A {_of(A)} need {shape}")
+
+
+def _states(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Decays and states of every step, (L, B, D, N) each, from the state `h` (B, D, N) before the first."""
+    decay = (dt[..., None] * A).exp_()
+    states = (dt * u)[..., None] * B[:, :, None, :]
+    for t in reversed(range(len(states))) if reverse else range(len(states)):
+        h = states[t].addcmul_(decay[t], h)
+    return decay, states
+
+
+def _time_major(*tensors: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
+    """(B, X, L) → (L, B, X) of the type `kind`, contiguous, so that one step is one stretch of memory."""
+    return tuple(tensor.to(kind).permute(2, 0, 1).contiguous() for tensor in tensors)
+
+
+def _step_size(delta: Tensor, delta_bias: Tensor, kind: torch.dtype) -> Tensor:
+    return F.softplus(delta.to(kind) + delta_bias.to(kind)[:, None])
+
+
+def _state_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
