@@ -1,61 +1,155 @@
-"""Half precision as typed ONNX: weights and activations in float16, and float32 where half a range would not do.
+"""Half precision as typed ONNX: weights and activations in float16, float32 where half a range would not do.
 
 What stays in float32, and why:
-- the selective scan: its state sums hundreds of steps;
-- normalisation statistics (mean and variance overflow or lose bits in float16) and softmax;
-- the score's head: a handful of multiplications that carry the last digits of the score;
-- the inputs and outputs of every graph, so that graphs of different precision can be combined.
+- the selective scan: its state sums hundreds of steps (it takes and gives float32 here);
+- normalisations and softmax: variances overflow and sums lose bits in float16;
+- RMSNorm's residual stream, the sum of all layers so far, as the published Vim keeps it;
+- nodes that the caller names, such as the score's head;
+- the inputs and outputs of the graph, so that graphs of different precision can be combined.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Collection
 
+import numpy as np
 import onnx
-from onnx.helper import get_attribute_value
+from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines import scan_op
+from mdnet_engines.errors import MDNetError
 
-STATISTICS = frozenset(
+NORMALISATION = frozenset(
     {
         "InstanceNormalization",
         "GroupNormalization",
         "LayerNormalization",
-        "LpNormalization",
+        "Pow",
         "ReduceMean",
         "ReduceSum",
-        "Pow",
         "Sqrt",
         "Reciprocal",
         "Softmax",
     }
 )
-"""Operators that stay in float32 wherever they stand."""
+_STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})  # what takes these as input belongs to the norm as well
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+_HALF_MAX = float(np.finfo(np.float16).max)
 
-_RANGE_LIMIT = 65504.0
 
-
-def to_fp16(proto: onnx.ModelProto, *, keep: frozenset[str] = frozenset()) -> onnx.ModelProto:
-    """Give `proto` with float16 weights and activations; inputs and outputs keep their types.
+def to_fp16(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """Rewrite a float32 graph in place (and return it): same inputs and outputs, float16 inside.
 
     Args:
-        proto: a float32 graph, weights included. It is changed and should not be used afterwards.
-        keep: names of further nodes to keep in float32, such as the head's.
-    """
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+        proto: the graph with its weights loaded and the types of its values in `value_info`.
+        keep: prefixes of node names that stay in float32; a node's name starts with its module's path.
 
-    functions = list(proto.functions)
-    scans = {node.name for node in proto.graph.node if node.domain == scan_op.DOMAIN}
-    del proto.functions[:]  # their bodies compute in float32 by themselves and are left as they are
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each weight below the smallest float16 is announced
-        half = convert_float_to_float16(
-            proto,
-            keep_io_types=True,
-            disable_shape_infer=True,
-            op_block_list=sorted(STATISTICS | set(DEFAULT_OP_BLOCK_LIST)),
-            node_block_list=sorted(scans | keep),
-            max_finite_val=_RANGE_LIMIT,
-        )
-    half.functions.extend(functions)
-    return half
+    Raises:
+        MDNetError: a value has no type, or a node has a graph of its own (`If`, `Loop`, `Scan`).
+    """
+    return _Fp16Rewrite(proto, float32_nodes(proto, keep)).run()
+
+
+def float32_nodes(proto: onnx.ModelProto, keep: Collection[str]) -> set[int]:
+    """Positions in `proto.graph.node` of the nodes that stay in float32, by the rules of this module."""
+    nodes = proto.graph.node
+    producer = {output: node for node in nodes for output in node.output}
+    feeds_rms_norm = {node.input[0] for node in nodes if node.op_type == "Pow"}
+    chosen = set()
+    for position, node in enumerate(nodes):
+        sources = [producer[name].op_type for name in node.input if name in producer]
+        elementwise = node.op_type in _ELEMENTWISE
+        if (
+            node.domain == scan_op.DOMAIN
+            or node.op_type in NORMALISATION
+            or node.name.startswith(tuple(keep))
+            or (elementwise and not _STATISTICS.isdisjoint(sources))
+            or (node.op_type == "Add" and node.output[0] in feeds_rms_norm)
+        ):
+            chosen.add(position)
+    return chosen
+
+
+class _Fp16Rewrite:
+    """One pass in topological order. A value has the type its producer gave it; a consumer of another type gets a
+    cast, shared with other such consumers. A weight is stored in its consumers' type, in both if they differ."""
+
+    def __init__(self, proto: onnx.ModelProto, float32: set[int]):
+        self.proto, self.graph, self.float32 = proto, proto.graph, float32
+        self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.is_float = {tensor.name: tensor.data_type == TensorProto.FLOAT for tensor in self.graph.initializer}
+        for value in (*self.graph.value_info, *self.graph.input, *self.graph.output):
+            self.is_float[value.name] = value.type.tensor_type.elem_type == TensorProto.FLOAT
+        self.half: set[str] = set()  # float values that are float16 now
+        self.copies: dict[tuple[str, bool], str] = {}  # (value, as half) → its cast, or the weight in that type
+        self.nodes: list[onnx.NodeProto] = []
+
+    def run(self) -> onnx.ModelProto:
+        outputs = {value.name for value in self.graph.output}
+        for position, node in enumerate(self.graph.node):
+            if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+                raise MDNetError(f"{node.name} ({node.op_type}) holds a graph of its own; fp16 can't be chosen for it")
+            self._rewrite(node, half=position not in self.float32, outputs=outputs)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        kept = [tensor for tensor in self.weights.values() if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        for value in self.graph.value_info:
+            if value.name in self.half:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT16
+        return self.proto
+
+    def _rewrite(self, node: onnx.NodeProto, half: bool, outputs: set[str]) -> None:
+        for i, name in enumerate(node.input):
+            if name and self._float(name):
+                node.input[i] = self._as(name, half)
+        if half and node.op_type == "Cast" and self._float(node.output[0]):
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT16))
+        elif half and node.op_type in ("Constant", "ConstantOfShape"):
+            half = False  # their type is in an attribute; consumers cast, and runtimes fold the cast
+        self.nodes.append(node)
+        if not half:
+            return
+        for i, name in enumerate(node.output):
+            if not name or not self._float(name):
+                continue
+            if name in outputs:
+                node.output[i] = inner = f"{name}_half"
+                self.half.add(inner)
+                self.is_float[inner] = True
+                self.nodes.append(_cast(inner, name, TensorProto.FLOAT))
+                self.copies[name, True] = inner
+            else:
+                self.half.add(name)
+
+    def _as(self, name: str, half: bool) -> str:
+        """The name under which the float value `name` can be had in the wanted type."""
+        if (name in self.half) == half:
+            return name
+        if (name, half) not in self.copies:
+            copy = f"{name}_{'half' if half else 'float'}"
+            if name in self.weights:
+                self.weights[copy] = _half_weight(self.weights[name], copy)
+            else:
+                self.nodes.append(_cast(name, copy, TensorProto.FLOAT16 if half else TensorProto.FLOAT))
+            self.copies[name, half] = copy
+        return self.copies[name, half]
+
+    def _float(self, name: str) -> bool:
+        try:
+            return self.is_float[name]
+        except KeyError:
+            raise MDNetError(f"the value {name} has no type in the graph; run onnx.shape_inference first") from None
+
+
+def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}/Cast", to=kind)
+
+
+def _half_weight(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """A weight in float16. What is out of range becomes the largest finite value (masks of −inf stand for "none")."""
+    values = numpy_helper.to_array(tensor)
+    return numpy_helper.from_array(np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16), name)

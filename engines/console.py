@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 from mdnet_engines.errors import MDNetError
 
@@ -58,8 +62,34 @@ class Command(click.Group):
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}")
     return code
+
+
+def say(message: str) -> None:
+    """One line to standard error: what is happening, for people. Results go to standard output."""
+    click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+
+
+def output() -> Console:
+    """A rich console on standard output that does not cut lines where nobody is watching."""
+    from rich.console import Console
+
+    console = Console(legacy_windows=False)
+    return console if console.is_terminal else Console(width=200, legacy_windows=False)
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Give a function to call with each step of long work: a spinner on a terminal, nothing in a pipe."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield lambda step: status.update(f"{step} …")
 
 
 def explain_os_error(error: OSError) -> str:

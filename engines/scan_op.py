@@ -7,7 +7,8 @@ nothing of ours installed. Where a native kernel is registered for the same doma
 
     u, delta, z [batch, D, L]   A [D, N] (= −exp(A_log))   B, C [batch, N, L]   D, delta_bias [D]   → y [batch, D, L]
 
-    dt = softplus(delta + delta_bias);  h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t];  y[t] = (Σₙ h[t]·C[t] + D·u[t])·silu(z[t])
+    dt = softplus(delta + delta_bias)
+    h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t])·silu(z[t])
 
 The state is float32 whatever the type of the tensors. There are no attributes: an ahead-of-time TensorRT plugin can't
 carry them, so the direction is in the operator's name.

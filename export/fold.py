@@ -1,12 +1,15 @@
 """Fold what is constant at inference into the weights, so that the exported graphs do not compute it.
 
-The modules given are changed in place: pass a copy, or a model that is not needed unfolded. Every fold is exact up to
-floating-point rounding; `tests/export/test_fold.py` holds the folded encoder to stock diffusers.
+The functions here change the modules they are given, but never the weights: `with_shared_weights` makes a copy of the
+modules that is safe to fold and costs no memory. Every fold is exact up to floating-point rounding;
+`tests/export/test_fold.py` holds the folded encoder to stock diffusers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import itertools
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,14 @@ from torch import Tensor, nn
 
 from mdnet.diffusion import DiffusionEncoder, VAEEncoder
 from mdnet.vim import Branch, Mixer, VisionMamba
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def with_shared_weights(module: Module) -> Module:
+    """A copy of `module` and its submodules that holds the same parameters and buffers, not copies of them."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
 
 
 @torch.no_grad()
@@ -42,7 +53,7 @@ def fold_diffusion(encoder: DiffusionEncoder) -> None:
 
 def _fold_time(block: ResnetBlock2D, time: Tensor) -> None:
     shift = block.time_emb_proj(F.silu(time))[0]  # (C,), added to every pixel of conv1's output
-    block.conv1.bias.add_(shift)
+    block.conv1.bias = nn.Parameter(block.conv1.bias + shift, requires_grad=False)
     block.time_emb_proj = None  # the block then adds no time embedding
 
 

@@ -1,12 +1,12 @@
 """MD-Net as three graphs: thin modules over the model's own parts, and their export to ONNX.
 
-    image (uint8, B×S×S×3) ─┬─ encoder ── down_s16, down_s32, mid_s64 ─┐
-                            └─ vim ────── tokens ──────────────────────┴─ fusion ── score (B)
+image (uint8, B×S×S×3) ─┬─ encoder ── down_s16, down_s32, mid_s64 ─┐
+                        └─ vim ────── tokens ──────────────────────┴─ fusion ── score (B)
 """
 
 from __future__ import annotations
 
-import copy
+import ast
 import logging
 import warnings
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from mdnet.diffusion import DiffusionEncoder, to_vae_range
 from mdnet.fusion import Fusion
 from mdnet.model import MDNet
-from mdnet.scan import selective_scan
 from mdnet.vim import VisionMamba
 from mdnet_engines import scan_op
+from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
-from mdnet_export.fold import fold_diffusion, fold_vim
+from mdnet_export.fold import fold_diffusion, fold_vim, with_shared_weights
 
 EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go beside the graph; protobuf itself ends at 2 GiB
 
@@ -36,7 +36,7 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, encoder: DiffusionEncoder):
         super().__init__()
-        encoder = copy.deepcopy(encoder)
+        encoder = with_shared_weights(encoder)
         fold_diffusion(encoder)
         self.vae, self.unet = encoder.vae.encoder, encoder.unet
 
@@ -49,7 +49,7 @@ class VimGraph(nn.Module):
 
     def __init__(self, vim: VisionMamba):
         super().__init__()
-        self.vim = copy.deepcopy(vim)
+        self.vim = with_shared_weights(vim)
         fold_vim(self.vim)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -114,6 +114,7 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
     proto = program.model_proto
     del program
     strip_metadata(proto)
+    _check_batch_is_symbolic(proto)
     attach_functions(proto)
     return save_graph(proto, folder / f"{name}.onnx")
 
@@ -140,21 +141,33 @@ def attach_functions(proto: onnx.ModelProto) -> None:
 
 
 def strip_metadata(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter writes about the source code: file paths, stack traces, module names."""
+    """Remove what the exporter writes about the source code (file paths, stack traces); name nodes by their module.
+
+    A node of `model.fusion.head.hidden` is then called `fusion.head.hidden/<its own name>`.
+    """
+    for node in proto.graph.node:
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        if module := [scope for scope in ast.literal_eval(scopes)[:-1] if scope]:
+            node.name = f"{module[-1]}/{node.name}"
     del proto.metadata_props[:]
     proto.doc_string = ""
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
-    for tensor in proto.graph.initializer:
-        del tensor.metadata_props[:]
-        tensor.doc_string = ""
 
 
 def _translate_scan(u, delta, A, B, C, D, z, delta_bias, reverse=False):  # type: ignore[no-untyped-def]
     operators = onnxscript.values.Opset(scan_op.DOMAIN, scan_op.VERSION)
     op = operators.SelectiveScanReverse if reverse else operators.SelectiveScan
     return op(u, delta, A, B, C, D, z, delta_bias)
+
+
+def _check_batch_is_symbolic(proto: onnx.ModelProto) -> None:
+    # torch.export can settle on the example's batch without a word, for instance where a module calls len(tensor).
+    for value in (*proto.graph.input, *proto.graph.output):
+        if not value.type.tensor_type.shape.dim[0].dim_param:
+            raise MDNetError(f"the exporter fixed the batch of {value.name}; a module's Python code depends on it")
 
 
 def _dynamic_batch(spec: GraphSpec) -> object:

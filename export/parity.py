@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
+
+from mdnet.metrics import mae, pearson, spearman
+from mdnet_engines.manifest import GraphName, ParitySummary
+from mdnet_engines.session import OrtSession
+
+PEARSON_GATE = "score Pearson"
+BATCH = 4  # images in the runs that test batching
 
 
 @dataclass(frozen=True)
@@ -55,3 +66,157 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         return all(gate.passed for gate in self.gates)
+
+    def summary(self) -> ParitySummary:
+        """What the manifest records."""
+        expected = np.array([pair.reference for pair in self.scores])
+        got = np.array([pair.bundle for pair in self.scores])
+        spread = next(gate.value for gate in self.gates if gate.name == PEARSON_GATE) is not None
+        return ParitySummary(
+            passed=self.passed,
+            forced=self.forced,
+            images=len(self.scores),
+            source=self.source,
+            max_abs=_worst(expected, got),
+            mean_abs=mae(expected, got),
+            pearson=pearson(expected, got) if spread else None,
+            spearman=spearman(expected, got) if spread else None,
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision must hold. Scores in rating points; cosine and SNR for the worst output of any graph."""
+
+    score_max_abs: float
+    score_pearson: float
+    graph_cosine: float
+    graph_snr_db: float
+    batch_max_abs: float
+
+
+LIMITS: dict[str, Limits] = {
+    "fp32": Limits(
+        score_max_abs=1e-3, score_pearson=0.99999, graph_cosine=0.99999, graph_snr_db=60, batch_max_abs=1e-4
+    ),
+    "fp16": Limits(score_max_abs=1e-2, score_pearson=0.9999, graph_cosine=0.9999, graph_snr_db=35, batch_max_abs=2e-3),
+}
+"""The one table of thresholds. A correlation is asked for only where the reference scores vary enough to have one."""
+
+CORRELATION_FLOOR = 20
+"""Correlations count when the reference's standard deviation is this many times the allowed error of a score: with
+less spread, errors within `score_max_abs` may already spoil the correlation."""
+
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Preprocessed images (n, S, S, 3) uint8, their names, and where they are from."""
+
+    names: list[str]
+    pixels: np.ndarray
+    source: str
+
+
+def measure(
+    sessions: Mapping[GraphName, OrtSession],
+    reference: Outputs,
+    images: Images,
+    *,
+    precision: str,
+    backend: str,
+    on_progress: Callable[[], None] = lambda: None,
+) -> ParityReport:
+    """Compare a bundle's graphs with PyTorch's outputs on the same images.
+
+    Each graph is given the reference's inputs, so that a deviation is charged to the graph that made it; the score
+    comes from the graphs in a chain, as in production.
+
+    Args:
+        sessions: the three graphs.
+        reference: every graph output of PyTorch fp32, and `score`, for all images.
+        on_progress: called once per image.
+    """
+    runs: list[Outputs] = []
+    alone: list[np.ndarray] = []
+    for i in range(len(images.pixels)):
+        run, isolated = _run_one(sessions, reference, images.pixels[i : i + 1], i)
+        runs.append(run)
+        alone.append(isolated)
+        on_progress()
+    outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    graphs = {
+        name: {
+            output: compare(reference[output], np.concatenate(alone) if output == "score" else outputs[output])
+            for output in session.outputs
+        }
+        for name, session in sessions.items()
+    }
+    pairs = [
+        ScorePair(image, float(expected), float(got))
+        for image, expected, got in zip(images.names, reference["score"], outputs["score"], strict=True)
+    ]
+    gates = _gates(LIMITS[precision], graphs, pairs, *_batch_deviation(sessions, images.pixels, outputs["score"]))
+    return ParityReport(precision, backend, images.source, graphs, pairs, gates)
+
+
+def chain(sessions: Mapping[GraphName, OrtSession], pixels: np.ndarray) -> Outputs:
+    """Run the three graphs as production does; give every output, `score` among them."""
+    outputs = {**sessions["encoder"].run({"image": pixels}), **sessions["vim"].run({"image": pixels})}
+    return {**outputs, **sessions["fusion"].run(outputs)}
+
+
+def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
+    """Cosine similarity, signal-to-noise ratio (dB) and largest difference, in float64."""
+    a, b = expected.astype(np.float64).ravel(), got.astype(np.float64).ravel()
+    noise, signal = float(np.sum((a - b) ** 2)), float(np.sum(a**2))
+    norm = math.sqrt(signal * float(np.sum(b**2)))
+    cosine = float(a @ b) / norm if norm else float(not noise)
+    return TensorParity(cosine, 10 * math.log10(signal / noise) if noise and signal else math.inf, _worst(a, b))
+
+
+def _run_one(
+    sessions: Mapping[GraphName, OrtSession], reference: Outputs, pixels: np.ndarray, i: int
+) -> tuple[Outputs, np.ndarray]:
+    run = chain(sessions, pixels)
+    ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
+    return run, sessions["fusion"].run(ideal)["score"]
+
+
+def _batch_deviation(
+    sessions: Mapping[GraphName, OrtSession], pixels: np.ndarray, singles: np.ndarray
+) -> tuple[float, float]:
+    """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
+    copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
+    batch = chain(sessions, pixels[:BATCH])["score"]
+    return float(np.ptp(copies)), _worst(batch, singles[: len(batch)])
+
+
+def _gates(
+    limits: Limits,
+    graphs: Mapping[GraphName, Mapping[str, TensorParity]],
+    pairs: list[ScorePair],
+    copies: float,
+    batch: float,
+) -> list[Gate]:
+    expected = np.array([pair.reference for pair in pairs])
+    got = np.array([pair.bundle for pair in pairs])
+    finite = bool(np.isfinite(got).all())
+    spread = float(expected.std()) >= CORRELATION_FLOOR * limits.score_max_abs and finite
+    why = "" if spread else "the reference scores hardly vary"
+    parities = [parity for outputs in graphs.values() for parity in outputs.values()]
+    gates = [
+        Gate("scores that are not finite", float(np.sum(~np.isfinite(got))), True, 0),
+        Gate("score max |Δ|", _worst(expected, got), True, limits.score_max_abs),
+        Gate(PEARSON_GATE, pearson(expected, got) if spread else None, False, limits.score_pearson, why),
+        Gate("worst cosine of a graph output", min(p.cosine for p in parities), False, limits.graph_cosine),
+        Gate("worst SNR of a graph output, dB", min(p.snr_db for p in parities), False, limits.graph_snr_db),
+        Gate("batch of copies, max |Δ| between rows", copies, True, limits.batch_max_abs),
+    ]
+    note = f"first {min(BATCH, len(pairs))} images"
+    return [*gates, Gate("batch against singles, max |Δ|", batch, True, limits.batch_max_abs, note)]
+
+
+def _worst(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64))))

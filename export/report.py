@@ -21,7 +21,9 @@ MAX_POINTS = 2000
 
 # Drawing area in SVG units (about a CSS pixel at full width); the margins hold the tick and axis labels.
 _WIDTH, _HEIGHT = 480, 466
-_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 462, 14, 398
+_LEFT, _RIGHT, _TOP, _BOTTOM = 92, 460, 36, 404
+_DIGIT = 9.5
+"""Width of a digit of a tick label in the widest of the system fonts."""
 
 
 # --- JSON ---
@@ -154,8 +156,7 @@ def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -
         },
         summary=_summary(report.scores, finite),
         worst=[
-            (pair.image, _score(pair.reference), _score(pair.bundle), _number(_delta(pair), 3, sign="+"))
-            for pair in worst
+            (pair.image, _score(pair.reference), _score(pair.bundle), _number(_delta(pair), 3, "+#")) for pair in worst
         ],
         images=len(report.scores),
         finite=len(finite),
@@ -176,7 +177,7 @@ def _gate_row(gate: Gate) -> dict[str, str]:
     sign = "≤" if gate.at_most else "≥"
     row = {"name": gate.name, "limit": f"{sign} {_number(gate.limit)}", "note": gate.note}
     if gate.value is None:
-        return {**row, "value": "not applicable", "state": "na"}
+        return {**row, "value": "–", "state": "na"}
     return {**row, "value": _number_beside(gate.value, gate.limit), "state": "pass" if gate.passed else "fail"}
 
 
@@ -193,11 +194,11 @@ def _summary(scores: list[ScorePair], finite: list[ScorePair]) -> dict[str, str]
         **rows,
         "PyTorch fp32 scores": f"{_score(min(reference))} to {_score(max(reference))}",
         "bundle scores": f"{_score(min(bundle))} to {_score(max(bundle))}",
-        "mean Δ (bias)": _number(delta.mean(), 3, sign="+"),
-        "mean |Δ|": _number(size.mean(), 3),
-        "median |Δ|": _number(np.median(size), 3),
-        "95th percentile |Δ|": _number(np.percentile(size, 95), 3),
-        "max |Δ|": _number(size.max(), 3),
+        "Δ mean (bias)": _number(delta.mean(), 3, "+"),
+        "|Δ| mean": _number(size.mean(), 3),
+        "|Δ| median": _number(np.median(size), 3),
+        "|Δ| 95th percentile": _number(np.percentile(size, 95), 3),
+        "|Δ| maximum": _number(size.max(), 3),
     }
 
 
@@ -233,7 +234,9 @@ def _visible(text: str) -> str:
 def _number(value: float, digits: int = 6, sign: str = "") -> str:
     if math.isnan(value):
         return "NaN"
-    return f"{value:{sign}.{digits}g}".replace("inf", "∞").replace("-", "−")
+    if value == 0:
+        return "0"
+    return f"{value:{sign}.{digits}g}".rstrip(".").replace("inf", "∞").replace("-", "−")
 
 
 def _number_beside(value: float, limit: float) -> str:
@@ -279,8 +282,8 @@ class _Axis:
         return f"{value / 10.0**self.exponent:.{decimals}f}".replace("-", "−")
 
     def unit(self, name: str) -> str:
-        """`name`, with the factor of the tick labels in front."""
-        return f"×10{str(self.exponent).translate(_SUPERSCRIPT)} {name}" if self.exponent else name
+        """`name`, with the factor that the tick labels leave out."""
+        return f"{name} (×10{str(self.exponent).translate(_SUPERSCRIPT)})" if self.exponent else name
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -297,8 +300,10 @@ def _scatter(pairs: list[ScorePair], worst: list[ScorePair]) -> Markup:
     values = [value for pair in pairs for value in (pair.reference, pair.bundle)]
     low, high = min(values), max(values)
     middle = (low + high) / 2
-    if high - low < 1e-6 * max(1.0, abs(middle)):  # equal to float32's precision: ticks could not be told apart
-        low, high = middle - max(0.5, abs(middle) / 10), middle + max(0.5, abs(middle) / 10)
+    references = [pair.reference for pair in pairs]
+    if max(references) - min(references) < 1e-6 * max(1.0, abs(middle)):  # one value in float32: no range to zoom to
+        half = max(0.5, abs(middle) / 10, high - low)
+        low, high = middle - half, middle + half
     step = _nice_step(high - low, 6)
     low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
     x, y = _Axis(low, high, step, _LEFT, _RIGHT), _Axis(low, high, step, _BOTTOM, _TOP)
@@ -308,6 +313,7 @@ def _scatter(pairs: list[ScorePair], worst: list[ScorePair]) -> Markup:
     rings = [
         dot.format(x.position(p.reference), y.position(p.bundle), 7, Markup("<title>{}</title>").format(_label(p)))
         for p in worst
+        if _delta(p) != 0
     ]
     return _chart(
         "scatter",
@@ -338,7 +344,7 @@ def _histogram(deltas: list[float]) -> Markup:
     first, last = math.floor(low / width + 0.5), math.floor(high / width + 0.5)
     counts = np.bincount(np.array(bins) - first, minlength=last - first + 1)
     low, high = (first - 0.5) * width, (last + 0.5) * width
-    x = _Axis(low, high, _nice_step(high - low, 7), _LEFT, _RIGHT)
+    x = _Axis(low, high, _nice_step(high - low, 9), _LEFT, _RIGHT)
     step = max(1.0, _nice_step(float(counts.max()), 6))
     y = _Axis(0.0, math.ceil(1.02 * counts.max() / step) * step, step, _BOTTOM, _TOP)  # the zero line tops every bar
 
@@ -375,10 +381,13 @@ def _chart(
     grid = Markup('<line x1="{:.2f}" y1="{:.2f}" x2="{:.2f}" y2="{:.2f}"/>')
     tick = Markup('<text class="{}-tick" x="{:.2f}" y="{:.2f}" dy="{}">{}</text>')
     lines, labels = [], []
+    widest = _DIGIT * (1 + max(len(x.tick_label(value)) for value in x.ticks()))
+    every = math.ceil(widest / (x.position(x.low + x.step) - x.position(x.low)))
     for value in x.ticks():
         at = x.position(value)
         lines.append(grid.format(at, _TOP, at, _BOTTOM))
-        labels.append(tick.format("x", at, _BOTTOM, "1.5em", x.tick_label(value)))
+        if round(value / x.step) % every == 0:  # so that 0 is never the one left out
+            labels.append(tick.format("x", at, _BOTTOM, "1.5em", x.tick_label(value)))
     for value in y.ticks():
         at = y.position(value)
         lines.append(grid.format(_LEFT, at, _RIGHT, at))
@@ -388,7 +397,7 @@ def _chart(
         '<title id="{name}-title">{title}</title>\n<desc id="{name}-desc">{description}</desc>\n'
         '<g class="grid">{lines}</g>\n{marks}\n{labels}\n'
         '<text class="axis" x="{x_middle}" y="{x_below}">{x_label}</text>\n'
-        '<text class="axis" transform="translate(16 {y_middle}) rotate(-90)">{y_label}</text>\n</svg>'
+        '<text x="{y_left}" y="16">{y_label}</text>\n</svg>'
     ).format(
         name=name,
         width=_WIDTH,
@@ -401,6 +410,6 @@ def _chart(
         x_middle=(_LEFT + _RIGHT) / 2,
         x_below=_BOTTOM + 52,
         x_label=x_label,
-        y_middle=(_TOP + _BOTTOM) / 2,
+        y_left=_LEFT - 40,
         y_label=y_label,
     )
