@@ -52,6 +52,6 @@ $(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(or $(PYTHON),python3) is not Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "installing [$(EXTRAS)] into $(VENV): a minute or two, 1.6 GB"
+	@echo "installing [$(EXTRAS)] into $(VENV): a few minutes, mostly for torch"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $(VENV)/.installed-demo $@

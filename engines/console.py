@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -101,3 +102,22 @@ def explain_os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{at}no permission; choose another place with -o or fix the permissions"
     return f"{at}{error.strerror or error}"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Progress bars on a terminal, nothing in a pipe.
+
+    Gives a function that starts a bar (title, total) and returns what to call with the number of items just done.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def start(title: str, total: int) -> Callable[[int], None]:
+            return functools.partial(bars.advance, bars.add_task(title, total=total))
+
+        yield start

@@ -29,7 +29,32 @@ Points = np.ndarray  # (N, 2) in face units: origin between ear and ear, y down,
 RATERS = 60
 FOLDS = 5
 # 8:8:3:3 in every 22 faces, which is 2000:2000:750:750 in 5500; spread out, so that a short set has the shares too.
-GROUP_CYCLE = tuple("AF AM CF AF AM CM AF AM AF AM CF AF AM CM AF AM AF AM CF AF AM CM".split())
+GROUP_CYCLE = tuple(
+    [
+        "AF",
+        "AM",
+        "CF",
+        "AF",
+        "AM",
+        "CM",
+        "AF",
+        "AM",
+        "AF",
+        "AM",
+        "CF",
+        "AF",
+        "AM",
+        "CM",
+        "AF",
+        "AM",
+        "AF",
+        "AM",
+        "CF",
+        "AF",
+        "AM",
+        "CM",
+    ]
+)
 
 _WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
 _RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
@@ -37,7 +62,7 @@ _RATER_NOISE = 0.65
 
 # What symmetry 0 and proportions 0 do, in face units (sizes and angle: relative, radians), at direction ±1.
 _LOPSIDED = {
-    "eye_drop": 0.10, "eye_size": 0.30, "brow_drop": 0.07, "nose_shift": 0.08,
+    "eye_drop": 0.11, "eye_size": 0.30, "brow_drop": 0.07, "nose_shift": 0.08,
     "mouth_shift": 0.10, "mouth_tilt": 0.24, "chin_shift": 0.09,
 }  # fmt: skip
 _OFF_CANON = {"eye_gap": 0.09, "eye_height": 0.10, "nose_length": 0.10, "mouth_height": 0.09, "mouth_width": 0.38}
@@ -319,7 +344,7 @@ class _Canvas:
 
 def _to_picture(factors: FaceFactors, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Matrix (2, 2) and origin (2,) that take row vectors in face units to pixels of a picture of `side`."""
-    angle, scale = np.deg2rad(factors.roll), 0.31 * side * factors.scale
+    angle, scale = np.deg2rad(factors.roll), 0.35 * side * factors.scale
     axes = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return axes, side * (np.array([0.5, 0.5]) + factors.shift)
 

@@ -1,4 +1,4 @@
-"""Fusion and head: Vim tokens (queries) attend to diffusion features (keys and values); the class token gives the score.
+"""Fusion and head: Vim tokens (queries) attend to diffusion features (keys, values); the class token gives the score.
 
 The abstract says that cross-attention joins the streams; a secondary source that the global features are the queries.
 The rest is ours, with its reason where it stands.

@@ -1,4 +1,4 @@
-"""MD-Net: a frozen diffusion encoder (local detail) and a Vision Mamba (global structure), joined by cross-attention."""
+"""MD-Net: a frozen diffusion encoder (local detail) and a Vision Mamba (global structure), joined by attention."""
 
 from __future__ import annotations
 

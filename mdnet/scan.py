@@ -9,6 +9,8 @@ The reverse scan runs t from L−1 down to 0. The state is float32 (float64 for 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,7 +104,7 @@ def selective_scan_backward(
     # dL/dh runs against the scan: dL/dh[t] = g[t]·C[t] + decay[t+1]·dL/dh[t+1].
     grad_h = g[..., None] * C_[:, :, None, :]
     order = list(range(len(h))) if reverse else list(reversed(range(len(h))))
-    for later, now in zip(order, order[1:], strict=False):
+    for later, now in itertools.pairwise(order):
         grad_h[now].addcmul_(decay[later], grad_h[later])
 
     dtu = dt * u_

@@ -98,8 +98,8 @@ class CsvWriter:
 
     def _put(self, fields: list[str]) -> None:
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(fields)
-        _put(self._stream, line.getvalue().encode("utf-8", "surrogateescape"))
+        csv.writer(line, lineterminator="\r\n").writerow(fields)  # so that it quotes either character in a name
+        _put(self._stream, line.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n")
 
 
 class JsonlWriter:
@@ -235,7 +235,7 @@ def _finished(writer: Writer) -> Iterator[Writer]:
 
 
 def _with_place(error: BaseException, partial: Path, rows: int) -> MDNetError:
-    place = f"the {rows} row{'' if rows == 1 else 's'} so far are in {printable(partial)}"
+    place = f"the {rows} {'row so far is' if rows == 1 else 'rows so far are'} in {printable(partial)}"
     if isinstance(error, KeyboardInterrupt):
         return RunInterruptedError(f"interrupted; {place}")
     if isinstance(error, OSError):

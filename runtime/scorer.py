@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -105,8 +106,9 @@ class Scorer:
             MDNetError: the graphs could not be run; this concerns no single image.
         """
         size = self.batch_size if batch_size is None else _at_least(1, "batch_size", batch_size)
-        for batch in self._decoded(_several(items), size):
-            yield from self._results(batch)
+        with closing(self._decoded(_several(items), size)) as batches:
+            for batch in batches:
+                yield from self._results(batch)
 
     def score_batch(self, images: np.ndarray) -> np.ndarray:
         """Run the graphs once on preprocessed images.
@@ -146,7 +148,9 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decoded(self, items: Iterable[Item], size: int) -> Iterator[list[tuple[str, np.ndarray | ImageError]]]:
+    def _decoded(
+        self, items: Iterable[Item], size: int
+    ) -> Generator[list[tuple[str, np.ndarray | ImageError]], None, None]:
         """Batches of (name, image or what is wrong with it), decoded ahead of the one being scored."""
         pool = ThreadPoolExecutor(min(_MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
         source = enumerate(items)
@@ -165,9 +169,10 @@ class Scorer:
             pool.shutdown(cancel_futures=True)  # also when the caller stops early or the graphs fail
 
     def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[np.ndarray | ImageError]:
-        if not isinstance(item, Image.Image):
+        if isinstance(item, (str, os.PathLike, bytes)):
             return pool.submit(_decode, item, self.image_size)
-        # PIL images load lazily and not thread-safely, and the caller may hold this one elsewhere: decode it here.
+        # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL
+        # images load lazily and not thread-safely: done at once, here.
         done: Future[np.ndarray | ImageError] = Future()
         done.set_result(_decode(item, self.image_size))
         return done

@@ -1,0 +1,164 @@
+"""`mdnet`: draw data, train, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mdnet_engines.console import Command, progress, say
+from mdnet_engines.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from mdnet.data import Protocol
+    from mdnet.model import MDNet
+
+DRAWN_FACES = 2000
+
+protocol_option = click.option(
+    "--protocol", type=click.Choice(["60-40", "cv5"]), default="60-40", show_default=True, help="Official split."
+)
+
+
+@click.group(cls=Command)
+@click.version_option(package_name="mdnet")
+def main() -> None:
+    """MD-Net in PyTorch: data, training, evaluation."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--count", default=DRAWN_FACES, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def draw(folder: Path, count: int, seed: int) -> None:
+    """Draw rated faces into FOLDER, in the layout of SCUT-FBP5500."""
+    from mdnet.faces import write_dataset
+
+    with progress() as bar:
+        write_dataset(folder, count, seed, bar("drawing", count))
+    say(f"{count} drawn faces in {folder}")
+
+
+@main.command()
+@click.option("--preset", help="Start from random weights of this preset (only demo trains well so).")
+@click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from.")
+@click.option("--data", type=click.Path(path_type=Path), help="SCUT-FBP5500, or faces from `mdnet draw`.")
+@click.option("--epochs", type=click.IntRange(min=1), default=24, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
+def train(
+    preset: str | None,
+    init: Path | None,
+    data: Path | None,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    output: Path,
+) -> None:
+    """Train on the 60 % split, evaluate on the 40 % split, write a checkpoint.
+
+    Without --data, the preset demo draws its own faces.
+    """
+    _require_train()
+    from mdnet.checkpoint import save_checkpoint
+    from mdnet.data import read_splits
+    from mdnet.evaluate import evaluate
+    from mdnet.train import Epoch, TrainConfig
+    from mdnet.train import train as fit
+
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent} is not a folder; -o takes the file to write the checkpoint to")
+    model = _initial_model(preset, init, seed)
+    if data is None and model.config.preset != "demo":
+        raise UsageError(f"preset {model.config.preset} needs --data DIR; only demo draws its own")
+    config = TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    with _data_or_drawn(data) as folder:
+        split = read_splits(folder, "60-40")[0]
+        with progress() as bar:
+            advance, tick = bar("frozen features", len(split.train)), bar("training", epochs)
+
+            def on_epoch(epoch: Epoch) -> None:
+                tick(1)
+                say(
+                    f"epoch {epoch.number:>3}/{epoch.of}: training MSE {epoch.loss:.4f}, "
+                    f"validation Pearson {epoch.validation_pearson:.4f}"
+                )
+
+            best = fit(model, split.train, config, on_image=advance, on_epoch=on_epoch)
+        with progress() as bar:
+            result = evaluate(model, split.test, on_image=bar("testing", len(split.test)))
+    notes = {
+        "command": shlex.join(["mdnet", *sys.argv[1:]]),
+        "data": data.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
+        "protocol": "60-40",
+        "best_epoch": best.number,
+        "test": dataclasses.asdict(result),
+    }
+    save_checkpoint(model, output, notes=notes)
+    click.echo(f"60-40: {result}")
+    say(f"{output}: epoch {best.number}; next: mdnet-export build --checkpoint {shlex.quote(str(output))}")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="SCUT-FBP5500, or faces from `mdnet draw`."
+)
+@protocol_option
+def evaluate(checkpoint: Path, data: Path, protocol: Protocol) -> None:
+    """PC, MAE and RMSE of CHECKPOINT on the test images of each split of the protocol."""
+    _require_train()
+    from mdnet.checkpoint import load_checkpoint
+    from mdnet.data import read_splits
+    from mdnet.evaluate import evaluate as score
+
+    model = load_checkpoint(checkpoint)
+    for split in read_splits(data, protocol):
+        with progress() as bar:
+            result = score(model, split.test, on_image=bar(split.name, len(split.test)))
+        click.echo(f"{split.name}: {result}")
+
+
+def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
+    from mdnet.checkpoint import load_checkpoint
+    from mdnet.config import preset
+    from mdnet.model import random_mdnet
+
+    if init is not None:
+        return load_checkpoint(init, expect_preset=preset_name)
+    if preset_name is None:
+        raise UsageError("give --preset demo, or --init CHECKPOINT to start from")
+    if preset_name != "demo":
+        preset(preset_name)  # an unknown name is the user's first mistake to hear of
+        raise UsageError(f"preset {preset_name} has a pre-trained encoder; give its weights with --init CHECKPOINT")
+    return random_mdnet(preset(preset_name), seed)
+
+
+@contextlib.contextmanager
+def _data_or_drawn(data: Path | None) -> Iterator[Path]:
+    if data is not None:
+        yield data
+        return
+    from mdnet.faces import write_dataset
+
+    with tempfile.TemporaryDirectory(prefix="mdnet-faces-") as scratch:
+        folder = Path(scratch) / "drawn"
+        say(f"no --data: drawing {DRAWN_FACES} faces")
+        with progress() as bar:
+            write_dataset(folder, DRAWN_FACES, 0, bar("drawing", DRAWN_FACES))
+        yield folder
+
+
+def _require_train() -> None:
+    for module in ("torch", "diffusers", "safetensors"):
+        require(module, "train")

@@ -1,0 +1,14 @@
+"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

@@ -1,0 +1,350 @@
+"""`mdnet-rt score`: rows on stdout, one line on stderr, and an exit code that says what happened."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from mdnet_engines.manifest import MANIFEST_NAME
+from mdnet_engines.session import OrtSession
+from mdnet_rt.cli import main
+from mdnet_rt.preprocess import load_image
+
+Photo = Callable[..., Path]
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def rows(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+@pytest.fixture
+def photos(photo: Photo, tmp_path: Path) -> Path:
+    """Three good images and two bad ones."""
+    for seed in range(3):
+        photo(f"photos/img{seed}.png", seed=seed)
+    (tmp_path / "photos" / "text.jpg").write_text("not an image")
+    (tmp_path / "photos" / "zero.jpg").touch()
+    return tmp_path / "photos"
+
+
+def test_a_pipe_gets_csv_with_every_image_and_the_exit_code_tells_of_failures(
+    shared_bundle: Path, photos: Path, expected_score: Callable[[np.ndarray], float]
+) -> None:
+    result = run("score", photos, "--bundle", shared_bundle)
+    assert result.exit_code == 1
+    header, *body = rows(result.stdout)
+    assert header == ["path", "score", "error"]
+    for seed, row in enumerate(body[:3]):
+        file = photos / f"img{seed}.png"
+        assert row == [str(file), f"{expected_score(load_image(file, 32)):.4f}", ""]
+    assert [row[:2] for row in body[3:]] == [[str(photos / "text.jpg"), ""], [str(photos / "zero.jpg"), ""]]
+    assert body[4][2] == "empty file"
+    assert result.stderr.startswith("5 images: 3 scored, 2 failed, ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_all_good_is_exit_code_0(shared_bundle: Path, photo: Photo) -> None:
+    result = run("score", photo("a.jpg"), photo("b.webp"), "--bundle", shared_bundle, "--format", "jsonl")
+    assert result.exit_code == 0
+    assert all(json.loads(line)["error"] is None for line in result.stdout.splitlines())
+
+
+@pytest.mark.usefixtures("deadline")
+def test_bad_files_of_every_kind_are_rows(
+    shared_bundle: Path, photo: Photo, tmp_path: Path, fifo: Path, png_declaring: Callable[[int, int], bytes]
+) -> None:
+    whole = photo("whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "bomb.png").write_bytes(png_declaring(60_000, 60_000))
+    (tmp_path / "large.png").write_bytes(png_declaring(10_000, 9_000))
+    (tmp_path / "gone.png").symlink_to("nothing")
+    (tmp_path / "float.tif").write_bytes(b"")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
+    bad = {
+        "cut.png": "truncated",
+        "bomb.png": "60000x60000 pixels exceed",
+        "large.png": "10000x9000 pixels exceed",
+        "gone.png": "no such file",
+        "float.tif": "floating-point",
+        fifo.name: "not a regular file",
+    }
+    result = run("score", *[tmp_path / name for name in bad], tmp_path / "whole.png", "--bundle", shared_bundle)
+    assert result.exit_code == 1
+    body = rows(result.stdout)[1:]
+    for row, reason in zip(body, bad.values(), strict=False):
+        assert row[2].startswith(reason)
+    assert body[-1][1]
+    assert result.stderr.count("\n") == 1  # no warning of Pillow's among it
+
+
+def test_odd_but_good_images_are_scored(shared_bundle: Path, photo: Photo, tmp_path: Path) -> None:
+    odd = [photo("tiny.png", shape=(1, 1)), photo("tall.png", shape=(20000, 1)), photo("plain.gif")]
+    (tmp_path / "jpeg-inside.png").write_bytes(photo("a.jpg").read_bytes())
+    result = run("score", *odd, tmp_path / "jpeg-inside.png", "--bundle", shared_bundle)
+    assert result.exit_code == 0, result.stdout
+
+
+def test_a_name_that_is_not_utf8_reaches_stdout_as_its_bytes(shared_bundle: Path, photo: Photo) -> None:
+    file = photo(os.fsdecode(b"caf\xe9.png"))
+    result = run("score", file.parent, "--bundle", shared_bundle)
+    assert b"/caf\xe9.png," in result.stdout_bytes
+    table = run("score", file, "--bundle", shared_bundle, "--format", "table")
+    assert rb"/caf\xe9.png" in table.stdout_bytes
+
+
+def test_output_goes_to_the_file_by_its_suffix(shared_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    for name in ("scores.csv", "scores.jsonl"):
+        result = run("score", photos, "--bundle", shared_bundle, "-o", tmp_path / name)
+        assert result.stdout == ""
+        assert result.exit_code == 1
+    assert len(rows((tmp_path / "scores.csv").read_text())) == 6
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["score"], "Missing argument"),
+        (["score", "nowhere"], "nowhere does not exist"),
+        (["score", "empty"], "no images in empty"),
+        (["score", "x*.jpg"], "no file matches"),
+        (["score", "photos", "-o", "scores.txt"], ".csv or .jsonl"),
+        (["score", "photos", "-o", "missing/scores.csv"], "there is no folder"),
+        (["score", "photos", "--batch-size", "0"], "0 is not in the range"),
+        (["score", "photos", "--backend", "abacus"], "abacus"),
+        (["score", "photos"], "no bundle"),
+        (["scoer", "photos"], "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.usefixtures("photos")
+def test_bad_usage_is_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MDNET_BUNDLE", raising=False)
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def _wrong_hash(bundle: Path) -> None:
+    file = bundle / "vim.onnx"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def _cut(bundle: Path) -> None:
+    (bundle / "vim.onnx").write_bytes((bundle / "vim.onnx").read_bytes()[:-1])
+
+
+def _link(bundle: Path) -> None:
+    shutil.move(bundle / "vim.onnx", bundle.parent / "elsewhere.onnx")
+    (bundle / "vim.onnx").symlink_to(bundle.parent / "elsewhere.onnx")
+
+
+def _edit(**changes: object) -> Callable[[Path], None]:
+    def edit(bundle: Path) -> None:
+        manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest | changes))
+
+    return edit
+
+
+def _outside(bundle: Path) -> None:
+    shutil.copy(bundle / "vim.onnx", bundle.parent / "vim.onnx")
+    text = (bundle / MANIFEST_NAME).read_text()
+    (bundle / MANIFEST_NAME).write_text(text.replace('"vim.onnx"', '"../vim.onnx"'))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (_wrong_hash, "it was altered"),
+        (_cut, "the copy is incomplete or altered"),
+        (_link, "is a link"),
+        (_outside, "graphs.vim.file.name"),
+        (_edit(schema_version=2), "schema version 2"),
+        (_edit(surprise=1), "surprise"),
+        (_edit(graphs={}), "lacks the graphs"),
+        (lambda bundle: (bundle / "fusion.onnx").unlink(), "fusion.onnx is missing"),
+        (lambda bundle: (bundle / MANIFEST_NAME).unlink(), "is not a bundle"),
+        (lambda bundle: (bundle / MANIFEST_NAME).write_text("{"), "is not JSON"),
+        (shutil.rmtree, "no such folder"),
+    ],
+    ids=[
+        "hash",
+        "cut",
+        "link",
+        "outside",
+        "schema",
+        "unknown-field",
+        "no-graphs",
+        "missing",
+        "no-manifest",
+        "json",
+        "gone",
+    ],
+)
+def test_a_bundle_that_cannot_be_trusted_is_exit_code_1(
+    bundle: Path, photos: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
+) -> None:
+    tamper(bundle)
+    result = run("score", photos, "--bundle", bundle, "-o", tmp_path / "scores.csv")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not list(tmp_path.glob("scores.csv*"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "note"), [("demo", "demo weights"), ("random", "random weights"), ("checkpoint", "")]
+)
+def test_scores_without_meaning_come_with_a_note(
+    make_bundle: Callable[..., Path], photo: Photo, tmp_path: Path, weights: str, note: str
+) -> None:
+    result = run("score", photo("a.png"), "--bundle", make_bundle(tmp_path / "b", weights=weights))
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 0
+    assert (note in lines[0] and len(lines) == 2) if note else len(lines) == 1
+    assert len(rows(result.stdout)) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+def test_a_full_disk_is_one_line_and_exit_code_1(shared_bundle: Path, photos: Path) -> None:
+    result = run("score", photos, "--bundle", shared_bundle, "-o", "/dev/full", "--format", "csv")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no space left on the disk")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "start"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted; the 2 rows so far are in "),
+        (OSError(28, "No space left on device"), 1, "error: no space left on the disk"),
+    ],
+)
+def test_a_run_that_ends_early_says_where_its_rows_are(
+    shared_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    code: int,
+    start: str,
+) -> None:
+    graph_run = OrtSession.run
+    runs = []
+
+    def fail_in_the_second_batch(self: OrtSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        runs.append(1)
+        if len(runs) > 3:  # three graphs a batch
+            raise failure
+        return graph_run(self, feeds)
+
+    monkeypatch.setattr(OrtSession, "run", fail_in_the_second_batch)
+    output = tmp_path / "scores.csv"
+    result = run("score", photos, "--bundle", shared_bundle, "-o", output, "--batch-size", 2)
+    assert result.exit_code == code
+    assert result.stderr.startswith(start)
+    assert result.stderr.endswith(f"the 2 rows so far are in {output}.partial\n")
+    assert not output.exists()
+    assert len(rows(Path(f"{output}.partial").read_text())) == 3
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "mdnet_rt.cli", *map(str, args)]
+
+
+def test_a_terminal_gets_a_table_and_a_bar_that_goes_away(shared_bundle: Path, photos: Path) -> None:
+    main_end, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command("score", photos, "--bundle", shared_bundle), stdout=terminal, stderr=terminal, env=environment
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(main_end, 4096):
+            shown += chunk
+    except OSError:  # how Linux reports that the other end of a terminal has closed
+        pass
+    os.close(main_end)
+    assert process.wait(timeout=30) == 1
+    last_bar = shown.rindex(b"\x1b[2K")  # the line it was on is erased
+    assert b"img2.png" in shown[last_bar:]
+    assert b"problem" in shown[last_bar:]
+    assert b"empty file" in shown[last_bar:]
+    assert b"5 images: 3 scored, 2 failed" in shown[last_bar:]
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(shared_bundle: Path, photo: Photo) -> None:
+    process = subprocess.Popen(
+        command("score", *[photo(f"{seed}.png") for seed in range(4)], "--bundle", shared_bundle, "--batch-size", 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    stderr = process.stderr.read()
+    process.wait(timeout=30)
+    assert stderr == b""
+
+
+def test_ctrl_c_leaves_the_rows_so_far(shared_bundle: Path, photo: Photo, tmp_path: Path) -> None:
+    output = tmp_path / "scores.csv"
+    partial = Path(f"{output}.partial")
+    many = " ".join([f"{str(photo(f'{seed}.png'))!r}," for seed in range(3)])
+    # The graphs take for ever after the first batch, so that the signal surely comes in the middle.
+    code = f"""
+import time
+from mdnet_engines.session import OrtSession
+run, runs = OrtSession.run, []
+def slow(self, feeds):
+    runs.append(1)
+    if len(runs) > 3:
+        time.sleep(60)
+    return run(self, feeds)
+OrtSession.run = slow
+from mdnet_rt.cli import main
+main(["score", {many} "--bundle", {str(shared_bundle)!r}, "-o", {str(output)!r}, "--batch-size", "1"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (partial.exists() and len(partial.read_text().splitlines()) == 2):
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read().strip() == f"error: interrupted; the 1 row so far is in {partial}"
+    assert process.wait(timeout=30) == 130
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("mdnet-rt, version ")
+    shown = run("score", "--help")
+    assert shown.exit_code == 0
+    for option in ("--bundle", "--output", "--format", "--batch-size", "--threads", "--backend"):
+        assert option in shown.stdout

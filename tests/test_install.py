@@ -1,0 +1,104 @@
+"""The wheel with [cpu] in an environment of its own: small, without torch, and able to score a bundle."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.install
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / "examples"
+MEGABYTE = 10**6
+HERE = Path(sysconfig.get_path("scripts"))
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # Without the caller's settings: no repository on the path, no bundle chosen.
+    clean = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MDNET_BUNDLE"}}
+    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True)
+
+
+def must(*command: str | Path, cwd: Path) -> str:
+    result = run(*command, cwd=cwd)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands in a fresh environment with the wheel and its [cpu] extra."""
+    work = tmp_path_factory.mktemp("install")
+    must(sys.executable, "-m", "build", "--outdir", work / "dist", REPOSITORY, cwd=work)
+    (wheel,) = (work / "dist").glob("*.whl")
+    venv.create(work / "env", with_pip=True)
+    commands = work / "env" / HERE.name
+    must(commands / "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", f"{wheel}[cpu]", cwd=work)
+    return commands
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo bundle, built where torch is."""
+    work = tmp_path_factory.mktemp("build")
+    must(HERE / "mdnet-export", "build", "-o", work / "bundle", cwd=work)
+    return work / "bundle"
+
+
+def scores(commands: Path, bundle: Path, cwd: Path) -> dict[str, float]:
+    """File name → score of the example images, by the environment whose `commands` these are."""
+    rows = csv.DictReader(must(commands / "mdnet-rt", "score", EXAMPLES, "--bundle", bundle, cwd=cwd).splitlines())
+    return {Path(row["path"]).name: float(row["score"]) for row in rows}
+
+
+@pytest.mark.parametrize("module", ["diffusers", "jinja2", "onnx", "onnxscript", "safetensors", "torch"])
+def test_nothing_of_training_or_export_is_installed(module: str, lean: Path, tmp_path: Path) -> None:
+    program = f"import importlib.util; print(importlib.util.find_spec({module!r}))"
+    assert must(lean / "python", "-c", program, cwd=tmp_path).strip() == "None"
+
+
+def test_the_environment_is_small(lean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(must(lean / "python", "-c", place, cwd=tmp_path).strip())
+    sizes = {entry.name: size_of(entry) for entry in site.iterdir()}
+    total = sum(sizes.values())
+    with capsys.disabled():
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:6]
+        parts = ", ".join(f"{name} {size / MEGABYTE:.0f}" for name, size in largest)
+        print(f"\nmdnet[cpu] takes {total / MEGABYTE:.0f} MB ({parts})")
+    assert total < 250 * MEGABYTE
+
+
+def size_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@pytest.mark.parametrize("command", ["mdnet", "mdnet-export", "mdnet-rt"])
+def test_help_needs_no_extra(command: str, lean: Path, tmp_path: Path) -> None:
+    assert "Usage:" in must(lean / command, "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [(["mdnet-export", "build"], "export"), (["mdnet", "train", "faces"], "train")]
+)
+def test_a_missing_extra_is_named_in_one_line(command: list[str], extra: str, lean: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    result = run(lean / command[0], *command[1:], cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert f"mdnet[{extra}]" in line
+    assert result.returncode == 1
+
+
+def test_the_lean_environment_gives_the_scores_of_the_one_with_torch(lean: Path, bundle: Path, tmp_path: Path) -> None:
+    lean_scores = scores(lean, bundle, tmp_path)
+    assert len(lean_scores) > 0
+    # The same graphs on the same machine; another numpy or Pillow may differ in the last bits, csv has four digits.
+    assert lean_scores == pytest.approx(scores(HERE, bundle, tmp_path), abs=2e-4)
