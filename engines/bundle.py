@@ -54,12 +54,12 @@ class Bundle:
 
 def _read_manifest(root: Path) -> Manifest:
     file = root / MANIFEST_NAME
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_MANIFEST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.exists():
         reason = f"no {MANIFEST_NAME} in it" if root.is_dir() else "no such folder"
-        raise BundleError(f"{root} is not a bundle ({reason}); make one with: mdnet-export build -o {root}") from None
+        raise BundleError(f"{root} is not a bundle ({reason}); make one with: mdnet-export build -o {root}")
+    _check_regular(file)
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
     try:
@@ -85,15 +85,19 @@ def _read_manifest(root: Path) -> Manifest:
 
 def _check_file(root: Path, entry: FileEntry) -> None:
     file = root / entry.name
-    # The name pattern already excludes separators and `..`; a link is the way out that is left.
-    if file.is_symlink():
-        raise BundleError(f"{file} is a link; a bundle's files must be in its own folder")
-    if not file.is_file():
+    if not file.is_symlink() and not file.exists():
         raise BundleError(f"{file} is missing; copy the whole folder, or rebuild it with: mdnet-export build")
+    _check_regular(file)
     if (size := file.stat().st_size) != entry.size:
         raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}; the copy is incomplete or altered")
     if (digest := sha256_of(file)) != entry.sha256:
         raise BundleError(f"{file} has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…; it was altered")
+
+
+def _check_regular(file: Path) -> None:
+    # File names have no separators and no `..`: a link is the way out of the folder that is left. A pipe would block.
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"{file} is a link or not a regular file; a bundle's files must be in its own folder")
 
 
 def sha256_of(file: Path) -> str:

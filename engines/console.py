@@ -31,7 +31,15 @@ class Command(click.Group):
         super().__init__(*args, **kwargs)
         self.epilog = "--debug anywhere on the line shows the traceback of a failure."
 
-    def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> NoReturn:
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader went away (`| head`), which is no failure. Point stdout at nothing, for the flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return None
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **kwargs: Any) -> NoReturn:
         argv = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in argv
         kwargs["standalone_mode"] = False
@@ -42,10 +50,6 @@ class Command(click.Group):
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):
             code = _say("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            # The reader went away (`| head`). Point stdout at nothing so that the exit flush does not complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
         except MDNetError as error:
             if debug:
                 raise
@@ -98,15 +102,15 @@ def explain_os_error(error: OSError) -> str:
     where = os.fsdecode(error.filename) if error.filename is not None else ""
     at = f"{where}: " if where else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{at}no space left on the disk; nothing was replaced. Free some, or write elsewhere with -o"
+        return f"{at}no space left on the disk; free some, or write elsewhere with -o"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{at}no permission; choose another place with -o or fix the permissions"
+        return f"{at}no permission to read or write there"
     return f"{at}{error.strerror or error}"
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Progress bars on a terminal, nothing in a pipe.
+def progress(shown: bool = True) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Progress bars on a terminal, nothing in a pipe or where `shown` is false.
 
     Gives a function that starts a bar (title, total) and returns what to call with the number of items just done.
     """
@@ -115,7 +119,7 @@ def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
 
         def start(title: str, total: int) -> Callable[[int], None]:
             return functools.partial(bars.advance, bars.add_task(title, total=total))

@@ -20,11 +20,11 @@ Rules, each with what it prevents:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 
@@ -124,6 +124,15 @@ class Manifest(_Part):
     parity: ParitySummary
     provenance: Provenance
     licenses: list[str]
+
+    @model_validator(mode="after")
+    def _image_size_is_the_graphs(self) -> Manifest:
+        size = self.preprocessing.image_size
+        for graph in self.graphs.values():
+            for spec in graph.inputs:
+                if spec.name == "image" and spec.shape[1:] != [size, size, 3]:
+                    raise ValueError(f"image_size is {size}, but a graph takes images of shape {spec.shape}")
+        return self
 
     def files(self) -> list[FileEntry]:
         """Every file the manifest vouches for."""

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -39,7 +40,11 @@ from mdnet_export.weights import Weights
 
 FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision
 _PACKAGES = ("mdnet", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
-_DTYPES = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_DTYPES: dict[int, Literal["uint8", "float32", "float16"]] = {
+    TensorProto.UINT8: "uint8",
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+}
 
 
 class ParityError(MDNetError):
@@ -195,8 +200,8 @@ def graph_entry(file: Path, precision: Precision) -> GraphEntry:
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-    return TensorSpec(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)  # type: ignore[arg-type]
+    shape: list[int | str] = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return TensorSpec(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)
 
 
 def _failures(report: ParityReport) -> str:

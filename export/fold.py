@@ -19,7 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from mdnet.diffusion import DiffusionEncoder, VAEEncoder
-from mdnet.vim import Branch, Mixer, VisionMamba
+from mdnet.vim import Block, Branch, Mixer, VisionMamba
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,23 +47,24 @@ def fold_diffusion(encoder: DiffusionEncoder) -> None:
         if isinstance(module, ResnetBlock2D):
             _fold_time(module, time)
         elif isinstance(module, BasicTransformerBlock):
-            module.attn2 = FoldedCrossAttention(module.attn2, encoder.context)
+            module.attn2 = FoldedCrossAttention(module.attn2, encoder.context)  # type: ignore[assignment]
     _fold_posterior(encoder.vae)
 
 
 def _fold_time(block: ResnetBlock2D, time: Tensor) -> None:
     shift = block.time_emb_proj(F.silu(time))[0]  # (C,), added to every pixel of conv1's output
     block.conv1.bias = nn.Parameter(block.conv1.bias + shift, requires_grad=False)
-    block.time_emb_proj = None  # the block then adds no time embedding
+    block.time_emb_proj = None  # type: ignore[assignment] # the block then adds no time embedding
 
 
 def _fold_posterior(vae: VAEEncoder) -> None:
     conv, quant = vae.encoder.conv_out, vae.quant_conv
+    assert conv.bias is not None and quant.bias is not None
     channels = quant.out_channels // 2  # the first half of the moments is the mean, which is the mode
     mix = quant.weight[:channels, :, 0, 0] * vae.scaling  # (4, 8)
-    merged = nn.Conv2d(conv.in_channels, channels, conv.kernel_size, padding=conv.padding)
+    merged = nn.Conv2d(conv.in_channels, channels, 3, padding=1).to(conv.weight)
     merged.weight.copy_(torch.einsum("om,mikl->oikl", mix, conv.weight))
-    merged.bias.copy_(mix @ conv.bias + quant.bias[:channels] * vae.scaling)
+    merged.bias = nn.Parameter(mix @ conv.bias + quant.bias[:channels] * vae.scaling, requires_grad=False)
     vae.encoder.conv_out = merged
 
 
@@ -94,8 +95,9 @@ class FoldedCrossAttention(nn.Module):
 @torch.no_grad()
 def fold_vim(vim: VisionMamba) -> None:
     """Fold every mixer's A = −exp(A_log), the backward taps' order and the mean of the two directions."""
-    for layer in vim.layers:
-        layer.mixer = FoldedMixer(layer.mixer)
+    for module in vim.modules():
+        if isinstance(module, Block):
+            module.mixer = FoldedMixer(module.mixer)
 
 
 class FoldedMixer(Mixer):
@@ -107,6 +109,7 @@ class FoldedMixer(Mixer):
         for prefix, branch in zip(("f", "b"), mixer.branches(), strict=True):
             for name, tensor in branch._asdict().items():
                 self.register_buffer(f"{prefix}_{name}", tensor.detach().contiguous())
+        self.half_out: Tensor
         self.register_buffer("half_out", mixer.out_proj.weight / 2)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxscript
@@ -170,7 +171,7 @@ def _check_batch_is_symbolic(proto: onnx.ModelProto) -> None:
             raise MDNetError(f"the exporter fixed the batch of {value.name}; a module's Python code depends on it")
 
 
-def _dynamic_batch(spec: GraphSpec) -> object:
+def _dynamic_batch(spec: GraphSpec) -> tuple[Any, ...]:
     batch = torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch} for _ in spec.inputs)
     return (shapes,) if isinstance(spec.module, FusionGraph) else shapes  # *inputs is one argument to torch.export

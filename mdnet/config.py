@@ -108,7 +108,8 @@ class MDNetConfig:
         if "preset" not in fields:
             raise UsageError("the configuration lacks its preset's name")
         # JSON has no tuples.
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
 
 
 PRESETS: dict[str, MDNetConfig] = {
@@ -120,7 +121,7 @@ PRESETS: dict[str, MDNetConfig] = {
         MDNetConfig(
             "demo",
             image_size=128,
-            vae_channels=(16, 24, 32, 32),
+            vae_channels=(8, 16, 24, 32),
             vae_layers=1,
             unet_channels=(32, 48, 64, 64),
             unet_layers=1,
@@ -128,8 +129,8 @@ PRESETS: dict[str, MDNetConfig] = {
             context_dim=32,
             context_length=8,
             norm_groups=8,
-            vim_dim=64,
-            vim_depth=4,
+            vim_dim=48,
+            vim_depth=3,
             fusion_depth=2,
             fusion_heads=2,
             fusion_mlp=2,

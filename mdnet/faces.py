@@ -29,32 +29,7 @@ Points = np.ndarray  # (N, 2) in face units: origin between ear and ear, y down,
 RATERS = 60
 FOLDS = 5
 # 8:8:3:3 in every 22 faces, which is 2000:2000:750:750 in 5500; spread out, so that a short set has the shares too.
-GROUP_CYCLE = tuple(
-    [
-        "AF",
-        "AM",
-        "CF",
-        "AF",
-        "AM",
-        "CM",
-        "AF",
-        "AM",
-        "AF",
-        "AM",
-        "CF",
-        "AF",
-        "AM",
-        "CM",
-        "AF",
-        "AM",
-        "AF",
-        "AM",
-        "CF",
-        "AF",
-        "AM",
-        "CM",
-    ]
-)
+GROUP_CYCLE = (("AF", "AM", "CF", "AF", "AM", "CM", "AF", "AM") * 3)[:22]
 
 _WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
 _RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
@@ -76,7 +51,6 @@ _HAIR_COLOURS = {
     "C": ((48, 34, 28), (96, 62, 38), (150, 104, 58), (206, 170, 108), (140, 66, 36), (150, 148, 148)),
 }
 _EYE_COLOURS = ((74, 46, 30), (98, 66, 38), (52, 36, 28), (86, 108, 74), (84, 118, 148), (110, 116, 120))
-
 
 _README = """{count} drawn faces with made-up ratings, in the layout of SCUT-FBP5500. Nothing here is that data set.
 
@@ -168,7 +142,7 @@ def draw_face(rng: np.random.Generator, size: int = 350, group: str | None = Non
 
 
 def noise_free_rating(factors: FaceFactors) -> float:
-    """1 + 4 · (0.36 symmetry + 0.34 proportions + 0.30 texture): what infinitely many unbiased raters would say."""
+    """1 + 4 · (0.36 symmetry + 0.34 proportions + 0.30 texture), before the raters add bias and noise and round."""
     return 1 + 4 * sum(weight * getattr(factors, name) for name, weight in _WEIGHTS.items())
 
 
@@ -240,7 +214,7 @@ def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int],
 def _write_splits(folder: Path, labels: dict[str, float], rng: np.random.Generator) -> None:
     def write(path: Path, names: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{name} {labels[name]:.6f}\n" for name in names), encoding="utf-8")
+        path.write_text("".join(f"{name} {labels[name]:.6f}\n" for name in names), encoding="utf-8", newline="\n")
 
     def write_split(path: Path, suffix: str, test: set[str]) -> None:
         order = rng.permutation(list(labels)).tolist()
@@ -321,7 +295,8 @@ class _Canvas:
     def __init__(self, factors: FaceFactors, size: int) -> None:
         side = size * _SUPERSAMPLE
         top, bottom = factors.background
-        self.image = Image.new("RGB", (side, side), _mix(top, bottom, 0.5))
+        backdrop = np.rint(np.linspace(top, bottom, side)).astype(np.uint8)[:, None]  # (side, 1, 3)
+        self.image = Image.fromarray(backdrop).resize((side, side), Image.Resampling.NEAREST)
         self.skin = Image.new("L", (side, side), 0)
         self._draw, self._draw_skin = ImageDraw.Draw(self.image), ImageDraw.Draw(self.skin)
         self._axes, self._origin = _to_picture(factors, side)
@@ -337,8 +312,8 @@ class _Canvas:
         self._draw.polygon((points @ self._axes + self._origin).ravel().tolist(), fill=colour)
 
     def finish(self) -> tuple[Image.Image, np.ndarray]:
-        """The anti-aliased picture and its skin mask (size, size, 1) in 0–1."""
-        mask = np.asarray(self.skin.reduce(_SUPERSAMPLE), np.float32)[..., None] / 255
+        """The anti-aliased picture and its skin mask (size, size) in 0–1."""
+        mask = np.asarray(self.skin.reduce(_SUPERSAMPLE), np.float32) / 255
         return self.image.reduce(_SUPERSAMPLE), mask
 
 
@@ -346,20 +321,18 @@ def _to_picture(factors: FaceFactors, side: int) -> tuple[np.ndarray, np.ndarray
     """Matrix (2, 2) and origin (2,) that take row vectors in face units to pixels of a picture of `side`."""
     angle, scale = np.deg2rad(factors.roll), 0.35 * side * factors.scale
     axes = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return axes, side * (np.array([0.5, 0.5]) + factors.shift)
+    return axes, side * (np.array([0.5, 0.485]) + factors.shift)
 
 
 def _draw_surroundings(canvas: _Canvas, factors: FaceFactors, rng: np.random.Generator) -> None:
     top, bottom = factors.background
-    for y in np.linspace(-2.2, 2.2, 23):  # bands narrow enough to pass for a gradient once the grain is on
-        canvas.fill(_box(-2.4, y, 2.4, y + 0.25), _mix(top, bottom, (y + 2.2) / 4.4))
     for _ in range(rng.integers(0, 14)):
         spot = _ellipse(rng.uniform(-1.7, 1.7, 2), rng.uniform(0.05, 0.3) * np.ones(2))
         canvas.fill(spot, _mix(top, bottom, rng.uniform(-0.6, 1.6)))
     if factors.hair_length > 0.2:
         _draw_long_hair(canvas, factors, rng)
     shade = _dim(factors.skin, 0.9)
-    canvas.fill(np.array([(-0.36, 0.5), (0.36, 0.5), (0.4, 1.35), (0.75, 1.6), (-0.75, 1.6), (-0.4, 1.35)]), shade)
+    canvas.fill(np.array([(-0.36, 0.5), (0.36, 0.5), (0.45, 1.25), (0.75, 1.6), (-0.75, 1.6), (-0.45, 1.25)]), shade)
     canvas.fill(_ellipse((0, 0.82), (0.355, 0.42))[:31], _dim(factors.skin, 0.74))
     shoulders = [(-2, 2.6), (-1.5, 1.62), (-0.95, 1.42), (-0.42, 1.22), (-0.2, 1.46), (0, 1.52)]
     canvas.fill(_smooth(_mirrored(shoulders)), factors.cloth)
@@ -438,7 +411,7 @@ def _draw_nose(canvas: _Canvas, factors: FaceFactors, geometry: _Geometry) -> No
         wing = np.array([(0.085, -0.10), (0.125, -0.03), (0.105, 0.025), (0.06, 0.02)]) * (side, 1) + tip
         path = _smooth(wing)
         canvas.tint(_ribbon(path, 0.022 * _taper(len(path))), _dim(factors.skin, 0.68))
-        canvas.tint(_ellipse(tip + (side * 0.055, 0.02), (0.034, 0.018)), _dim(factors.skin, 0.42))
+        canvas.tint(_ellipse(np.add(tip, (side * 0.055, 0.02)), (0.034, 0.018)), _dim(factors.skin, 0.42))
     base = _smooth(np.array([(-0.05, 0.04), (0, 0.055), (0.05, 0.04)]) + tip)
     canvas.tint(_ribbon(base, 0.018 * _taper(len(base))), _dim(factors.skin, 0.7))
 
@@ -490,18 +463,24 @@ def _draw_fringe(canvas: _Canvas, factors: FaceFactors, rng: np.random.Generator
 def _light_and_skin(
     image: Image.Image, skin: np.ndarray, factors: FaceFactors, geometry: _Geometry, rng: np.random.Generator
 ) -> Image.Image:
-    """Multiply in what is soft: relief and blush on the skin, blotches and blemishes, light over all, grain."""
+    """Work in what is soft: relief and blush on the skin, blotches and blemishes, light over all, grain."""
     size = image.width
-    on_skin = _relief(factors, geometry, size) * _blemishes(factors, size, rng)
-    pixels = np.asarray(image, np.float32) * (1 + skin * (on_skin - 1))
+    relief, blush = _relief(factors, geometry, size)
+    uneven, spots = _blemishes(factors, size, rng)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    pixels *= (1 + factors.light[0] * ramp[None, :] + factors.light[1] * ramp[:, None])[..., None]
-    pixels += factors.grain * rng.standard_normal((size, size, 1), dtype=np.float32)
-    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+    light = 1 + factors.light[0] * ramp[None, :] + factors.light[1] * ramp[:, None]
+    gain = light * (1 + skin * (relief * uneven - 0.22 * spots - 1))
+    redness = skin * (blush + 0.25 * spots)
+    grain = factors.grain * rng.standard_normal((size, size), dtype=np.float32)
+    planes = []
+    for plane, taken in zip(image.split(), (0.0, 1.0, 0.85), strict=True):  # red skin is skin with less green and blue
+        values = np.asarray(plane, np.float32) * gain * (1 - taken * redness) + grain
+        planes.append(Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)))
+    return Image.merge("RGB", planes)
 
 
-def _relief(factors: FaceFactors, geometry: _Geometry, size: int) -> np.ndarray:
-    """Brightness (size, size, 3) of a rounded face: darker rim, sockets and nose side, brighter ridge, red cheeks."""
+def _relief(factors: FaceFactors, geometry: _Geometry, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness of a rounded face (rim, sockets and nose side darker, ridge brighter) and blush, (size, size) each."""
     coarse = max(size // 5, 8)  # nothing here is sharp, so it's computed small and enlarged
     axes, origin = _to_picture(factors, coarse)
     grid = np.stack(np.meshgrid(np.arange(coarse) + 0.5, np.arange(coarse) + 0.5), axis=-1)
@@ -516,32 +495,30 @@ def _relief(factors: FaceFactors, geometry: _Geometry, size: int) -> np.ndarray:
     shade += 0.09 * bump((nose_x * 0.7, nose_y - 0.2), 0.05, 0.22) + 0.06 * bump((nose_x, nose_y - 0.04), 0.05, 0.05)
     shade -= 0.09 * bump((nose_x * 0.7 + side * 0.1, nose_y - 0.15), 0.06, 0.25)
     shade -= 0.10 * bump((geometry.mouth[0], geometry.mouth[1] + 0.16), 0.17, 0.05)
-    blush = np.zeros_like(shade)
     for eye_x, eye_y in zip(geometry.eye_x, geometry.eye_y, strict=True):
         shade -= 0.12 * bump((eye_x * 0.92, eye_y - 0.09), 0.2, 0.1)
-        blush += 0.10 * bump((np.sign(eye_x) * 0.45, 0.32), 0.2, 0.16)
-    return _enlarge(shade, size)[..., None] - _enlarge(blush, size)[..., None] * np.array([0, 1, 0.8], np.float32)
+    blush = 0.10 * (bump((-0.45, 0.32), 0.2, 0.16) + bump((0.45, 0.32), 0.2, 0.16))
+    return _enlarge(shade, size), _enlarge(blush, size)
 
 
-def _blemishes(factors: FaceFactors, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Brightness (size, size, 3) of uneven skin: blotches and pores around 1, red spots below it; all 1 at texture 1.
+def _blemishes(factors: FaceFactors, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Blotches and pores as a brightness around 1, and the depth of red spots in 0–1, (size, size) each.
 
-    Spots are 3 to 9 pixels across at 350, so that they're still there at 128.
+    At texture 1 they are 1 and 0. Spots are 3 to 9 pixels across at 350, so that they're still there at 128.
     """
     rough = 1 - factors.texture
     blotches = _enlarge(rng.standard_normal((size // 9, size // 9)), size)
     pores = _enlarge(rng.standard_normal((size // 3, size // 3)), size)
-    spots = Image.new("L", (size, size))
-    draw = ImageDraw.Draw(spots)
+    layer = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(layer)
     axes, origin = _to_picture(factors, size)
     where = rng.uniform(-1, 1, (_MOST_SPOTS, 2)) * (0.72, 0.95) @ axes + origin
     radii = rng.uniform(0.014, 0.038, _MOST_SPOTS) * axes[0, 0]
     depths = rng.uniform(80, 200, _MOST_SPOTS)
     for (x, y), radius, depth in list(zip(where, radii, depths, strict=True))[: round(_MOST_SPOTS * rough)]:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=int(depth))
-    depth = np.asarray(spots.filter(ImageFilter.GaussianBlur(size / 350)), np.float32) / 255
-    uneven = 1 + rough * (0.045 * blotches + 0.04 * pores)
-    return uneven[..., None] - depth[..., None] * np.array([0.22, 0.42, 0.38], np.float32)
+    spots = np.asarray(layer.filter(ImageFilter.GaussianBlur(size / 350)), np.float32) / 255
+    return 1 + rough * (0.045 * blotches + 0.04 * pores), spots
 
 
 def _enlarge(values: np.ndarray, size: int) -> np.ndarray:
@@ -570,10 +547,6 @@ def _dim(colour: Colour, factor: float) -> Colour:
 
 def _ramp(stops: np.ndarray, at: float) -> np.ndarray:
     return np.array([np.interp(at * (len(stops) - 1), np.arange(len(stops)), channel) for channel in stops.T])
-
-
-def _box(left: float, top: float, right: float, bottom: float) -> Points:
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def _ellipse(centre: np.ndarray | tuple[float, float], radii: np.ndarray | tuple[float, float]) -> Points:

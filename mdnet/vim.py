@@ -24,7 +24,7 @@ class Branch(NamedTuple):
     """The tensors of one scan direction. D channels, N states, K taps, R the rank of the step-size projection."""
 
     taps: Tensor  # (D, 1, K), in the order in which the convolution meets the sequence
-    conv_bias: Tensor  # (D,)
+    conv_bias: Tensor | None  # (D,)
     x_proj: Tensor  # (R + 2N, D)
     dt_proj: Tensor  # (D, R)
     dt_bias: Tensor  # (D,)
@@ -58,6 +58,20 @@ class Mixer(nn.Module):
         self.A_b_log = nn.Parameter(torch.empty(inner, states))
         self.D_b = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, d, bias=False)
+        self.reset_parameters(config.vim_depth)
+
+    @torch.no_grad()
+    def reset_parameters(self, depth: int) -> None:
+        """Initialise as the published code does; the step sizes start log-uniform in [0.001, 0.1]."""
+        for A_log, D, dt_proj in ((self.A_log, self.D, self.dt_proj), (self.A_b_log, self.D_b, self.dt_proj_b)):
+            A_log.copy_(torch.log(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32)).expand_as(A_log))
+            D.fill_(1.0)
+            bound = dt_proj.in_features**-0.5
+            nn.init.uniform_(dt_proj.weight, -bound, bound)
+            dt = torch.exp(torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)))
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        # Every layer adds to one residual stream: keep its variance independent of the depth.
+        self.out_proj.weight /= math.sqrt(depth)
 
     def branches(self) -> tuple[Branch, Branch]:
         """The forward and the backward direction, ready to run. A = −exp(A_log)."""
@@ -90,16 +104,16 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Add to the residual stream, normalise, mix. The stream is float32 whatever the mixer's type."""
+    """Normalise the residual stream, mix, add. The stream is float32 whatever the mixer's type."""
 
     def __init__(self, config: MDNetConfig):
         super().__init__()
         self.mixer = Mixer(config)
         self.norm = nn.RMSNorm(config.vim_dim, eps=1e-5)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual = hidden.float() if residual is None else residual + hidden
-        return self.mixer(self.norm(residual.to(self.norm.weight.dtype))), residual
+    def forward(self, stream: Tensor) -> Tensor:
+        """(B, L, d) → (B, L, d)."""
+        return stream + self.mixer(self.norm(stream.to(self.norm.weight.dtype)))
 
 
 class PatchEmbed(nn.Module):
@@ -124,37 +138,18 @@ class VisionMamba(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.vim_grid**2 + 1, config.vim_dim))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.vim_depth))
         self.norm_f = nn.RMSNorm(config.vim_dim, eps=1e-5)
-        self.reset_parameters()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) → (B, M + 1, d), M the number of patches."""
         patches = self.patch_embed(to_imagenet_range(image, self.pos_embed.dtype))
         cls = self.cls_token.expand(image.shape[0], -1, -1)  # len() would fix the batch in an export
         tokens = torch.cat([patches[:, : self.class_index], cls, patches[:, self.class_index :]], dim=1)
-        hidden, residual = tokens + self.pos_embed, None
+        stream = (tokens + self.pos_embed).float()
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual)
-        return self.norm_f((hidden + residual).to(self.norm_f.weight.dtype))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise as the published code does; the step sizes start log-uniform in [0.001, 0.1]."""
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for layer in self.layers:
-            mixer = layer.mixer
-            inner, states = mixer.A_log.shape
-            for A_log, D, dt_proj in (
-                (mixer.A_log, mixer.D, mixer.dt_proj),
-                (mixer.A_b_log, mixer.D_b, mixer.dt_proj_b),
-            ):
-                A_log.copy_(torch.log(torch.arange(1, states + 1, dtype=torch.float32)).expand(inner, states))
-                D.fill_(1.0)
-                nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
-                dt = torch.exp(torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)))
-                dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-            # Every layer adds to one residual stream: keep its variance independent of the depth.
-            mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            stream = layer(stream)
+        return self.norm_f(stream.to(self.norm_f.weight.dtype))
 
 
 def to_imagenet_range(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

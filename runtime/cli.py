@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mdnet_engines.console import Command
+from mdnet_engines.console import Command, progress, say
 from mdnet_engines.session import PROVIDERS, Backend
 from mdnet_rt.results import FORMATS, Format, Summary, check_output, choose_format, open_writer
 
@@ -62,14 +59,15 @@ def score(
     summary = Summary()
     with Scorer.open(bundle, backend=backend, threads=threads, batch_size=batch_size) as scorer:
         if note := _WEIGHTS_NOTES.get(scorer.manifest.provenance.weights):
-            click.echo(note, err=True)
+            say(note)
         start = time.perf_counter()
-        with open_writer(rows, output) as writer, _progress(len(images), shown=bar) as advance:
+        with open_writer(rows, output) as writer, progress(shown=bar) as start_bar:
+            advance = start_bar("scoring", len(images))
             for result in scorer.stream(images):
                 writer.write(result)
                 summary.add(result)
-                advance()
-        click.echo(summary.line(time.perf_counter() - start), err=True)
+                advance(1)
+        say(summary.line(time.perf_counter() - start))
     return 1 if summary.failed else 0
 
 
@@ -79,21 +77,6 @@ def _quiet_pillow() -> None:
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-@contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Any]:
-    """Give a function to call per image; it moves a bar on stderr, or does nothing."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("scoring", total=total)
-        yield lambda: progress.advance(task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""The float16 rewrite: which nodes stay in float32, where casts go, and that the numbers hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mdnet_calib.fp16 import to_fp16
+from mdnet_engines.errors import MDNetError
+
+HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
+
+
+def model(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], values: tuple[str, ...]) -> onnx.ModelProto:
+    """x (n, 4) → y (n, 4) through `nodes`, with `values` the names in between."""
+
+    def info(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, FLOAT, ["n", None])
+
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", [info("x")], [info("y")], initializers, value_info=[info(v) for v in values])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def types(proto: onnx.ModelProto) -> dict[str, int]:
+    """Every value's type, by strict inference, which also refuses a graph whose types don't fit."""
+    onnx.checker.check_model(proto, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
+    values = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    return values | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+
+
+def casts(proto: onnx.ModelProto) -> int:
+    return sum(node.op_type == "Cast" for node in proto.graph.node)
+
+
+def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+W = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+
+
+def test_matmul_runs_in_half_between_float_ends() -> None:
+    proto = to_fp16(model([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": W}, ()))
+    found = types(proto)
+    (matmul,) = (node for node in proto.graph.node if node.op_type == "MatMul")
+    assert [found[name] for name in (*matmul.input, *matmul.output)] == [HALF] * 3
+    assert found["y"] == FLOAT
+    assert casts(proto) == 2
+    np.testing.assert_allclose(run(proto, X), X @ W, atol=2e-3 * np.abs(X @ W).max())
+
+
+def test_softmax_stays_in_float_and_casts_are_shared() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="m"),
+        helper.make_node("Softmax", ["a"], ["b"], name="s1"),
+        helper.make_node("Softmax", ["a"], ["c"], name="s2", axis=0),
+        helper.make_node("Add", ["b", "c"], ["y"], name="add"),
+    ]
+    proto = to_fp16(model(nodes, {"w": W}, ("a", "b", "c")))
+    found = types(proto)
+    softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
+    assert all(found[name] == FLOAT for node in softmaxes for name in (*node.input, *node.output))
+    assert softmaxes[0].input[0] == softmaxes[1].input[0]  # one cast for both
+    assert casts(proto) == 5  # x, a, b, c and y
+
+
+def rms_norm(prefix: str, x: str, y: str) -> list[onnx.NodeProto]:
+    steps = [
+        ("Pow", [x, "two"], "square"),
+        ("ReduceMean", ["square", "last"], "mean"),
+        ("Add", ["mean", "eps"], "shifted"),
+        ("Sqrt", ["shifted"], "root"),
+        ("Reciprocal", ["root"], "inverse"),
+        ("Mul", [x, "inverse"], "normed"),
+    ]
+    local = {name for _, _, name in steps}
+    rename = {name: f"{prefix}{name}" for name in local}
+    nodes = [
+        helper.make_node(kind, [rename.get(name, name) for name in inputs], [rename[out]], name=rename[out])
+        for kind, inputs, out in steps
+    ]
+    return [*nodes, helper.make_node("MatMul", [f"{prefix}normed", "w"], [y], name=f"{prefix}proj")]
+
+
+def test_rms_norm_and_its_residual_stream_stay_in_float() -> None:
+    """The stream is far above float16's range; only the normalised values may be rounded."""
+    nodes = [
+        *rms_norm("a_", "x", "first"),
+        helper.make_node("Add", ["x", "first"], ["stream"], name="residual"),
+        *rms_norm("b_", "stream", "y"),
+    ]
+    inner = tuple(output for node in nodes for output in node.output if output != "y")
+    constants = {"two": np.array(2, np.float32), "eps": np.array(1e-5, np.float32), "last": np.array([-1])}
+    build = model(nodes, {"w": W, **constants}, inner)
+    x = X * 1e6
+    expected = run(build, x)
+    proto = to_fp16(build)
+    found = types(proto)
+    float_values = {"stream", "a_square", "a_mean", "a_shifted", "a_root", "a_inverse", "a_normed", "b_normed"}
+    assert all(found[name] == FLOAT for name in float_values)
+    assert sum(found[n.input[1]] == HALF for n in proto.graph.node if n.op_type == "MatMul") == 2
+    np.testing.assert_allclose(run(proto, x), expected, atol=4e-3 * np.abs(expected).max())
+
+
+def test_named_nodes_stay_in_float() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="body/m"),
+        helper.make_node("MatMul", ["a", "w"], ["y"], name="head.out/m"),
+    ]
+    proto = to_fp16(model(nodes, {"w": W}, ("a",)), keep=("head.",))
+    found = types(proto)
+    matmuls = {node.name: node for node in proto.graph.node if node.op_type == "MatMul"}
+    assert found[matmuls["body/m"].input[1]] == HALF
+    assert found[matmuls["head.out/m"].input[1]] == FLOAT  # one weight, in both types
+
+
+def test_weights_out_of_range_are_clipped_not_infinite() -> None:
+    big = np.full((4, 4), -3e38, np.float32)
+    proto = to_fp16(model([helper.make_node("Add", ["x", "w"], ["y"], name="mask")], {"w": big}, ()))
+    (weight,) = proto.graph.initializer
+    assert (numpy_helper.to_array(weight) == np.finfo(np.float16).min).all()
+
+
+def test_integer_images_are_cast_to_half_at_once() -> None:
+    image = helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", 4])
+    y = helper.make_tensor_value_info("y", FLOAT, ["n", 4])
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], name="c", to=FLOAT),
+        helper.make_node("MatMul", ["a", "w"], ["y"], name="m"),
+    ]
+    values = [helper.make_tensor_value_info("a", FLOAT, ["n", 4])]
+    graph = helper.make_graph(nodes, "g", [image], [y], [numpy_helper.from_array(W, "w")], value_info=values)
+    proto = to_fp16(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    assert types(proto)["a"] == HALF
+    assert casts(proto) == 2
+
+
+def test_what_can_not_be_rewritten_is_said() -> None:
+    with pytest.raises(MDNetError, match="value a has no type"):
+        to_fp16(
+            model(
+                [
+                    helper.make_node("MatMul", ["x", "w"], ["a"], name="m"),
+                    helper.make_node("MatMul", ["a", "w"], ["y"], name="n"),
+                ],
+                {"w": W},
+                (),
+            )
+        )
+    branch = helper.make_graph([helper.make_node("Identity", ["x"], ["b"])], "b", [], [])
+    body = helper.make_node("If", ["x"], ["y"], name="if", then_branch=branch, else_branch=branch)
+    with pytest.raises(MDNetError, match="holds a graph of its own"):
+        to_fp16(model([body], {}, ()))

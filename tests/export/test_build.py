@@ -1,0 +1,193 @@
+"""`mdnet-export` end to end on the packaged demo: build, verify, inspect, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mdnet.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
+from mdnet_engines.bundle import Bundle
+from mdnet_engines.errors import BundleError, UsageError
+from mdnet_export import build as build_module
+from mdnet_export.build import ParityError, build_bundle
+from mdnet_export.cli import main
+from mdnet_export.images import parity_images
+from mdnet_export.report import from_json
+from mdnet_export.verify import verify_bundle
+from mdnet_export.weights import choose_weights
+from mdnet_rt import Scorer
+
+EXPORT = Path(sysconfig.get_path("scripts"), "mdnet-export")
+
+
+def test_the_bundle_scores_as_the_manifest_says(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest.parity.passed
+    assert manifest.parity.images == 6
+    assert manifest.provenance.weights == "demo"
+    stored = from_json(json.loads((bundle.path / "parity.json").read_text()))
+    images = parity_images(None, 128, 6)
+    with Scorer.open(bundle.path) as scorer:
+        scores = scorer.score_batch(images.pixels)
+    np.testing.assert_allclose(scores, [pair.bundle for pair in stored.scores], atol=1e-4)
+
+
+def test_fp16_halves_the_weights(bundle: Bundle) -> None:
+    size = sum(graph.file.size for graph in bundle.manifest.graphs.values())
+    checkpoint = demo_checkpoint().stat().st_size
+    assert (0.4 if bundle.manifest.precision == "fp16" else 0.9) < size / checkpoint
+    assert size / checkpoint < (0.65 if bundle.manifest.precision == "fp16" else 1.1)
+
+
+def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -> None:
+    report = verify_bundle(bundle.path, num_images=3, output=tmp_path / "report")
+    assert report.passed
+    assert len(report.scores) == 3
+    assert "<svg" in (tmp_path / "report" / "parity.html").read_text()
+
+
+def test_verify_fails_on_a_bundle_that_is_not_the_model(bundle: Bundle, tmp_path: Path) -> None:
+    """Another checkpoint's graphs under this one's provenance: what parity is there to find."""
+    model = load_checkpoint(demo_checkpoint())
+    model.fusion.head.out.bias.data += 0.2
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(model, other)
+    result = CliRunner().invoke(main, ["verify", str(bundle.path), "--checkpoint", str(other)])
+    assert result.exit_code == 2
+    assert "is not what the bundle was built from" in result.stderr
+
+
+def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(bundle.path)])
+    assert result.exit_code == 0, result.stderr
+    for part in ("demo", bundle.manifest.precision, "down_s16 float32[batch, 48, 8, 8]", "Apache-2.0", "parity"):
+        assert part in result.stdout
+
+
+def test_a_failed_gate_writes_nothing_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_reference = build_module.reference_outputs
+
+    def wrong_reference(*args: object) -> dict[str, np.ndarray]:
+        outputs = true_reference(*args)  # type: ignore[arg-type]
+        return {**outputs, "score": outputs["score"] + 0.5}
+
+    monkeypatch.setattr(build_module, "reference_outputs", wrong_reference)
+    images = parity_images(None, 128, 2)
+    with pytest.raises(ParityError, match=r"score max \|Δ\| is 0.5"):
+        build_bundle(choose_weights(), tmp_path / "bundle", images=images)
+    assert list(tmp_path.iterdir()) == []
+    forced = build_bundle(choose_weights(), tmp_path / "bundle", images=images, force=True)
+    assert forced.manifest.parity.forced
+    assert not forced.manifest.parity.passed
+    assert forced.manifest.parity.max_abs == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_checkpoint_is_built_and_verified_with_its_hash(tmp_path: Path) -> None:
+    model = load_checkpoint(demo_checkpoint())
+    model.fusion.head.out.bias.data += 0.3
+    file = tmp_path / "mine.safetensors"
+    save_checkpoint(model, file)
+    out = tmp_path / "bundle"
+    arguments = ["build", "--checkpoint", str(file), "-o", str(out), "--num-images", "2"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert Bundle.open(out).manifest.provenance.weights == "checkpoint"
+    without = CliRunner().invoke(main, ["verify", str(out)])
+    assert "give it with --checkpoint" in without.stderr
+    assert CliRunner().invoke(main, ["verify", str(out), "--checkpoint", str(file), "--num-images", "2"]).exit_code == 0
+
+
+def test_a_killed_build_leaves_the_old_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    """SIGKILL at several moments of a rebuild: the bundle that was there is still whole."""
+    target = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", bundle.path, target], check=True)
+    digest = Bundle.open(target).manifest
+    process = subprocess.Popen([EXPORT, "build", "-o", target], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(path.name == "vim.onnx" for path in tmp_path.glob(".bundle.*/*")):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    assert process.wait() == -signal.SIGKILL
+    assert Bundle.open(target).manifest == digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--preset", "sd15-vim-s"], "has no packaged weights; give yours with --checkpoint FILE"),
+        (["--preset", "sd15"], "no preset 'sd15'; there are: sd15-vim-s"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
+        (["--checkpoint", "text.safetensors"], "not a safetensors file"),
+        (["--checkpoint", "text.safetensors", "--random-init"], "contradict each other"),
+        (["--images", "empty"], "empty"),
+        (["--num-images", "0"], "at least one image"),
+        (["-o", "text.safetensors"], "is a file; -o takes the folder"),
+        (["-o", "full"], "exists and is not a bundle; it is left alone"),
+        (["--precision", "fp8"], "'fp8' is not one of"),
+    ],
+)
+def test_a_wrong_command_is_explained_and_writes_nothing(
+    arguments: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.safetensors").write_text("not weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    result = CliRunner().invoke(main, ["build", *arguments])
+    assert result.exit_code in (1, 2)
+    assert reason in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_preset_is_refused() -> None:
+    with pytest.raises(UsageError, match="checkpoint of preset demo, not sd15-vim-t"):
+        choose_weights(checkpoint=demo_checkpoint(), preset_name="sd15-vim-t")
+
+
+def test_no_space_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "bundle"))
+
+    monkeypatch.setattr("mdnet_export.graphs.onnx.save", full)
+    result = CliRunner().invoke(main, ["build", "-o", str(tmp_path / "bundle"), "--num-images", "1"])
+    assert result.exit_code == 1
+    assert "no space left on the disk" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_altered_on_disk_is_not_verified(bundle: Bundle, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", bundle.path, target], check=True)
+    with (target / "vim.onnx").open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"\x00\x01")
+    with pytest.raises(BundleError, match=r"vim\.onnx has sha256"):
+        verify_bundle(target)
+
+
+def test_parity_images_are_spread_over_a_folder(tmp_path: Path) -> None:
+    drawn = parity_images(None, 128, 3)
+    assert len({image.tobytes() for image in drawn.pixels}) == 3
+    from PIL import Image
+
+    for i in range(9):
+        Image.fromarray(drawn.pixels[i % 3]).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("no image")
+    chosen = parity_images(tmp_path, 128, 4)
+    assert chosen.names == ["0.png", "3.png", "6.png"]  # 9.png is the fourth, and can't be read
+    assert dataclasses.asdict(chosen)["source"].startswith("3 images of ")

@@ -1,0 +1,100 @@
+"""The frozen encoder against stock diffusers models that hold the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from mdnet.config import MDNetConfig, preset
+from mdnet.diffusion import DiffusionEncoder
+
+
+class _EnoughError(Exception):
+    pass
+
+
+def stock_features(encoder: DiffusionEncoder, config: MDNetConfig, image: Tensor) -> dict[str, Tensor]:
+    """What diffusers' own VAE and U-Net give on the encoder's weights. The decoder halves stay on the meta device."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=config.vae_channels,
+            layers_per_block=config.vae_layers,
+            latent_channels=4,
+            norm_num_groups=config.norm_groups,
+            scaling_factor=config.vae_scaling,
+        )
+        unet = UNet2DConditionModel(
+            block_out_channels=config.unet_channels,
+            layers_per_block=config.unet_layers,
+            attention_head_dim=config.unet_heads,
+            cross_attention_dim=config.context_dim,
+            norm_num_groups=config.norm_groups,
+        )
+    for stock, ours in ((vae, encoder.vae), (unet, encoder.unet)):
+        result = stock.load_state_dict(ours.state_dict(), strict=False, assign=True)
+        assert not result.unexpected_keys
+        halves = ("decoder.", "post_quant_conv.", "up_blocks.", "conv_norm_out.", "conv_out.")
+        assert all(key.startswith(halves) for key in result.missing_keys)
+    found: dict[str, Tensor] = {}
+    # A level's output states end with the downsampled map; before it stands the last transformer's output.
+    hooks: dict[torch.nn.Module, Callable[[Tensor | tuple], None]] = {
+        unet.down_blocks[1]: lambda output: found.update(down_s16=output[1][-2]),
+        unet.down_blocks[2]: lambda output: found.update(down_s32=output[1][-2]),
+    }
+    for module, keep in hooks.items():
+        module.register_forward_hook(lambda _m, _i, output, keep=keep: keep(output))
+
+    def stop(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> None:
+        found["mid_s64"] = output
+        raise _EnoughError
+
+    unet.mid_block.register_forward_hook(stop)
+    pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latent = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    context = encoder.context.expand(len(image), -1, -1)
+    with pytest.raises(_EnoughError):
+        unet(latent, torch.tensor(config.timestep), encoder_hidden_states=context)
+    return found
+
+
+def check_against_stock(config: MDNetConfig, run: Callable[[DiffusionEncoder, Tensor], dict[str, Tensor]]) -> None:
+    torch.manual_seed(1)
+    encoder = DiffusionEncoder(config)
+    image = torch.randint(0, 256, (2, config.image_size, config.image_size, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = stock_features(encoder, config, image)
+        got = run(encoder, image)
+    assert list(got) == list(config.feature_shapes)
+    for name, feature in got.items():
+        assert tuple(feature.shape[1:]) == config.feature_shapes[name]
+        # The contract's bound: float32 rounding through some sixty layers.
+        assert (feature - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+
+
+def run_folded(encoder: DiffusionEncoder, image: Tensor) -> dict[str, Tensor]:
+    from mdnet_export.graphs import EncoderGraph
+
+    features = EncoderGraph(encoder)(image)
+    return dict(zip(("down_s16", "down_s32", "mid_s64"), features, strict=True))
+
+
+@pytest.mark.parametrize("run", [DiffusionEncoder.__call__, run_folded], ids=["unfolded", "folded"])
+def test_features_equal_stock_diffusers(run: Callable) -> None:
+    check_against_stock(preset("demo"), run)
+
+
+@pytest.mark.full_size
+def test_folded_features_equal_stock_diffusers_at_the_sd15_configuration() -> None:
+    check_against_stock(preset("sd15-vim-s"), run_folded)
+
+
+def test_the_encoder_is_frozen_in_training_mode() -> None:
+    encoder = DiffusionEncoder(preset("demo")).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
