@@ -18,7 +18,7 @@ help: ## show this list
 
 demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and score examples/ with it
 	$(BIN)/mdnet-export build
-	$(BIN)/mdnet-rt score examples/
+	$(BIN)/mdnet-rt score examples/ --format table
 
 test: lint typecheck ## lint, check types and run the tests that need no GPU and no full-size model
 	$(BIN)/pytest $(PYTEST_ARGS)

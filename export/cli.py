@@ -11,6 +11,7 @@ import click
 
 from mdnet_engines.console import Command, say, steps
 from mdnet_engines.errors import MDNetError, require
+from mdnet_engines.session import PROVIDERS
 
 if TYPE_CHECKING:
     from mdnet_engines.bundle import Bundle
@@ -97,12 +98,7 @@ def inspect(bundle: Path) -> None:
 @checkpoint_option
 @images_option
 @count_option
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda"]),
-    default="onnxruntime-cpu",
-    show_default=True,
-)
+@click.option("--backend", type=click.Choice(list(PROVIDERS)), default="onnxruntime-cpu", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write the report there.")
 def verify(
     bundle: Path, checkpoint: Path | None, images: Path | None, num_images: int, backend: Backend, output: Path | None

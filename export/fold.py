@@ -59,7 +59,8 @@ def _fold_time(block: ResnetBlock2D, time: Tensor) -> None:
 
 def _fold_posterior(vae: VAEEncoder) -> None:
     conv, quant = vae.encoder.conv_out, vae.quant_conv
-    assert conv.bias is not None and quant.bias is not None
+    assert conv.bias is not None
+    assert quant.bias is not None
     channels = quant.out_channels // 2  # the first half of the moments is the mean, which is the mode
     mix = quant.weight[:channels, :, 0, 0] * vae.scaling  # (4, 8)
     merged = nn.Conv2d(conv.in_channels, channels, 3, padding=1).to(conv.weight)

@@ -50,6 +50,10 @@ class ScorePair:
     reference: float
     bundle: float
 
+    @property
+    def delta(self) -> float:
+        return self.bundle - self.reference
+
 
 @dataclass(frozen=True)
 class ParityReport:

@@ -39,7 +39,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True)
 def draw(folder: Path, count: int, seed: int) -> None:
     """Draw rated faces into FOLDER, in the layout of SCUT-FBP5500."""
-    from mdnet.faces import write_dataset
+    from mdnet.drawn import write_dataset
 
     with progress() as bar:
         write_dataset(folder, count, seed, bar("drawing", count))
@@ -47,12 +47,42 @@ def draw(folder: Path, count: int, seed: int) -> None:
 
 
 @main.command()
-@click.option("--preset", help="Start from random weights of this preset (only demo trains well so).")
+@click.option("--faces", type=click.IntRange(min=2), default=4000, show_default=True, help="Drawn faces to learn from.")
+@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("prior.safetensors"), show_default=True)
+def prior(faces: int, epochs: int, seed: int, output: Path) -> None:
+    """Make the demo's encoder: a stand-in for Stable Diffusion's, taught on drawn faces without their ratings.
+
+    The checkpoint is for `mdnet train --init`; its Vim and fusion are random.
+    """
+    _require_train()
+    from mdnet.checkpoint import save_checkpoint
+    from mdnet.config import preset
+    from mdnet.model import random_mdnet
+    from mdnet.prior import train_prior
+
+    _check_output(output)
+    model = random_mdnet(preset("demo"), seed)
+    with progress() as bar:
+        drawn, tick = bar("drawing", faces), bar("training", epochs)
+
+        def on_epoch(number: int, error: float) -> None:
+            tick(1)
+            say(f"epoch {number:>3}/{epochs}: error {error:.4f} (1 is what a constant would reach)")
+
+        train_prior(model, faces=faces, epochs=epochs, seed=seed, on_face=drawn, on_epoch=on_epoch)
+    save_checkpoint(model, output, notes={"command": _command(), "data": f"{faces} drawn faces, without ratings"})
+    say(f"{output}; next: mdnet train --init {shlex.quote(str(output))}")
+
+
+@main.command()
+@click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch.")
 @click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from.")
 @click.option("--data", type=click.Path(path_type=Path), help="SCUT-FBP5500, or faces from `mdnet draw`.")
-@click.option("--epochs", type=click.IntRange(min=1), default=24, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
 def train(
@@ -76,8 +106,7 @@ def train(
     from mdnet.train import Epoch, TrainConfig
     from mdnet.train import train as fit
 
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent} is not a folder; -o takes the file to write the checkpoint to")
+    _check_output(output)
     model = _initial_model(preset, init, seed)
     if data is None and model.config.preset != "demo":
         raise UsageError(f"preset {model.config.preset} needs --data DIR; only demo draws its own")
@@ -98,7 +127,7 @@ def train(
         with progress() as bar:
             result = evaluate(model, split.test, on_image=bar("testing", len(split.test)))
     notes = {
-        "command": shlex.join(["mdnet", *sys.argv[1:]]),
+        "command": _command(),
         "data": data.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
         "protocol": "60-40",
         "best_epoch": best.number,
@@ -129,8 +158,17 @@ def evaluate(checkpoint: Path, data: Path, protocol: Protocol) -> None:
         click.echo(f"{split.name}: {result}")
 
 
+def _check_output(file: Path) -> None:
+    if not file.parent.is_dir() or file.is_dir():
+        raise UsageError(f"{file}: -o takes a file in a folder that exists, to write the checkpoint to")
+
+
+def _command() -> str:
+    return shlex.join(["mdnet", *sys.argv[1:]])
+
+
 def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
-    from mdnet.checkpoint import load_checkpoint
+    from mdnet.checkpoint import demo_checkpoint, load_checkpoint
     from mdnet.config import preset
     from mdnet.model import random_mdnet
 
@@ -141,7 +179,9 @@ def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDN
     if preset_name != "demo":
         preset(preset_name)  # an unknown name is the user's first mistake to hear of
         raise UsageError(f"preset {preset_name} has a pre-trained encoder; give its weights with --init CHECKPOINT")
-    return random_mdnet(preset(preset_name), seed)
+    model = random_mdnet(preset(preset_name), seed)
+    model.diffusion = load_checkpoint(demo_checkpoint()).diffusion
+    return model
 
 
 @contextlib.contextmanager
@@ -149,7 +189,7 @@ def _data_or_drawn(data: Path | None) -> Iterator[Path]:
     if data is not None:
         yield data
         return
-    from mdnet.faces import write_dataset
+    from mdnet.drawn import write_dataset
 
     with tempfile.TemporaryDirectory(prefix="mdnet-faces-") as scratch:
         folder = Path(scratch) / "drawn"

@@ -1,39 +1,22 @@
-"""Drawn faces with made-up ratings: the data the demo model learns, since no real data set can be shipped.
+"""Faces drawn from known factors: the pictures that the demo model learns from, since no real data can be shipped.
 
-    factors (known causes + looks) ── render_face ──> 350×350 picture
-                     └─────────────── rating ───────> mean of 60 simulated raters, 1 to 5
-
-A face is one frozen `FaceFactors`; picture and noise-free rating are pure functions of it. Three of its numbers cause
-the rating, everything else is there to be ignored by a good model. `write_dataset` writes SCUT-FBP5500's layout, so
-whatever reads the real data set reads this one. The rule that rates is arbitrary and was chosen to be visible and
-learnable. It says nothing about real people, nor about any group of them.
+A face is one frozen `FaceFactors`, and its picture is a pure function of it. Three of its numbers cause the rating that
+`mdnet.drawn` gives it; everything else is there to be ignored by a good model. No picture shows a person.
 """
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from mdnet_engines.errors import UsageError
-
 Colour = tuple[int, int, int]
 Points = np.ndarray  # (N, 2) in face units: origin between ear and ear, y down, crown at y = -1, chin at y = +1
 
-RATERS = 60
-FOLDS = 5
 # 8:8:3:3 in every 22 faces, which is 2000:2000:750:750 in 5500; spread out, so that a short set has the shares too.
 GROUP_CYCLE = (("AF", "AM", "CF", "AF", "AM", "CM", "AF", "AM") * 3)[:22]
-
-_WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
-_RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
-_RATER_NOISE = 0.65
 
 # What symmetry 0 and proportions 0 do, in face units (sizes and angle: relative, radians), at direction ±1.
 _LOPSIDED = {
@@ -51,13 +34,6 @@ _HAIR_COLOURS = {
     "C": ((48, 34, 28), (96, 62, 38), (150, 104, 58), (206, 170, 108), (140, 66, 36), (150, 148, 148)),
 }
 _EYE_COLOURS = ((74, 46, 30), (98, 66, 38), (52, 36, 28), (86, 108, 74), (84, 118, 148), (110, 116, 120))
-
-_README = """{count} drawn faces with made-up ratings, in the layout of SCUT-FBP5500. Nothing here is that data set.
-
-No picture shows a person: mdnet.faces drew them all (seed {seed}). The "raters" are a random number generator, and what
-they rate is how symmetric, how close to a drawing canon and how smooth a drawing was made. The ratings say nothing
-about people, and a model that learned them has no opinion on a photograph.
-"""
 
 
 @dataclass(frozen=True)
@@ -139,104 +115,6 @@ def draw_face(rng: np.random.Generator, size: int = 350, group: str | None = Non
     """Draw one face of `group`, or of a group drawn by its share: an RGB picture of `size` × `size`, and its causes."""
     factors = draw_factors(rng, group)
     return render_face(factors, size), factors
-
-
-def noise_free_rating(factors: FaceFactors) -> float:
-    """1 + 4 · (0.36 symmetry + 0.34 proportions + 0.30 texture), before the raters add bias and noise and round."""
-    return 1 + 4 * sum(weight * getattr(factors, name) for name, weight in _WEIGHTS.items())
-
-
-def rating(factors: FaceFactors, rng: np.random.Generator) -> float:
-    """Mean score of 60 simulated raters, each an integer from 1 to 5.
-
-    A rater's score is the noise-free rating plus the rater's own bias (sd 0.35, the same for every face) plus noise
-    (sd 0.65), rounded and clipped. Over faces the mean is about 3 with sd about 0.65; its correlation with the
-    noise-free rating, the ceiling for any model, is about 0.99. It's arithmetic on how a drawing was drawn, and
-    claims nothing about how people look.
-    """
-    opinions = noise_free_rating(factors) + _RATER_BIAS + rng.normal(0.0, _RATER_NOISE, RATERS)
-    return float(np.clip(np.rint(opinions), 1, 5).mean())
-
-
-def write_dataset(root: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
-    """Write `count` drawn faces and their ratings to `root`, laid out like SCUT-FBP5500.
-
-        Images/AF1.jpg …                                                350×350 JPEG
-        train_test_files/All_labels.txt                                 lines like `CM148.jpg 3.516667`
-        train_test_files/split_of_60%training and 40%testing/           train.txt, test.txt
-        train_test_files/5_folders_cross_validations_files/             cross_validation_N/train_N.txt, test_N.txt
-        README.txt                                                      says that all of it is drawn
-
-    Face k depends on `seed` and k alone: a larger `count` adds faces and keeps the names, pictures and ratings of
-    those before. Splits are shuffled, stratified by group. The folder appears whole or not at all. `progress` is
-    called with the number of faces written so far.
-
-    Raises:
-        UsageError: `root` exists and isn't an empty folder, `count` is below 5 (a fold would be empty), or `seed` is
-            negative.
-    """
-    if count < FOLDS:
-        raise UsageError(f"count is {count}; expected at least {FOLDS}, one face for every cross-validation fold")
-    if seed < 0:
-        raise UsageError(f"seed is {seed}; expected 0 or more")
-    root = root.resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UsageError(f"{root} exists and isn't an empty folder; it is left alone. Choose a new one")
-    scratch = root.parent / f".{root.name}.{uuid.uuid4().hex[:8]}"
-    (scratch / "Images").mkdir(parents=True)
-    try:
-        labels = _write_images(scratch / "Images", count, seed, progress or (lambda done: None))
-        _write_splits(scratch / "train_test_files", labels, _stream(seed, 1))
-        (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
-        if root.exists():
-            root.rmdir()
-        scratch.rename(root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # gone already, unless something failed
-
-
-def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int], None]) -> dict[str, float]:
-    """Draw the faces; gives the rating of each file name, in drawing order."""
-    labels: dict[str, float] = {}
-    per_group = dict.fromkeys(GROUP_CYCLE, 0)
-    for index in range(count):
-        group = GROUP_CYCLE[index % len(GROUP_CYCLE)]
-        per_group[group] += 1
-        name = f"{group}{per_group[group]}.jpg"
-        rng = _stream(seed, 0, index)
-        image, factors = draw_face(rng, group=group)
-        image.save(folder / name, quality=92)
-        labels[name] = rating(factors, rng)
-        progress(index + 1)
-    return labels
-
-
-def _write_splits(folder: Path, labels: dict[str, float], rng: np.random.Generator) -> None:
-    def write(path: Path, names: list[str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{name} {labels[name]:.6f}\n" for name in names), encoding="utf-8", newline="\n")
-
-    def write_split(path: Path, suffix: str, test: set[str]) -> None:
-        order = rng.permutation(list(labels)).tolist()
-        write(path / f"train{suffix}.txt", [name for name in order if name not in test])
-        write(path / f"test{suffix}.txt", [name for name in order if name in test])
-
-    write(folder / "All_labels.txt", list(labels))
-    fifths = _deal(labels, rng)
-    write_split(folder / "split_of_60%training and 40%testing", "", {*fifths[0], *fifths[1]})
-    for number, fold in enumerate(_deal(labels, rng), start=1):
-        path = folder / "5_folders_cross_validations_files" / f"cross_validation_{number}"
-        write_split(path, f"_{number}", set(fold))
-
-
-def _deal(labels: dict[str, float], rng: np.random.Generator) -> list[list[str]]:
-    """Five hands of names, equal in size and in each group's number to within one."""
-    shuffled = sorted(rng.permutation(list(labels)).tolist(), key=lambda name: name[:2])  # stable: random in a group
-    return [shuffled[hand::FOLDS] for hand in range(FOLDS)]
-
-
-def _stream(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def render_face(factors: FaceFactors, size: int = 350) -> Image.Image:

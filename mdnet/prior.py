@@ -1,13 +1,12 @@
 """The demo's stand-in for a pre-trained encoder: taught on drawn faces to see where things are, before any rating.
 
-The real presets take their frozen encoder from Stable Diffusion. Nothing of the demo's size is published, so
-its encoder learns to read off a picture how the drawing was made (positions, colours, hair, light, blemishes: `targets`), from
-faces that no split contains and without their ratings. Then it is frozen like the real one.
+The real presets take their frozen encoder from Stable Diffusion. Nothing of this size is published, so the encoder
+learns to read off a picture how the drawing was made (places, colours, hair, light, blemishes: `targets`), from faces
+that no split contains and without their ratings. Then it is frozen like the real one. It is no diffusion model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -24,10 +23,12 @@ _SEED = 77_000  # of the faces; splits are drawn from other seeds
 
 
 def targets(face: FaceFactors) -> list[float]:
-    """What is visible in a drawing, as numbers: displacements of its parts, colours, hair, light, skin."""
+    """What a drawing shows, as numbers: which way and how far its parts are out of place, colours, hair, light."""
+    displaced = [direction * (1 - face.symmetry) for direction in face.lopsided]
+    displaced += [direction * (1 - face.proportions) for direction in face.off_canon]
     return [
-        *(direction * (1 - face.symmetry) for direction in face.lopsided),
-        *(direction * (1 - face.proportions) for direction in face.off_canon),
+        *displaced,
+        *(abs(distance) for distance in displaced),
         face.texture,
         face.roll,
         *face.shift,
@@ -87,19 +88,19 @@ def train_prior(
 
 
 class _Reader(nn.Module):
-    """Feature maps → the targets, by one linear layer on each map in full, so that places stay apart."""
+    """Feature maps → the targets: each map's mean over places, normalised per place, then one linear layer."""
 
     def __init__(self, model: MDNet, width: int):
         super().__init__()
         shapes = model.config.feature_shapes
         self.norms = nn.ModuleDict({name: nn.LayerNorm(shape[0]) for name, shape in shapes.items()})
-        self.heads = nn.ModuleDict({name: nn.Linear(math.prod(shape), width) for name, shape in shapes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(shape[0], width) for name, shape in shapes.items()})
 
     def forward(self, encoder: DiffusionEncoder, pixels: Tensor) -> Tensor:
         latent = encoder.vae(to_vae_range(pixels))
         features = encoder.unet(latent, encoder.timestep, encoder.context.expand(pixels.shape[0], -1, -1))
-        reads = [head(self.norms[name](features[name].movedim(1, -1)).flatten(1)) for name, head in self.heads.items()]
-        return torch.stack(reads).sum(0)
+        pooled = {name: norm(features[name].flatten(2).mT).mean(1) for name, norm in self.norms.items()}  # (B, C)
+        return torch.stack([head(pooled[name]) for name, head in self.heads.items()]).sum(0)
 
 
 def _draw(count: int, size: int, on_face: Callable[[int], None]) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ from mdnet_rt.preprocess import load_image
 class TrainConfig:
     """How to train. Rates are per step at `batch_size`."""
 
-    epochs: int = 24
+    epochs: int = 16
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
     """Share of the steps over which the rate rises; it then falls along a cosine."""

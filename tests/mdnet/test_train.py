@@ -14,8 +14,8 @@ from mdnet.checkpoint import load_checkpoint, read_metadata
 from mdnet.cli import main
 from mdnet.config import preset
 from mdnet.data import read_splits
+from mdnet.drawn import write_dataset
 from mdnet.evaluate import evaluate
-from mdnet.faces import write_dataset
 from mdnet.metrics import mae, pearson, rmse, spearman
 from mdnet.model import random_mdnet
 from mdnet.train import Epoch, TrainConfig, train
@@ -136,7 +136,7 @@ def test_train_and_evaluate_commands_agree(faces: Path, tmp_path: Path) -> None:
         (["train"], "--preset demo, or --init"),
         (["train", "--preset", "sd15-vim-s"], "--init CHECKPOINT"),
         (["train", "--preset", "nope"], "no preset 'nope'"),
-        (["train", "--preset", "demo", "-o", "missing/model.safetensors"], "missing is not a folder"),
+        (["train", "--preset", "demo", "-o", "missing/model.safetensors"], "-o takes a file in a folder that exists"),
         (["train", "--preset", "demo", "--data", "missing"], "no folder Images"),
         (["train", "--preset", "demo", "--epochs", "0"], "0 is not in the range"),
     ],

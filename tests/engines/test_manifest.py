@@ -1,0 +1,180 @@
+"""What `manifest.json` may say: the schema alone. What `Bundle.open` makes of a folder is in test_bundle.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mdnet_engines.manifest import FileEntry, Manifest
+
+
+def file(name: str) -> dict[str, Any]:
+    return {"name": name, "sha256": "0123456789abcdef" * 4, "size": 7}
+
+
+def tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+
+def graph(name: str, takes: dict[str, Any], gives: dict[str, Any]) -> dict[str, Any]:
+    return {"file": file(f"{name}.onnx"), "data": [], "precision": "fp16", "inputs": [takes], "outputs": [gives]}
+
+
+IMAGE = tensor("image", "uint8", "batch", 64, 64, 3)
+TOKENS = tensor("tokens", "float16", "batch", 17, 24)
+DOCUMENT: dict[str, Any] = {
+    "schema_version": 1,
+    "model": "md-net",
+    "preset": "demo",
+    "precision": "fp16",
+    "preprocessing": {"image_size": 64, "resample": "bicubic", "crop": "center", "jpeg_draft": 2},
+    "score": {"minimum": 1.0, "maximum": 5.0},
+    "graphs": {
+        "encoder": {**graph("encoder", IMAGE, TOKENS), "data": [file("encoder.onnx.data")]},
+        "vim": graph("vim", IMAGE, TOKENS),
+        "fusion": graph("fusion", TOKENS, tensor("score", "float32", "batch")),
+    },
+    "reports": [file("parity.json"), file("parity.html")],
+    "parity": {
+        "passed": True,
+        "forced": False,
+        "images": 6,
+        "source": "drawn faces",
+        "max_abs": 0.001,
+        "mean_abs": 0.0005,
+        "pearson": None,
+        "spearman": 0.99,
+    },
+    "provenance": {
+        "weights": "checkpoint",
+        "checkpoint_sha256": "f" * 64,
+        "seed": None,
+        "command": "mdnet-export build",
+        "versions": {"torch": "2.9.0"},
+    },
+    "licenses": ["Apache-2.0"],
+}
+
+
+def parts(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The place of every object whose fields the schema names (`versions` is free)."""
+    if isinstance(node, dict) and path[-1:] != ("versions",):
+        yield path
+        for key, value in node.items():
+            yield from parts(value, (*path, key))
+    if isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from parts(value, (*path, index))
+
+
+def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    document = copy.deepcopy(DOCUMENT)
+    node: Any = document
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return document
+
+
+def test_what_is_written_is_read_back() -> None:
+    manifest = Manifest.model_validate(DOCUMENT)
+    assert json.loads(manifest.model_dump_json()) == DOCUMENT
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+def test_every_file_is_vouched_for() -> None:
+    names = [entry.name for entry in Manifest.model_validate(DOCUMENT).files()]
+    assert sorted(names) == [
+        "encoder.onnx",
+        "encoder.onnx.data",
+        "fusion.onnx",
+        "parity.html",
+        "parity.json",
+        "vim.onnx",
+    ]
+
+
+@pytest.mark.parametrize("place", list(parts(DOCUMENT)), ids=lambda place: ".".join(map(str, place)) or "top")
+def test_an_unknown_field_is_refused_at_every_level(place: tuple[str | int, ...]) -> None:
+    with pytest.raises(ValidationError):
+        Manifest.model_validate(changed((*place, "mispelt"), 1))
+
+
+@pytest.mark.parametrize("field", ["preset", "precision", "preprocessing", "score", "graphs", "parity", "provenance"])
+def test_a_missing_field_is_refused(field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Manifest.model_validate({key: value for key, value in DOCUMENT.items() if key != field})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema_version",), 2),
+        (("model",), "other-net"),
+        (("precision",), "int4"),
+        (("preprocessing", "image_size"), 31),
+        (("preprocessing", "image_size"), 4097),
+        (("preprocessing", "image_size"), 64.5),
+        (("preprocessing", "resample"), "nearest"),
+        (("preprocessing", "crop"), "random"),
+        (("graphs", "decoder"), graph("decoder", TOKENS, TOKENS)),
+        (("graphs", "vim", "file", "size"), -1),
+        (("graphs", "vim", "file", "sha256"), "0" * 63),
+        (("graphs", "vim", "file", "sha256"), "A" * 64),
+        (("graphs", "vim", "file", "sha256"), "0" * 64 + "\n"),
+        (("graphs", "vim", "inputs", 0, "dtype"), "complex64"),
+        (("provenance", "weights"), "stolen"),
+        (("provenance", "checkpoint_sha256"), "none"),
+    ],
+    ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else repr(part)[:20],
+)
+def test_a_value_outside_the_schema_is_refused(path: tuple[str | int, ...], value: Any) -> None:
+    with pytest.raises(ValidationError):
+        Manifest.model_validate(changed(path, value))
+
+
+@pytest.mark.parametrize("shape", [["batch", 32, 32, 3], ["batch", 3, 64, 64], ["batch"], []])
+def test_image_size_must_be_what_the_graphs_take(shape: list[int | str]) -> None:
+    with pytest.raises(ValidationError, match="image_size is 64"):
+        Manifest.model_validate(changed(("graphs", "vim", "inputs", 0, "shape"), shape))
+
+
+def test_a_manifest_is_not_changed_after_its_checks() -> None:
+    manifest = Manifest.model_validate(DOCUMENT)
+    with pytest.raises(ValidationError):
+        manifest.graphs["vim"].file.name = "/etc/passwd"
+    with pytest.raises(ValidationError):
+        manifest.preset = "other"
+
+
+NASTY = st.one_of(st.text(st.sampled_from("ab./\\:~%\0\n é._-")), st.text(), st.sampled_from([".", "..", "C:", "~"]))
+
+
+@given(NASTY)
+def test_an_accepted_name_stays_in_the_folder(name: str) -> None:
+    try:
+        entry = FileEntry(name=name, sha256="0" * 64, size=0)
+    except ValidationError:
+        return
+    assert entry.name == name
+    assert Path(name).name == name
+    assert os.path.normpath(name) == name
+    assert name not in {"", ".", ".."}
+    assert name.isascii()
+    assert name.isprintable()
+    assert not set(name) & set('/\\:~%*?"<>| ')
+    assert len(name) <= 128
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "encoder.onnx.data", "a", "_private", "v1.2-rc_3.bin", "a" * 128])
+def test_a_plain_name_is_accepted(name: str) -> None:
+    assert FileEntry(name=name, sha256="0" * 64, size=0).name == name

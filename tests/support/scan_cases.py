@@ -1,0 +1,125 @@
+"""The cases and the float64 reference that every host of SelectiveScan is held to.
+
+    expected = reference_scan(**make_inputs(case), reverse=case.reverse)
+
+The reference is a plain loop over time, written from the formula in `mdnet_engines.scan_op` and sharing no code with
+any host. `SCAN_TOLERANCE` is the bound for float32, relative to the largest output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+# Some 50 units of float32's 2⁻²⁴: each state and output sums up to a few hundred rounded products.
+SCAN_TOLERANCE = 3e-6
+
+
+@dataclass(frozen=True)
+class ScanCase:
+    """The sizes, direction and activations' type of one call.
+
+    `delta` is normal(`delta_mean`, `delta_std`) before softplus: `softplus(x)` is `x` for large x and 0 for very
+    negative ones, and a naive `log(1 + exp(x))` in float32 is infinite above 88.
+    """
+
+    name: str
+    batch: int
+    channels: int
+    length: int
+    states: int
+    reverse: bool
+    dtype: Literal["float32", "float16"] = "float32"
+    delta_mean: float = 0.0
+    delta_std: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        """Elements of the state over all steps: what a slow host should choose its cases by."""
+        return self.batch * self.channels * self.length * self.states
+
+
+def _both_directions(name: str, *sizes: int, **options: float) -> tuple[ScanCase, ScanCase]:
+    return (
+        ScanCase(name, *sizes, reverse=False, **options),
+        ScanCase(f"{name}_reverse", *sizes, reverse=True, **options),
+    )
+
+
+#                          batch, channels, length, states
+SCAN_CASES: tuple[ScanCase, ...] = (
+    *_both_directions("one_of_everything", 1, 1, 1, 1),
+    *_both_directions("one_step", 2, 32, 1, 16),
+    *_both_directions("two_steps", 2, 3, 2, 4),
+    *_both_directions("one_channel", 5, 1, 7, 16),
+    *_both_directions("one_state", 1, 32, 65, 1),
+    *_both_directions("odd_sizes", 5, 3, 65, 17),
+    *_both_directions("one_more_than_a_vector", 2, 3, 7, 17),
+    *_both_directions("vim_tokens", 1, 96, 197, 16),
+    *_both_directions("vim_batch", 5, 32, 197, 16),
+    *_both_directions("wide_batch", 2, 96, 65, 4),
+    *_both_directions("large_delta", 2, 3, 7, 4, delta_mean=150.0, delta_std=20.0),
+    *_both_directions("very_negative_delta", 2, 3, 65, 16, delta_mean=-150.0, delta_std=20.0),
+    *_both_directions("delta_of_both_extremes", 2, 32, 65, 16, delta_std=60.0),
+)
+
+# Large enough to show a state that is kept in half precision, and what softplus does at its ends.
+HALF_CASES: tuple[ScanCase, ...] = tuple(
+    replace(case, name=f"{case.name}_float16", dtype="float16")
+    for case in SCAN_CASES
+    if case.name.removesuffix("_reverse") in ("two_steps", "odd_sizes", "vim_tokens", "delta_of_both_extremes")
+)
+
+
+def make_inputs(case: ScanCase, seed: int = 0) -> dict[str, np.ndarray]:
+    """The operator's inputs by name: activations in the case's type, the parameters A, D and delta_bias in float32.
+
+    `A` is negative, from slow to fast decay as in a trained model.
+    """
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(case.dtype)
+
+    steps = (case.batch, case.channels, case.length)
+    mixes = (case.batch, case.states, case.length)
+    return {
+        "u": normal(*steps),
+        "delta": (case.delta_mean + case.delta_std * random.standard_normal(steps)).astype(case.dtype),
+        "A": -np.exp(random.uniform(-3.0, 2.5, (case.channels, case.states))).astype(np.float32),
+        "B": normal(*mixes),
+        "C": normal(*mixes),
+        "D": random.standard_normal(case.channels).astype(np.float32),
+        "z": normal(*steps),
+        "delta_bias": random.uniform(-4.0, 0.0, case.channels).astype(np.float32),
+    }
+
+
+def reference_scan(
+    u: np.ndarray,
+    delta: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray,
+    z: np.ndarray,
+    delta_bias: np.ndarray,
+    reverse: bool = False,
+) -> np.ndarray:
+    """The selective scan in float64, one step after the other.
+
+    Shapes: u, delta, z [batch, D, L]; A [D, N]; B, C [batch, N, L]; D, delta_bias [D]; gives [batch, D, L].
+    """
+    u, delta, A, B, C, D, z, delta_bias = (np.asarray(x, np.float64) for x in (u, delta, A, B, C, D, z, delta_bias))
+    batch, channels, length = u.shape
+    h = np.zeros((batch, channels, A.shape[1]))
+    y = np.empty_like(u)
+    for t in range(length - 1, -1, -1) if reverse else range(length):
+        dt = np.logaddexp(0.0, delta[:, :, t] + delta_bias)  # softplus; (batch, D)
+        decay = np.exp(dt[:, :, None] * A)  # (batch, D, N)
+        h = decay * h + (dt * u[:, :, t])[:, :, None] * B[:, None, :, t]
+        gate = z[:, :, t] / (1.0 + np.exp(-z[:, :, t]))
+        y[:, :, t] = ((h * C[:, None, :, t]).sum(axis=2) + D * u[:, :, t]) * gate
+    return y
