@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mdnet_engines.errors import BundleError, UsageError
+from mdnet_engines.errors import BundleError, UsageError, printable
 from mdnet_engines.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
@@ -42,10 +42,16 @@ class Bundle:
             BundleError: not a bundle, or its manifest or one of its files can't be trusted; the message says which.
         """
         root = Path(path)
-        manifest = _read_manifest(root)
-        for entry in manifest.files():
-            _check_file(root, entry)
-        return cls(root, manifest)
+        while True:
+            manifest = _read_manifest(root)
+            try:
+                for entry in manifest.files():
+                    _check_file(root, entry)
+            except BundleError:
+                if _read_manifest(root) != manifest:
+                    continue  # a build put another bundle in its place meanwhile: look at that one
+                raise
+            return cls(root, manifest)
 
     def graph_path(self, name: GraphName) -> Path:
         """The ONNX file of the graph `name`."""
@@ -67,17 +73,17 @@ def _read_manifest(root: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error}); rebuild the bundle with: mdnet-export build") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:  # True and 1.0 equal 1
         raise BundleError(
-            f"{file} has schema version {version!r}, this mdnet reads {SCHEMA_VERSION}; "
+            f"{file} has schema version {version!r:.40}, this mdnet reads {SCHEMA_VERSION}; "
             "rebuild the bundle, or install the mdnet that wrote it"
         )
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {where}: {first['msg']} (got {first['input']!r:.80})") from None
+        where = printable(".".join(str(part) for part in first["loc"]))
+        raise BundleError(f"{file}: {where:.200}: {first['msg']} (got {first['input']!r:.80})") from None
     if missing := [name for name in GRAPH_NAMES if name not in manifest.graphs]:
         raise BundleError(f"{file} lacks the graphs {', '.join(missing)}; rebuild the bundle")
     return manifest
@@ -134,6 +140,7 @@ def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.chmod(0o777 & ~_umask())
         for file in scratch.iterdir():
             _flush_to_disk(file)
+        check_replaceable(target)  # again: a build takes minutes
         if target.exists():
             _exchange(scratch, target)
         else:
@@ -144,13 +151,25 @@ def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raise `UsageError` unless `target` is free, an empty folder or a bundle."""
+    """Raise `UsageError` unless `target` is free, an empty folder or a bundle, and nobody's current folder."""
     if not target.exists():
         return
     if not target.is_dir():
         raise UsageError(f"{target} is a file; -o takes the folder to write the bundle to")
-    if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
+    if Path.cwd().is_relative_to(target):
+        raise UsageError(f"{target} is the current folder, which can't be replaced; choose a folder in it with -o")
+    if any(target.iterdir()) and not _holds_our_manifest(target):
         raise UsageError(f"{target} exists and is not a bundle; it is left alone. Choose another folder with -o")
+
+
+def _holds_our_manifest(folder: Path) -> bool:
+    # Of any schema version: an outdated bundle is there to be replaced. Browser extensions have a manifest.json too.
+    file = folder / MANIFEST_NAME
+    try:
+        document = json.loads(file.read_bytes()) if file.stat().st_size <= MAX_MANIFEST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"schema_version", "graphs"} <= document.keys()
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -160,10 +179,17 @@ def _exchange(new: Path, old: Path) -> None:
     if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
-    old.rename(aside / "bundle")
-    new.rename(old)
-    (aside / "bundle").rename(new)
-    aside.rmdir()
+    kept = aside / "bundle"
+    try:
+        old.rename(kept)
+        new.rename(old)
+        kept.rename(new)
+    except BaseException:
+        if not old.exists():
+            kept.rename(old)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush_to_disk(file: Path) -> None:

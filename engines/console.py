@@ -31,13 +31,15 @@ class Command(click.Group):
         super().__init__(*args, **kwargs)
         self.epilog = "--debug anywhere on the line shows the traceback of a failure."
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _reader_may_leave():  # --help and --version print here
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # The reader went away (`| head`), which is no failure. Point stdout at nothing, for the flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return None
+        with _reader_may_leave():
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **kwargs: Any) -> NoReturn:
         argv = list(sys.argv[1:] if args is None else args)
@@ -45,6 +47,8 @@ class Command(click.Group):
         kwargs["standalone_mode"] = False
         try:
             code = super().main([word for word in argv if word != "--debug"], **kwargs)
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
         except click.ClickException as error:
             error.show()
             code = error.exit_code
@@ -61,9 +65,32 @@ class Command(click.Group):
         except Exception as error:
             if debug:
                 raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-            code = _say(f"unexpected {type(error).__name__}: {first} (add --debug for the traceback)", 1)
+            text = _first_line(str(error)) or "no message"
+            code = _say(f"unexpected {type(error).__name__}: {text} (add --debug for the traceback)", 1)
+        _mute_if_unwritable()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """A reader of standard output that went away (`| head`) is no failure; click itself would exit with 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        _mute_if_unwritable()
+        raise click.exceptions.Exit(0) from None
+
+
+def _mute_if_unwritable() -> None:
+    """Point standard output at nothing where it can't be written, or Python's flush at exit complains again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")
 
 
 def _say(message: str, code: int) -> int:
@@ -81,7 +108,7 @@ def output() -> Console:
     from rich.console import Console
 
     console = Console(legacy_windows=False)
-    return console if console.is_terminal else Console(width=200, legacy_windows=False)
+    return console if console.is_terminal else Console(width=10_000, legacy_windows=False)
 
 
 @contextlib.contextmanager
@@ -99,13 +126,14 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 def explain_os_error(error: OSError) -> str:
     """One line for the operating system's refusals that users meet: no space, no permission, no such file."""
-    where = os.fsdecode(error.filename) if error.filename is not None else ""
+    # An open file is named by its number, which tells a user nothing.
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
     at = f"{where}: " if where else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{at}no space left on the disk; free some, or write elsewhere with -o"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{at}no permission to read or write there"
-    return f"{at}{error.strerror or error}"
+    return _first_line(f"{at}{error.strerror or error}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,10 @@
 """The errors a user is meant to read: one line that says what was wrong, what was expected and what to do."""
 
+from __future__ import annotations
+
+import importlib.util
+import os
+
 
 class MDNetError(Exception):
     """Work that could not be done. The command line prints the message and exits with `exit_code`."""
@@ -17,9 +22,19 @@ class BundleError(MDNetError):
     """A bundle that can't be trusted or read: bad manifest, wrong hash, missing file, path outside itself."""
 
 
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Text for a terminal: on one line, without control characters, bytes of a name that aren't UTF-8 as `\xff`."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in os.fspath(text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that was not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def require(module: str, extra: str) -> None:
     """Raise `MDNetError` naming the extra to install when `module` is not importable."""
-    import importlib.util
-
     if importlib.util.find_spec(module) is None:
         raise MDNetError(f"{module} is not installed; it comes with: pip install 'mdnet[{extra}]'")

@@ -37,7 +37,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileEntry(_Part):
@@ -93,11 +93,19 @@ class ParitySummary(_Part):
     forced: bool = False
     images: int
     source: str
-    max_abs: float
-    mean_abs: float
+    max_abs: float | None
+    mean_abs: float | None
+    """None where a score was not finite."""
     pearson: float | None = None
     spearman: float | None = None
     """None where the reference scores hardly vary (random weights), which leaves a correlation no meaning."""
+
+    def __str__(self) -> str:
+        """The differences, for one line of output."""
+        if self.max_abs is None or self.mean_abs is None:
+            return f"scores that are not finite, {self.source}"
+        correlation = "" if self.pearson is None else f", Pearson {self.pearson:.6f}"
+        return f"max |Δscore| {self.max_abs:.2g}, mean {self.mean_abs:.2g}{correlation}, {self.source}"
 
 
 class Provenance(_Part):

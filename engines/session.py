@@ -16,7 +16,7 @@ PROVIDERS: dict[str, str] = {
     "onnxruntime-cpu": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
 }
-_QUIET = 3  # ONNX Runtime's "error" severity: its warnings about foreign nodes are not for users
+_QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need not be in its log as well
 
 
 class OrtSession:

@@ -134,8 +134,7 @@ def _print_result(bundle: Bundle) -> None:
     parity = manifest.parity
     verdict = "parity passed" if parity.passed else "PARITY FAILED, written because of --force"
     say(f"{bundle.path}: {manifest.preset} {manifest.precision}, {size:.1f} MB")
-    pearson = "" if parity.pearson is None else f", Pearson {parity.pearson:.6f}"
-    say(f"{verdict}: max |Δscore| {parity.max_abs:.2g} on {parity.source}{pearson}; see {bundle.path / 'parity.html'}")
+    say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
     if manifest.precision == "fp16":
         say("fp16 brings no speed on a CPU, which computes it in float32; it is for GPUs")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")

@@ -22,14 +22,12 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(table)
     parity, provenance = manifest.parity, manifest.provenance
     verdict = "passed" if parity.passed else "FAILED, forced"
-    correlation = "" if parity.pearson is None else f", Pearson {parity.pearson:.6f}"
-    differences = f"max |Δ| {parity.max_abs:.2g}, mean |Δ| {parity.mean_abs:.2g}{correlation}"
     digest = f", sha256 {provenance.checkpoint_sha256}" if provenance.checkpoint_sha256 else ""
     facts = {
         "preset": f"{manifest.preset}, schema {manifest.schema_version}; every file's sha256 is as the manifest says",
         "input": f"{manifest.preprocessing.image_size} px, {manifest.preprocessing.resample}, centre crop",
         "score": f"{manifest.score.minimum:g} to {manifest.score.maximum:g}",
-        "parity": f"{verdict}: {differences}, {parity.source}",
+        "parity": f"{verdict}: {parity}",
         "weights": provenance.weights + digest,
         "built by": provenance.command,
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),

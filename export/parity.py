@@ -75,14 +75,15 @@ class ParityReport:
         """What the manifest records."""
         expected = np.array([pair.reference for pair in self.scores])
         got = np.array([pair.bundle for pair in self.scores])
+        finite = bool(np.isfinite(got).all())
         spread = next(gate.value for gate in self.gates if gate.name == PEARSON_GATE) is not None
         return ParitySummary(
             passed=self.passed,
             forced=self.forced,
             images=len(self.scores),
             source=self.source,
-            max_abs=_worst(expected, got),
-            mean_abs=mae(expected, got),
+            max_abs=_worst(expected, got) if finite else None,
+            mean_abs=mae(expected, got) if finite else None,
             pearson=pearson(expected, got) if spread else None,
             spearman=spearman(expected, got) if spread else None,
         )

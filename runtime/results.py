@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from mdnet_engines.console import INTERRUPTED, explain_os_error
-from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_rt.sources import printable
+from mdnet_engines.errors import MDNetError, UsageError, printable
 
 Format = Literal["table", "csv", "jsonl"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "jsonl")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mdnet_engines.errors import UsageError
+from mdnet_engines.errors import UsageError, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """What counts as an image when a folder is searched, in any case of letters."""
@@ -46,11 +46,6 @@ def find_images(patterns: Sequence[str | os.PathLike[str]]) -> list[Path]:
         for path in images:
             found.setdefault(os.path.abspath(path), path)  # noqa: PTH100 (resolve() would merge linked names)
     return list(found.values())
-
-
-def printable(name: str | os.PathLike[str]) -> str:
-    """A file name for people to read: on one line, without control characters, bytes that aren't UTF-8 as `\\xff`."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in os.fspath(name))
 
 
 def natural_key(path: os.PathLike[str]) -> tuple[object, ...]:
@@ -134,10 +129,3 @@ def _refuse(error: OSError) -> NoReturn:
     # To skip a folder in silence would score part of a data set as if it were the whole.
     where = printable(os.fsdecode(error.filename or ""))
     raise UsageError(f"can't read the folder {where}: {(error.strerror or str(error)).lower()}") from error
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that was not UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
