@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := mdnet mdnet_calib mdnet_engines mdnet_export mdnet_rt
-PYTEST_ARGS ?= -m "not full_size"
+PYTEST_ARGS ?=
 
 .PHONY: help demo test lint typecheck format clean
 
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and
 	$(BIN)/mdnet-export build
 	$(BIN)/mdnet-rt score examples/ --format table
 
-test: lint typecheck ## lint, check types and run the tests that need no GPU and no full-size model
+test: lint typecheck ## lint, check types and run the tests; those that need a GPU are skipped without one
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## style, format and which room imports which
