@@ -64,17 +64,7 @@ def selective_scan(
 
 
 @selective_scan.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool = False,
-) -> Tensor:
+def _(u: Tensor, *_: Tensor | bool) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
@@ -134,21 +124,9 @@ def selective_scan_backward(
 
 
 @selective_scan_backward.register_fake
-def _(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C, D, z, delta_bias)
-    )
+def _(_grad: Tensor, *inputs: Tensor | bool) -> tuple[Tensor, ...]:
+    tensors = (value for value in inputs if isinstance(value, Tensor))
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -111,6 +111,7 @@ def train(
         for number, loss, average in _epochs(model, cache, training, config, generator):
             predicted = _predict(average, cache, validation, config.batch_size)
             score = pearson(cache.ratings[validation].numpy(), predicted)
+            score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
             result = Epoch(number, config.epochs, loss, score)
             on_epoch(result)
             if best_weights is None or score > best.validation_pearson:

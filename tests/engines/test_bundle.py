@@ -562,6 +562,22 @@ def test_what_is_not_a_bundle_is_left_alone(make: Callable[[Path], None], tmp_pa
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_called_manifest_is_never_waited_for_by_a_build(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    os.mkfifo(tmp_path / "mine" / MANIFEST_NAME)
+    refused = threading.Event()
+
+    def target() -> None:
+        with contextlib.suppress(UsageError):
+            build(tmp_path / "mine")
+            return
+        refused.set()
+
+    threading.Thread(target=target, daemon=True).start()
+    assert refused.wait(timeout=5)
+
+
 @pytest.mark.parametrize("make", [_file, _photos], ids=lambda make: make.__name__.lstrip("_"))
 def test_what_appears_while_the_bundle_is_built_is_left_alone(make: Callable[[Path], None], tmp_path: Path) -> None:
     """A build takes minutes: what was free at its start may be somebody's at its end."""
@@ -721,6 +737,24 @@ def test_a_bundle_replaced_while_it_is_opened_is_the_old_or_the_new_one(
     assert bundle.manifest.preset in ("demo", "new")
 
 
+def test_a_bundle_replaced_by_one_with_fewer_files_while_it_is_opened_is_the_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large weights lie beside the graph, small ones in it: a file can go between the look at it and its reading."""
+
+    def swap_then_hash(file: Path) -> str:
+        if file.name == "encoder.onnx.data":
+            monkeypatch.setattr(bundle_module, "sha256_of", sha256_of)
+            with write_bundle(folder) as scratch:
+                fill(scratch, "new")
+                (scratch / file.name).unlink()
+                rewrite(scratch, lambda document: document["graphs"]["encoder"].update(data=[]))
+        return sha256_of(file)
+
+    monkeypatch.setattr(bundle_module, "sha256_of", swap_then_hash)
+    assert Bundle.open(folder).manifest.preset == "new"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="this system has no file modes")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750), (0o077, 0o700), (0o002, 0o775)], ids=oct)
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
@@ -778,6 +812,26 @@ def test_a_replacement_in_steps_that_fails_puts_the_old_bundle_back(
     with pytest.raises(type(error)):
         build(folder, "new")
     assert snapshot(folder) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="ctypes is not asked there")
+def test_an_old_bundle_that_cannot_be_put_back_is_not_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every rename after the first one fails, the old bundle is the only good one: it stays, if elsewhere."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace())
+    weights = (folder / "encoder.onnx.data").read_bytes()
+    rename, calls = Path.rename, 0
+
+    def rename_once(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        build(folder, "new")
+    assert weights in [file.read_bytes() for file in folder.parent.rglob("encoder.onnx.data")]
 
 
 def test_a_bundle_copied_elsewhere_still_opens(folder: Path, tmp_path: Path) -> None:

@@ -301,6 +301,25 @@ def test_a_reader_that_went_away_is_no_failure(
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="this system has no shell of that kind")
+@pytest.mark.parametrize(
+    ("arguments", "code", "lines"),
+    [(["write", "echo", "1"], 0, 0), (["write", "print", "1"], 0, 0), (["fail"], 1, 1), (["--help"], 0, 0)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_closed_standard_output_is_no_failure(
+    arguments: list[str], code: int, lines: int, command: list[str], environment: dict[str, str]
+) -> None:
+    """`>&-`, as some job schedulers start their jobs: Python's `sys.stdout` is None then."""
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command, *arguments],
+        stderr=subprocess.PIPE,
+        env=environment,
+        timeout=30,
+    )
+    assert (result.returncode, len(result.stderr.splitlines())) == (code, lines), result.stderr.decode()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="this system has no head")
 @pytest.mark.parametrize("how", ["echo", "print", "bytes"])
 def test_head_takes_one_line_and_ends_it(how: str, command: list[str], environment: dict[str, str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mdnet_engines.errors import BundleError, MDNetError, UsageError, require
+from mdnet_engines.errors import BundleError, MDNetError, UsageError, printable, require
 
 
 @pytest.mark.parametrize(("kind", "code"), [(MDNetError, 1), (BundleError, 1), (UsageError, 2)])
@@ -25,3 +27,13 @@ def test_a_module_that_is_there_is_not_imported() -> None:
     sys.modules.pop("this", None)  # importing it prints
     require("this", "export")
     assert "this" not in sys.modules
+
+
+@given(st.text(st.characters()))
+def test_any_text_is_one_line_that_every_terminal_can_show(text: str) -> None:
+    shown = printable(text)
+    assert len(shown.splitlines()) == (1 if text else 0)
+    assert shown.isprintable()
+    assert shown.encode()
+    if text.isprintable():
+        assert shown == text

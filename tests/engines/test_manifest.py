@@ -156,7 +156,14 @@ def test_a_manifest_is_not_changed_after_its_checks() -> None:
         manifest.preset = "other"
 
 
-NASTY = st.one_of(st.text(st.sampled_from("ab./\\:~%\0\n é._-")), st.text(), st.sampled_from([".", "..", "C:", "~"]))
+PLAIN = st.text("ab1_.-", max_size=6)
+CHARACTER = st.sampled_from("/\\:~%*\0\n é.\u2215-") | st.characters()
+NASTY = st.one_of(
+    st.builds(lambda *parts: "".join(parts), PLAIN, CHARACTER, PLAIN),  # one character away from a good name
+    st.text(),
+    st.text("ab", min_size=100, max_size=200),
+    st.sampled_from([".", "..", "C:", "~"]),
+)
 
 
 @given(NASTY)
