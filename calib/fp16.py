@@ -2,6 +2,7 @@
 
 What stays in float32, and why:
 - the selective scan: its state sums hundreds of steps (it takes and gives float32 here);
+- the Split that the scan's B and C come from: TensorRT-RTX 1.7.1 can't build the scan's body with a cast in between;
 - normalisations and softmax: variances overflow and sums lose bits in float16;
 - RMSNorm's residual stream, the sum of all layers so far, as the published Vim keeps it;
 - nodes that the caller names, such as the score's head;
@@ -34,6 +35,7 @@ NORMALISATION = frozenset(
 )
 _STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})  # what takes these as input belongs to the norm as well
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+_B, _C = scan_op.INPUTS.index("B"), scan_op.INPUTS.index("C")
 _HALF_MAX = float(np.finfo(np.float16).max)
 
 
@@ -55,6 +57,7 @@ def float32_nodes(proto: onnx.ModelProto, keep: Collection[str]) -> set[int]:
     nodes = proto.graph.node
     producer = {output: node for node in nodes for output in node.output}
     feeds_rms_norm = {node.input[0] for node in nodes if node.op_type == "Pow"}
+    states = {name for node in nodes if node.domain == scan_op.DOMAIN for name in node.input[_B : _C + 1]}
     chosen = set()
     for position, node in enumerate(nodes):
         sources = [producer[name].op_type for name in node.input if name in producer]
@@ -65,6 +68,7 @@ def float32_nodes(proto: onnx.ModelProto, keep: Collection[str]) -> set[int]:
             or node.name.startswith(tuple(keep))
             or (elementwise and not _STATISTICS.isdisjoint(sources))
             or (node.op_type == "Add" and node.output[0] in feeds_rms_norm)
+            or (node.op_type == "Split" and not states.isdisjoint(node.output))
         ):
             chosen.add(position)
     return chosen

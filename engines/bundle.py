@@ -47,7 +47,7 @@ class Bundle:
             try:
                 for entry in manifest.files():
                     _check_file(root, entry)
-            except BundleError:
+            except (BundleError, FileNotFoundError):
                 if _read_manifest(root) != manifest:
                     continue  # a build put another bundle in its place meanwhile: look at that one
                 raise
@@ -156,17 +156,25 @@ def check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise UsageError(f"{target} is a file; -o takes the folder to write the bundle to")
-    if Path.cwd().is_relative_to(target):
+    if _current_folder_is_in(target):
         raise UsageError(f"{target} is the current folder, which can't be replaced; choose a folder in it with -o")
     if any(target.iterdir()) and not _holds_our_manifest(target):
         raise UsageError(f"{target} exists and is not a bundle; it is left alone. Choose another folder with -o")
+
+
+def _current_folder_is_in(target: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(target)
+    except FileNotFoundError:  # the shell's folder was deleted
+        return False
 
 
 def _holds_our_manifest(folder: Path) -> bool:
     # Of any schema version: an outdated bundle is there to be replaced. Browser extensions have a manifest.json too.
     file = folder / MANIFEST_NAME
     try:
-        document = json.loads(file.read_bytes()) if file.stat().st_size <= MAX_MANIFEST_BYTES else None
+        small = file.is_file() and file.stat().st_size <= MAX_MANIFEST_BYTES
+        document = json.loads(file.read_bytes()) if small else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"schema_version", "graphs"} <= document.keys()
@@ -189,7 +197,8 @@ def _exchange(new: Path, old: Path) -> None:
             kept.rename(old)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: the old bundle could not be put back, and stays there
+            aside.rmdir()
 
 
 def _flush_to_disk(file: Path) -> None:

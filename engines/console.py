@@ -38,7 +38,7 @@ class Command(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _reader_may_leave():
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            _flush()
             return result
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **kwargs: Any) -> NoReturn:
@@ -48,7 +48,7 @@ class Command(click.Group):
         try:
             code = super().main([word for word in argv if word != "--debug"], **kwargs)
             with contextlib.suppress(BrokenPipeError):
-                sys.stdout.flush()
+                _flush()
         except click.ClickException as error:
             error.show()
             code = error.exit_code
@@ -84,9 +84,14 @@ def _reader_may_leave() -> Iterator[None]:
 def _mute_if_unwritable() -> None:
     """Point standard output at nothing where it can't be written, or Python's flush at exit complains again."""
     try:
-        sys.stdout.flush()
+        _flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by the shell: `mdnet-rt … >&-`
+        sys.stdout.flush()
 
 
 def _first_line(text: str) -> str:

@@ -121,6 +121,21 @@ def test_named_nodes_stay_in_float() -> None:
     assert found[matmuls["head.out/m"].input[1]] == FLOAT  # one weight, in both types
 
 
+def test_what_the_scan_reads_per_state_is_not_cast_after_its_split() -> None:
+    """TensorRT-RTX 1.7.1 can't build the scan's function body where a cast stands between the Split and the scan."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["mixed"], name="m"),
+        helper.make_node("Split", ["mixed"], ["dt", "rest"], name="split", num_outputs=2, axis=1),
+        helper.make_node(
+            "SelectiveScan", ["x", "x", "w", "dt", "rest", "w", "x", "w"], ["y"], domain="mdnet", name="s"
+        ),
+    ]
+    proto = to_fp16(model(nodes, {"w": W}, ("mixed", "dt", "rest")))
+    split, scan = (next(n for n in proto.graph.node if n.op_type == kind) for kind in ("Split", "SelectiveScan"))
+    assert list(scan.input[3:5]) == list(split.output)
+    assert split.input[0] == "mixed_float"
+
+
 def test_weights_out_of_range_are_clipped_not_infinite() -> None:
     big = np.full((4, 4), -3e38, np.float32)
     proto = to_fp16(model([helper.make_node("Add", ["x", "w"], ["y"], name="mask")], {"w": big}, ()))
