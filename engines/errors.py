@@ -37,4 +37,4 @@ def _escaped(character: str) -> str:
 def require(module: str, extra: str) -> None:
     """Raise `MDNetError` naming the extra to install when `module` is not importable."""
     if importlib.util.find_spec(module) is None:
-        raise MDNetError(f"{module} is not installed; it comes with: pip install 'mdnet[{extra}]'")
+        raise MDNetError(f"{module} is not installed; it comes with the extra mdnet[{extra}]")

@@ -40,7 +40,7 @@ class OrtSession:
         if provider not in ort.get_available_providers():
             raise MDNetError(
                 f"{backend} needs {provider}; this ONNX Runtime has {', '.join(ort.get_available_providers())}. "
-                "pip uninstall onnxruntime, then pip install 'mdnet[cuda]'"
+                "pip uninstall onnxruntime, then install mdnet[cuda]"
             )
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
@@ -83,7 +83,7 @@ def _import_onnxruntime() -> Any:
     except ImportError as error:
         raise MDNetError(
             f"ONNX Runtime can't be imported ({_first_line(error)}); "
-            "pip install 'mdnet[cpu]', or 'mdnet[cuda]' where there is a GPU"
+            "install mdnet[cpu], or mdnet[cuda] where there is a GPU"
         ) from None
     return onnxruntime
 
