@@ -10,8 +10,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := mdnet mdnet_calib mdnet_engines mdnet_export mdnet_rt
 PYTEST_ARGS ?=
+NATIVE := $(wildcard engines/native/* engines/cuda/*)
 
-.PHONY: help demo test lint typecheck format clean
+.PHONY: help demo test lint typecheck format ptx clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +28,7 @@ lint: $(VENV)/.installed-test ## style, format and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu,$(NATIVE))
 
 # On the wheel, where the packages have their import names; by way of the sdist, so that both are known to be complete.
 typecheck: $(VENV)/.installed-test ## mypy on the packages as a user gets them
@@ -40,6 +42,10 @@ typecheck: $(VENV)/.installed-test ## mypy on the packages as a user gets them
 format: $(VENV)/.installed-test ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu,$(NATIVE))
+
+ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
+	$(BIN)/python -m mdnet_engines.cuda_kernel
 
 clean: ## remove .venv, build output, caches and the demo bundle
 	rm -rf $(VENV) build dist mdnet-bundle *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -47,8 +53,8 @@ clean: ## remove .venv, build output, caches and the demo bundle
 
 # A stamp is newer than what it was installed from, so that a second run installs nothing.
 $(VENV)/.installed-demo: EXTRAS := cpu,export
-$(VENV)/.installed-test: EXTRAS := cpu,export,test,lint,rtx
-$(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml constraints.txt
+$(VENV)/.installed-test: EXTRAS := cpu,cuda-dev,export,lint,rtx,test
+$(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE)
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(or $(PYTHON),python3) is not Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)

@@ -34,6 +34,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, as part of a one-line message of ours; its type where it says nothing."""
+    return printable(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
+
+
 def require(module: str, extra: str) -> None:
     """Raise `MDNetError` naming the extra to install when `module` is not importable."""
     if importlib.util.find_spec(module) is None:

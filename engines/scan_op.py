@@ -10,8 +10,9 @@ nothing of ours installed. Where a native kernel is registered for the same doma
     dt = softplus(delta + delta_bias)
     h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t])·silu(z[t])
 
-The state is float32 whatever the type of the tensors. There are no attributes: an ahead-of-time TensorRT plugin can't
-carry them, so the direction is in the operator's name.
+The state is float32 whatever the type of the activations; A, D and delta_bias are float32 always. There are no
+attributes to interpret: an ahead-of-time TensorRT plugin can't carry them, so the direction is in the operator's name.
+Those that a node may have tell TensorRT's parser where the plugin is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FORWARD = "SelectiveScan"
 REVERSE = "SelectiveScanReverse"
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
-_PER_STEP = ("u", "delta", "B", "C", "z")  # of the activations' type; the parameters A, D and delta_bias may be float32
+_PER_STEP = ("u", "delta", "B", "C", "z")  # of the activations' type; A, D and delta_bias are parameters
 
 
 def register_schemas() -> None:
@@ -46,7 +47,13 @@ def _schema(name: str) -> OpSchema:
         doc="Selective state-space scan (Mamba) along the last axis" + (", from its end." if name == REVERSE else "."),
         inputs=[OpSchema.FormalParameter(n, "T" if n in _PER_STEP else "P") for n in INPUTS],
         outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", floats, "activations"), ("P", floats, "parameters")],
+        type_constraints=[("T", floats, "activations"), ("P", ["tensor(float)"], "parameters")],
+        attributes=[  # for TensorRT's parser (mdnet_engines.tensorrt_plugin); no other runtime reads them
+            OpSchema.Attribute("plugin_namespace", OpSchema.AttrType.STRING, "of TensorRT's plugin", required=False),
+            OpSchema.Attribute(
+                "aot", OpSchema.AttrType.INT, "1: build TensorRT's plugin ahead of time", required=False
+            ),
+        ],
     )
 
 

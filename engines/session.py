@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines import native
+from mdnet_engines.errors import MDNetError, UsageError, first_line
 
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
 PROVIDERS: dict[str, str] = {
@@ -21,6 +22,8 @@ _QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need no
 
 class OrtSession:
     """One graph, ready to run. Safe to call from several threads.
+
+    The native kernels of the selective scan are registered with it, where the package was installed with them.
 
     Args:
         path: the ONNX file; external weights are found beside it.
@@ -47,9 +50,13 @@ class OrtSession:
         options.intra_op_num_threads = threads or available_cores()
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         try:
+            if library := native.custom_op_library():
+                options.register_custom_ops_library(str(library))
+            else:
+                native.say_it_is_missing()
             self._session = ort.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {_first_line(error)}") from error
+            raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {first_line(error)}") from error
         if (running := self._session.get_providers()[0]) != provider:
             raise MDNetError(
                 f"asked for {provider}, ONNX Runtime came up with {running}: is the CUDA install complete?"
@@ -68,7 +75,7 @@ class OrtSession:
         except KeyError as error:
             raise MDNetError(f"the graph needs the input {error}; it was given {', '.join(feeds)}") from None
         except Exception as error:
-            raise MDNetError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise MDNetError(f"ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
 
 
@@ -82,12 +89,7 @@ def _import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise MDNetError(
-            f"ONNX Runtime can't be imported ({_first_line(error)}); "
+            f"ONNX Runtime can't be imported ({first_line(error)}); "
             "install mdnet[cpu], or mdnet[cuda] where there is a GPU"
         ) from None
     return onnxruntime
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

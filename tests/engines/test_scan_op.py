@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import AttributeProto, GraphProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, TensorProto
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from scan_cases import HALF_CASES, SCAN_CASES, SCAN_TOLERANCE, ScanCase, make_inputs, reference_scan
+from scan_cases import (
+    EVERY_CASE,
+    HALF_CASES,
+    NUMPY_TYPES,
+    SCAN_CASES,
+    ScanCase,
+    assert_close,
+    make_inputs,
+    reference_scan,
+)
+from scan_model import PARAMETERS, model, operator_of, run
 
 from mdnet_engines import scan_op
 
 BOTH = (scan_op.FORWARD, scan_op.REVERSE)
 SMALL = ScanCase("small", batch=2, channels=3, length=7, states=4, reverse=False)
-SHAPES = {
-    **dict.fromkeys(("u", "delta", "z"), ("batch", "channels", "length")),
-    **dict.fromkeys(("B", "C"), ("batch", "states", "length")),
-    "A": ("channels", "states"),
-    "D": ("channels",),
-    "delta_bias": ("channels",),
-}
-PARAMETERS = ("A", "D", "delta_bias")
-
-
-def operator_of(case: ScanCase) -> str:
-    return scan_op.REVERSE if case.reverse else scan_op.FORWARD
-
-
-def model(name: str, dtype: str = "float32", sizes: Mapping[str, int] | None = None) -> onnx.ModelProto:
-    """One node and its function body; every axis that `sizes` does not fix is symbolic."""
-    activations = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-
-    def value(tensor: str, kind: int, shape: Iterable[str]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(tensor, kind, [(sizes or {}).get(axis, axis) for axis in shape])
-
-    graph = helper.make_graph(
-        [helper.make_node(name, list(scan_op.INPUTS), ["y"], domain=scan_op.DOMAIN)],
-        "one_scan",
-        [value(n, TensorProto.FLOAT if n in PARAMETERS else activations, SHAPES[n]) for n in scan_op.INPUTS],
-        [value("y", activations, SHAPES["u"])],
-    )
-    opsets = [helper.make_opsetid("", scan_op.OPSET), helper.make_opsetid(scan_op.DOMAIN, scan_op.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[scan_op.function(name)], ir_version=10)
 
 
 def stock_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -59,28 +40,15 @@ def stock_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
 @pytest.fixture(scope="module")
 def sessions() -> dict[tuple[str, str], onnxruntime.InferenceSession]:
     """One file per operator and type of the activations runs every case: no axis is fixed in it."""
-    return {(name, dtype): stock_session(model(name, dtype)) for name in BOTH for dtype in ("float32", "float16")}
+    return {(name, dtype): stock_session(model(name, dtype)) for name in BOTH for dtype in NUMPY_TYPES}
 
 
-@pytest.mark.parametrize("case", SCAN_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
 def test_stock_onnxruntime_runs_the_function_body(case: ScanCase, sessions: dict) -> None:
     inputs = make_inputs(case)
-    expected = reference_scan(**inputs, reverse=case.reverse)
-    (got,) = sessions[operator_of(case), "float32"].run(None, inputs)
-    assert got.dtype == np.float32
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= SCAN_TOLERANCE * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("case", HALF_CASES, ids=lambda case: case.name)
-def test_half_precision_activations_keep_a_float_state(case: ScanCase, sessions: dict) -> None:
-    inputs = make_inputs(case)
-    expected = reference_scan(**inputs, reverse=case.reverse)
-    (got,) = sessions[operator_of(case), "float16"].run(None, inputs)
-    assert got.dtype == np.float16
-    # Float32's error, and the output rounded once: half a unit in the last place, 2⁻¹¹ of the element (2⁻²⁵ at 0).
-    bound = SCAN_TOLERANCE * np.abs(expected).max() + np.abs(expected) * 2.0**-11 + 2.0**-25
-    assert (np.abs(got.astype(np.float64) - expected) <= bound).all()
+    got = run(sessions[operator_of(case), case.dtype], inputs)
+    assert got.dtype == ("float16" if case.dtype == "float16" else "float32")
+    assert_close(got, reference_scan(**inputs, reverse=case.reverse), case.dtype)
 
 
 class Scan(OpRun):
@@ -124,11 +92,9 @@ GENTLE = [case for case in SCAN_CASES if case.elements <= 10_000 and case.delta_
 @pytest.mark.parametrize("case", GENTLE, ids=lambda case: case.name)
 def test_the_standards_own_evaluator_runs_the_function_body(case: ScanCase) -> None:
     inputs = make_inputs(case)
-    expected = reference_scan(**inputs, reverse=case.reverse)
     inlined = inline_local_functions(model(operator_of(case)))  # the evaluator gives no new operators to functions
     (got,) = ReferenceEvaluator(inlined, new_ops=[Scan]).run(None, inputs)
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= SCAN_TOLERANCE * np.abs(expected).max()
+    assert_close(got, reference_scan(**inputs, reverse=case.reverse))
 
 
 def test_reverse_scan_equals_flipped_forward(sessions: dict) -> None:
