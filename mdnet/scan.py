@@ -5,18 +5,23 @@ For channel d and state n, with dt = softplus(delta + delta_bias) and h₀ = 0 (
     h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t]) · silu(z[t])
 
 The reverse scan runs t from L−1 down to 0. The state is float32 (float64 for float64 input) whatever the input is.
+On the CPU the native library runs it, on PyTorch's own threads; elsewhere, and without the library, `mdnet.scan_loop`.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_BYTES = 64 * 2**20  # bounds the decay and state tensors that one stretch of the forward pass holds
+from mdnet import scan_loop
+from mdnet_engines import native
+
+_TYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in native.TYPES.items()}
 
 
 @torch.library.custom_op("mdnet::selective_scan", mutates_args=())
@@ -45,22 +50,15 @@ def selective_scan(
 
     Raises:
         ValueError: a shape does not fit the others; the message names both.
+        TypeError: `u` is not of a floating-point type.
+        MDNetError: the native library can't be loaded, or memory ran out.
     """
+    if not u.is_floating_point():
+        raise TypeError(f"u is {u.dtype}; the selective scan takes floating-point tensors")
     check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    kind = _state_dtype(u)
-    u_, z_, dt, B_, C_ = _time_major(u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
-    length, batch, channels = u_.shape
-    A_, y = A.to(kind), torch.empty_like(u_)
-    h = u_.new_zeros(batch, channels, A.shape[1])
-    chunk = max(1, _CHUNK_BYTES // h.nbytes)
-    starts = range(0, length, chunk)
-    for start in reversed(starts) if reverse else starts:
-        span = slice(start, min(start + chunk, length))
-        _, states = _states(dt[span], u_[span], A_, B_[span], h, reverse)
-        h = states[0 if reverse else -1]
-        y[span] = (states @ C_[span, :, :, None]).squeeze(-1)
-    y = (y + D.to(kind) * u_) * F.silu(z_)
-    return y.permute(1, 2, 0).to(u.dtype).contiguous()
+    if _runs_natively(u):
+        return _native_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
+    return scan_loop.scan(u, delta, A, B, C, D, z, delta_bias, reverse)
 
 
 @selective_scan.register_fake
@@ -81,46 +79,10 @@ def selective_scan_backward(
     delta_bias: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `selective_scan` for its eight tensors. States are recomputed, not kept from the forward pass."""
-    kind = _state_dtype(u)
-    g, u_, z_, dt, B_, C_ = _time_major(grad, u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
-    A_, D_ = A.to(kind), D.to(kind)
-    decay, h = _states(dt, u_, A_, B_, u_.new_zeros(*u_.shape[1:], A.shape[1]), reverse)  # (L, B, D, N) each
-
-    y = (h @ C_[..., None]).squeeze(-1) + D_ * u_
-    gate = torch.sigmoid(z_)
-    grad_z = g * y * gate * (1 + z_ * (1 - gate))
-    g = g * gate * z_  # with respect to the ungated output
-
-    # dL/dh runs against the scan: dL/dh[t] = g[t]·C[t] + decay[t+1]·dL/dh[t+1].
-    grad_h = g[..., None] * C_[:, :, None, :]
-    order = list(range(len(h))) if reverse else list(reversed(range(len(h))))
-    for later, now in itertools.pairwise(order):
-        grad_h[now].addcmul_(decay[later], grad_h[later])
-
-    dtu = dt * u_
-    grad_C = (g[:, :, None, :] @ h).squeeze(2)
-    grad_B = (dtu[:, :, None, :] @ grad_h).squeeze(2)
-    grad_dtu = (grad_h @ B_[..., None]).squeeze(-1)
-    # The decay's share: dL/d(dt·A) = dL/dh · decay·h[t−1], and decay·h[t−1] is h minus what step t added.
-    grad_exponent = h.addcmul_(dtu[..., None], B_[:, :, None, :], value=-1).mul_(grad_h)
-    grad_dt = torch.einsum("lbdn,dn->lbd", grad_exponent, A_) + grad_dtu * u_
-    grad_A = torch.einsum("lbdn,lbd->dn", grad_exponent, dt)
-    grad_delta = grad_dt * -torch.expm1(-dt)  # softplus' = 1 − exp(−softplus)
-    grads = (
-        (grad_dtu * dt + g * D_).permute(1, 2, 0),
-        grad_delta.permute(1, 2, 0),
-        grad_A,
-        grad_B.permute(1, 2, 0),
-        grad_C.permute(1, 2, 0),
-        (g * u_).sum((0, 1)),
-        grad_z.permute(1, 2, 0),
-        grad_delta.sum((0, 1)),
-    )
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    return tuple(  # type: ignore[return-value]
-        value.to(like.dtype).contiguous() for value, like in zip(grads, inputs, strict=True)
-    )
+    """Gradients of `selective_scan` for its eight tensors, each of its tensor's shape and type."""
+    if _runs_natively(u):
+        return _native_backward(grad, u, delta, A, B, C, D, z, delta_bias, reverse)
+    return scan_loop.scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, reverse)
 
 
 @selective_scan_backward.register_fake
@@ -135,7 +97,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *selective_scan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.reverse), None
+    return *selective_scan_backward(grad, *ctx.saved_tensors, ctx.reverse), None
 
 
 selective_scan.register_autograd(_differentiate, setup_context=_save)
@@ -147,8 +109,8 @@ def check_shapes(
     """Raise `ValueError`, naming both shapes, where an input does not fit `u` and `A`."""
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(f"u must be (batch, channels, length), A (channels, states); got {_of(u)} and {_of(A)}")
-    if 0 in u.shape:
-        raise ValueError(f"u has an empty axis: {_of(u)}")
+    if 0 in u.shape or 0 in A.shape:
+        raise ValueError(f"u {_of(u)} or A {_of(A)} has an empty axis")
     (batch, channels, length), states = u.shape, A.shape[1]
     expected = {
         "delta": (delta, (batch, channels, length)),
@@ -164,26 +126,116 @@ def check_shapes(
             raise ValueError(f"{name} is {_of(tensor)}, but u {_of(u)} and A {_of(A)} need {shape}")
 
 
-def _states(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Decays and states of every step, (L, B, D, N) each, from the state `h` (B, D, N) before the first."""
-    decay = (dt[..., None] * A).exp_()
-    states = (dt * u)[..., None] * B[:, :, None, :]
-    for t in reversed(range(len(states))) if reverse else range(len(states)):
-        h = states[t].addcmul_(decay[t], h)
-    return decay, states
+def _runs_natively(u: Tensor) -> bool:
+    return u.device.type == "cpu" and u.dtype in _TYPES and native.library() is not None
 
 
-def _time_major(*tensors: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
-    """(B, X, L) → (L, B, X) of the type `kind`, contiguous, so that one step is one stretch of memory."""
-    return tuple(tensor.to(kind).permute(2, 0, 1).contiguous() for tensor in tensors)
+def _native_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool,
+) -> Tensor:
+    kind = scan_loop.state_dtype(u)
+    steps = (u, delta, z, B, C)
+    io = u.dtype if all(tensor.dtype == u.dtype for tensor in steps) else kind
+    call = _Call(steps, (A, D, delta_bias), io, kind, reverse)
+    y = torch.empty(u.shape, dtype=io)
+    call.scan.y = y.data_ptr()
+    call.run()
+    return y.to(u.dtype)
 
 
-def _step_size(delta: Tensor, delta_bias: Tensor, kind: torch.dtype) -> Tensor:
-    return F.softplus(delta.to(kind) + delta_bias.to(kind)[:, None])
+def _native_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kind = scan_loop.state_dtype(u)
+    call = _Call((u, delta, z, B, C), (A, D, delta_bias), kind, kind, reverse)
+    grad = _rows(grad, kind)
+    (batch, channels, length), states = u.shape, A.shape[1]
+    # What many channels or images share comes in parts, which are summed here: the same way whatever the threads do.
+    splits = call.library.mdnet_scan_splits(channels)
+    shapes = {
+        **dict.fromkeys(("u", "delta", "z"), (batch, channels, length)),
+        "A": (batch, channels, states),
+        **dict.fromkeys(("B", "C"), (splits, batch, length, states)),
+        **dict.fromkeys(("D", "delta_bias"), (batch, channels)),
+    }
+    parts = {name: torch.empty(shape, dtype=kind) for name, shape in shapes.items()}
+    call.run(native.Gradients(_view(grad), **{name: part.data_ptr() for name, part in parts.items()}))
+    grads = (
+        parts["u"],
+        parts["delta"],
+        parts["A"].sum(0),
+        parts["B"].sum(0).mT,
+        parts["C"].sum(0).mT,
+        parts["D"].sum(0),
+        parts["z"],
+        parts["delta_bias"].sum(0),
+    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return tuple(  # type: ignore[return-value]
+        value.to(like.dtype).contiguous() for value, like in zip(grads, inputs, strict=True)
+    )
 
 
-def _state_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
+class _Call:
+    """The arguments of one native call, and the tensors that they point to."""
+
+    def __init__(
+        self,
+        steps: tuple[Tensor, ...],
+        parameters: tuple[Tensor, ...],
+        io: torch.dtype,
+        kind: torch.dtype,
+        reverse: bool,
+    ):
+        loaded = native.library()
+        assert loaded is not None
+        self.library = loaded
+        self._steps = [_rows(tensor, io) for tensor in steps]
+        self._parameters = [tensor.to(kind).contiguous() for tensor in parameters]
+        u, delta, z, B, C = map(_view, self._steps)
+        A, D, delta_bias = (tensor.data_ptr() for tensor in self._parameters)
+        sizes = (*self._steps[0].shape, self._parameters[0].shape[1])
+        self.scan = native.Scan(*sizes, _TYPES[io], reverse, 0, u, delta, z, B, C, A, D, delta_bias)
+
+    def run(self, gradients: native.Gradients | None = None) -> None:
+        native.run(self.scan, gradients, gomp_parallel=_gomp_parallel(), threads=torch.get_num_threads())
+
+
+def _rows(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """The tensor in the type `kind`, with steps side by side; views of larger tensors stay views."""
+    tensor = tensor.to(kind)
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+
+
+def _view(tensor: Tensor) -> native.Rows:
+    return native.Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    """The entry of the OpenMP runtime that PyTorch runs on: its threads, not a second set beside them."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # a PyTorch built without OpenMP
+        return None
 
 
 def _of(tensor: Tensor) -> tuple[int, ...]:
