@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxscript
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from mdnet_engines import scan_op
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
 from mdnet_export.fold import fold_diffusion, fold_vim, with_shared_weights
+from mdnet_export.scan import attach_functions, translation_table
 
 EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go beside the graph; protobuf itself ends at 2 GiB
 
@@ -98,7 +98,6 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
     paths) are stripped.
     """
     spec = graph_spec(model, name)
-    scan_op.register_schemas()
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             spec.module.eval(),
@@ -108,7 +107,7 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
             input_names=list(spec.inputs),
             output_names=list(spec.outputs),
             dynamic_shapes=_dynamic_batch(spec),
-            custom_translation_table={torch.ops.mdnet.selective_scan.default: _translate_scan},
+            custom_translation_table=translation_table(),
             verbose=False,
         )
     assert program is not None
@@ -135,12 +134,6 @@ def save_graph(proto: onnx.ModelProto, file: Path) -> Path:
     return file
 
 
-def attach_functions(proto: onnx.ModelProto) -> None:
-    """Add the function body of every scan operator that the graph uses."""
-    used = sorted({node.op_type for node in proto.graph.node if node.domain == scan_op.DOMAIN})
-    proto.functions.extend(scan_op.function(name) for name in used)
-
-
 def strip_metadata(proto: onnx.ModelProto) -> None:
     """Remove what the exporter writes about the source code (file paths, stack traces); name nodes by their module.
 
@@ -156,12 +149,6 @@ def strip_metadata(proto: onnx.ModelProto) -> None:
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
-
-
-def _translate_scan(u, delta, A, B, C, D, z, delta_bias, reverse=False):  # type: ignore[no-untyped-def]
-    operators = onnxscript.values.Opset(scan_op.DOMAIN, scan_op.VERSION)
-    op = operators.SelectiveScanReverse if reverse else operators.SelectiveScan
-    return op(u, delta, A, B, C, D, z, delta_bias)
 
 
 def _check_batch_is_symbolic(proto: onnx.ModelProto) -> None:

@@ -1,0 +1,25 @@
+"""The benchmarks run: a script that is only run by hand is broken when it is needed. No figure is looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdnet_engines import native
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+def test_scan_measures_every_contestant_against_every_other(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "scan.py", "--only", "scan, B=1", "--rounds", "1", "-o", "figures.json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (suite,) = json.loads((tmp_path / "figures.json").read_text())["results"].values()
+    assert len(suite) == 5
+    for name, figures in suite.items():
+        assert set(figures) == {"ms", *suite} - {name}
