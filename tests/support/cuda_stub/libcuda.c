@@ -1,0 +1,61 @@
+// A CUDA driver without a GPU: it has the entries that the library uses, and notes what they are called with.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static char record[1 << 16];
+static long context = 1, modules = 0;
+static int refusal = 0;
+static const char* image = "";
+
+struct function {
+  long module;
+  char name[128];
+};
+
+void stub_set_context(long value) { context = value; }
+void stub_refuse(int code) { refusal = code; }  // the next launches
+const char* stub_record(void) { return record; }
+const char* stub_image(void) { return image; }
+
+int cuCtxGetCurrent(void** out) {
+  *out = (void*)context;
+  return context ? 0 : 201;
+}
+
+int cuModuleLoadData(void** module, const void* text) {
+  image = text;
+  *module = (void*)++modules;
+  sprintf(record + strlen(record), "load module %ld in context %ld\n", modules, context);
+  return 0;
+}
+
+int cuModuleGetFunction(void** out, void* module, const char* name) {
+  char entry[160];
+  snprintf(entry, sizeof entry, ".entry %s(", name);
+  if (!strstr(image, entry)) return 500;
+  struct function* made = malloc(sizeof *made);
+  made->module = (long)module;
+  snprintf(made->name, sizeof made->name, "%s", name);
+  *out = made;
+  return 0;
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** arguments, void** extra) {
+  const struct function* kernel = function;
+  if (refusal) return refusal;
+  sprintf(record + strlen(record), "launch %s of module %ld grid %u %u %u block %u %u %u shared %u stream %ld extra %d with",
+          kernel->name, kernel->module, gx, gy, gz, bx, by, bz, shared, (long)stream, extra != NULL);
+  for (int i = 0; i < 12; ++i) {
+    const int scalar = 8 <= i && i < 11;
+    sprintf(record + strlen(record), " %ld", scalar ? (long)*(int*)arguments[i] : (long)*(void**)arguments[i]);
+  }
+  strcat(record, "\n");
+  return 0;
+}
+
+int cuGetErrorString(int code, const char** text) {
+  *text = code == 500 ? "named symbol not found" : code == 201 ? "invalid device context" : "out of memory";
+  return 0;
+}
