@@ -78,7 +78,7 @@ def compile_ptx(arch: str = COMPILED_FOR) -> str:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
-            raise MDNetError(f"NVRTC can't compile {_SOURCE.name} for {arch}: {_first_error(log)}")
+            raise MDNetError(f"NVRTC can't compile {_SOURCE.name} for {arch}: {_first_error(bytes(log))}")
         text = bytearray(_checked(nvrtc, nvrtc.nvrtcGetPTXSize(program)))
         _checked(nvrtc, nvrtc.nvrtcGetPTX(program, text))
         return text.rstrip(b"\0").decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -18,17 +19,18 @@ pytestmark = pytest.mark.install
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 MEGABYTE = 10**6
+LIBRARY = "mdnet_engines/libmdnet_scan.so"
 HERE = Path(sysconfig.get_path("scripts"))
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     # Without the caller's settings: no repository on the path, no bundle chosen.
     clean = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MDNET_BUNDLE"}}
-    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=clean | settings, capture_output=True, text=True)
 
 
-def must(*command: str | Path, cwd: Path) -> str:
-    result = run(*command, cwd=cwd)
+def must(*command: str | Path, cwd: Path, **settings: str) -> str:
+    result = run(*command, cwd=cwd, **settings)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -60,10 +62,40 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "bundle"
 
 
+def test_the_wheel_is_for_a_platform_and_for_any_python(wheel: Path) -> None:
+    assert re.search(r"-py3-none-(linux|manylinux)\w*\.whl$", wheel.name)
+
+
+def test_the_lean_environment_has_the_native_kernel(lean: Path, tmp_path: Path) -> None:
+    program = "from mdnet_engines import native; print(native.custom_op_library()); native.library().mdnet_isa()"
+    assert must(lean / "python", "-c", program, cwd=tmp_path).strip().endswith(LIBRARY)
+
+
+def test_without_a_compiler_it_installs_and_scores_the_same(lean: Path, bundle: Path, tmp_path: Path) -> None:
+    build = (sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, REPOSITORY)
+    log = must(*build, cwd=tmp_path, CXX="/bin/false", CC="/bin/false")
+    assert "without its native library" in log
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in zipfile.ZipFile(wheel).namelist()
+
+    site = tmp_path / "site"
+    must(lean / "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    program = "from mdnet_rt.cli import main; main()"
+    command = (lean / "python", "-c", program, "score", EXAMPLES, "--bundle", bundle)
+    result = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("native library") == 1  # said once, for three graphs
+    assert parsed(result.stdout) == pytest.approx(scores(lean, bundle, tmp_path), abs=2e-4)
+
+
 def scores(commands: Path, bundle: Path, cwd: Path) -> dict[str, float]:
     """File name → score of the example images, by the environment whose `commands` these are."""
-    rows = csv.DictReader(must(commands / "mdnet-rt", "score", EXAMPLES, "--bundle", bundle, cwd=cwd).splitlines())
-    return {Path(row["path"]).name: float(row["score"]) for row in rows}
+    return parsed(must(commands / "mdnet-rt", "score", EXAMPLES, "--bundle", bundle, cwd=cwd))
+
+
+def parsed(table: str) -> dict[str, float]:
+    return {Path(row["path"]).name: float(row["score"]) for row in csv.DictReader(table.splitlines())}
 
 
 def test_the_wheel_has_every_file_of_the_rooms(wheel: Path) -> None:
@@ -78,8 +110,8 @@ def test_the_wheel_has_every_file_of_the_rooms(wheel: Path) -> None:
         Path(package, file.relative_to(REPOSITORY / room)).as_posix()
         for room, package in rooms.items()
         for file in (REPOSITORY / room).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
-    }
+        if file.is_file() and "__pycache__" not in file.parts and REPOSITORY / "engines/native" not in file.parents
+    } | {LIBRARY}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == expected
 

@@ -1,0 +1,82 @@
+"""Run the CUDA kernels of SelectiveScan on a CPU, thread by thread: `cuda_on_cpu/` says how.
+
+program = build(cuda_kernel.source(), folder)       # several seconds: once, not for every test
+y = launch(program, folder, inputs, reverse=False)
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mdnet_engines import cuda_kernel
+
+COMPILER = "g++"
+_SHIM = Path(__file__).with_name("cuda_on_cpu")
+_SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_FLAGS = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", *_SANITIZERS)
+
+
+class KernelError(Exception):
+    """What a GPU may do silently: an access out of bounds, threads that part ways, an output written twice or never."""
+
+
+def build(source: str, folder: Path) -> Path:
+    """Compile CUDA C++ for the CPU, with the address and undefined-behaviour sanitizers; gives the program.
+
+    Raises:
+        ValueError: the compiler refuses it.
+    """
+    kernel, program = folder / "kernel.cu", folder / "launch"
+    kernel.write_text(source, encoding="utf-8")
+    inputs = ("-include", _SHIM / "cuda_on_cpu.h", "-I", _SHIM, "-x", "c++", kernel, _SHIM / "launch.cpp")
+    done = subprocess.run(
+        [COMPILER, *_FLAGS, *map(str, inputs), "-rdynamic", "-ldl", "-o", str(program)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ValueError(f"{COMPILER} refuses the kernel:\n{done.stderr}")
+    return program
+
+
+def launch(
+    program: Path, folder: Path, inputs: Mapping[str, np.ndarray], *, reverse: bool, kernel: str = ""
+) -> np.ndarray:
+    """Run one launch on the operator's inputs; gives y [batch, channels, length] in the type of u.
+
+    Args:
+        program: what `build` gave.
+        folder: where the tensors are handed over.
+        inputs: by name; u, delta, B, C and z of one type, A, D and delta_bias float32.
+        reverse: which direction's kernel `mdnet_engines.cuda_kernel` is asked for.
+        kernel: the entry point instead, by name.
+
+    Raises:
+        KernelError: see there; or the kernel did not end in a minute.
+    """
+    u, A = inputs["u"], inputs["A"]
+    for name, values in inputs.items():
+        (folder / name).write_bytes(np.ascontiguousarray(values).tobytes())
+    name = kernel or cuda_kernel.kernel_name(reverse=reverse, dtype=u.dtype.name, states=A.shape[1])
+    sizes = (*u.shape, A.shape[1], u.itemsize, cuda_kernel.THREADS, cuda_kernel.CHANNELS_PER_BLOCK)
+    try:
+        done = subprocess.run(
+            [str(program), name, str(folder), *map(str, sizes)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"ASAN_OPTIONS": "detect_leaks=0"},  # nothing is freed before the exit
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{name} does not end") from error
+    if done.returncode:
+        raise KernelError(f"{name}: {_reason(done.stderr)}")
+    return np.frombuffer((folder / "y").read_bytes(), u.dtype).reshape(u.shape)
+
+
+def _reason(stderr: str) -> str:
+    """The sanitizer's line that says what happened, or else the launcher's."""
+    lines = stderr.splitlines() or ["no reason given"]
+    return next((line for line in lines if "ERROR: " in line or "runtime error: " in line), lines[-1]).strip()
