@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 PACKAGES := mdnet mdnet_calib mdnet_engines mdnet_export mdnet_rt
 PYTEST_ARGS ?=
 NATIVE := $(wildcard engines/native/* engines/cuda/*)
+C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
 .PHONY: help demo test lint typecheck format ptx clean
 
@@ -28,7 +29,7 @@ lint: $(VENV)/.installed-test ## style, format and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu,$(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
 # On the wheel, where the packages have their import names; by way of the sdist, so that both are known to be complete.
 typecheck: $(VENV)/.installed-test ## mypy on the packages as a user gets them
@@ -42,7 +43,7 @@ typecheck: $(VENV)/.installed-test ## mypy on the packages as a user gets them
 format: $(VENV)/.installed-test ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu,$(NATIVE))
+	$(BIN)/clang-format -i $(C_FILES)
 
 ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
 	$(BIN)/python -m mdnet_engines.cuda_kernel

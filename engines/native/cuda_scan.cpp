@@ -24,7 +24,7 @@ namespace {
 
 // As engines/cuda_kernel.py has them; tests/engines/test_cuda_launch.py holds the two together.
 constexpr unsigned kThreads = 128, kChannelsPerBlock = 32;
-constexpr int64_t kMaxStates = 64;
+constexpr int64_t kMaxStates = 64, kMaxLength = 1 << 25;
 
 using CUresult = int;
 using CUcontext = struct CUctx_st*;
@@ -113,6 +113,7 @@ extern "C" const char* mdnet_cuda_scan(const MdnetScan* call, void* stream) {
   MdnetScan scan = *call;  // the driver takes addresses of arguments, and not const ones
   if (scan.type == MDNET_FLOAT64) return "the CUDA selective scan takes no float64";
   if (scan.states > kMaxStates) return "the CUDA selective scan takes at most 64 states";
+  if (scan.length >= kMaxLength) return "the CUDA selective scan takes fewer than 2^25 steps";
   if (!driver().complete) return "libcuda.so.1 can't be loaded; is the NVIDIA driver installed?";
   CUmodule module;
   if (CUresult result = current_module(&module)) return explain("to load the selective scan", result);

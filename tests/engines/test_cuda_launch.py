@@ -82,6 +82,7 @@ def test_a_context_loads_the_module_once(launch: Launch) -> None:
     ("change", "says"),
     [
         ({"states": 65}, "at most 64 states"),
+        ({"length": 2**25}, "fewer than 2^25 steps"),
         ({"dtype": "float64"}, "no float64"),
         ({"context": 0}, "invalid device context"),
         ({"refuse": 2}, "out of memory"),

@@ -19,6 +19,9 @@ import numpy as np
 
 # Some 50 units of float32's 2⁻²⁴: each state and output sums up to a few hundred rounded products.
 SCAN_TOLERANCE = 3e-6
+# On CUDA the decay comes from the hardware's exponential, whose 2⁻²² may go the same way in every step: 1.5e-5 in the
+# emulation of the worst case.
+CUDA_TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,16 @@ def make_inputs(case: ScanCase, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def assert_close(got: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> None:
+def assert_close(
+    got: np.ndarray, expected: np.ndarray, dtype: str = "float32", tolerance: float = SCAN_TOLERANCE
+) -> None:
     """Hold an output to the float64 reference: float32's error, and for the half types their one rounding at the end.
 
     That rounding is half a unit in the last place: 2⁻¹¹ of an element in float16 (2⁻²⁵ near 0), 2⁻⁸ in bfloat16.
     """
     assert got.shape == expected.shape
     rounding, smallest = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}[dtype]
-    bound = SCAN_TOLERANCE * np.abs(expected).max() + rounding * np.abs(expected) + smallest
+    bound = tolerance * np.abs(expected).max() + rounding * np.abs(expected) + smallest
     excess = np.abs(got.astype(np.float64) - expected) - bound
     assert (excess <= 0).all(), f"off by up to {excess.max():.3g} more than allowed"
 

@@ -45,8 +45,9 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
                    unsigned shared, void* stream, void** arguments, void** extra) {
   const struct function* kernel = function;
   if (refusal) return refusal;
-  sprintf(record + strlen(record), "launch %s of module %ld grid %u %u %u block %u %u %u shared %u stream %ld extra %d with",
-          kernel->name, kernel->module, gx, gy, gz, bx, by, bz, shared, (long)stream, extra != NULL);
+  sprintf(record + strlen(record),
+          "launch %s of module %ld grid %u %u %u block %u %u %u shared %u stream %ld extra %d with", kernel->name,
+          kernel->module, gx, gy, gz, bx, by, bz, shared, (long)stream, extra != NULL);
   for (int i = 0; i < 12; ++i) {
     const int scalar = 8 <= i && i < 11;
     sprintf(record + strlen(record), " %ld", scalar ? (long)*(int*)arguments[i] : (long)*(void**)arguments[i]);
