@@ -77,8 +77,8 @@ def scan_backward(
     grad_dtu = (grad_h @ B_[..., None]).squeeze(-1)
     # The decay's share: dL/d(dt·A) = dL/dh · decay · h[t−1], nothing at the first step.
     grad_exponent = decay.mul_(grad_h)
-    first, later, before = (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
-    grad_exponent[later] *= h[before]
+    first, others, before = (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
+    grad_exponent[others] *= h[before]
     grad_exponent[first] = 0
     grad_dt = torch.einsum("lbdn,dn->lbd", grad_exponent, A_) + grad_dtu * u_
     grad_A = torch.einsum("lbdn,lbd->dn", grad_exponent, dt)

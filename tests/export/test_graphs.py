@@ -10,11 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx_evaluator import evaluate
 
 from mdnet.checkpoint import demo_checkpoint, load_checkpoint
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.session import OrtSession
 from mdnet_export import graphs
 
 EXPECTED_IO = {
@@ -95,6 +97,23 @@ def test_stock_onnx_runtime_gives_pytorchs_scores(bundle: Bundle) -> None:
             expected = model(torch.from_numpy(image)).numpy()
         limit = 1e-3 if bundle.manifest.precision == "fp32" else 1e-2
         assert np.abs(values["score"] - expected).max() <= limit
+
+
+def test_vim_gives_the_same_tokens_in_every_host(bundle: Bundle) -> None:
+    """One file: ONNX Runtime with nothing of ours and with the native kernels, onnx's own evaluator, and PyTorch."""
+    file = bundle.graph_path("vim")
+    image = np.random.default_rng(0).integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = load_checkpoint(demo_checkpoint()).vim(torch.from_numpy(image)).numpy()
+    feeds = {"image": image}
+    tokens = {
+        "stock": onnxruntime.InferenceSession(file).run(None, feeds)[0],
+        "ours": OrtSession(file).run(feeds)["tokens"],
+        "onnx": evaluate(onnx.load(file), feeds)[0],
+    }
+    limit = 1e-4 if bundle.manifest.precision == "fp32" else 2e-2  # three blocks of float32, or of half, sums
+    for host, got in tokens.items():
+        assert np.abs(got - expected).max() <= limit * np.abs(expected).max(), host
 
 
 def test_large_weights_go_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
