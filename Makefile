@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := mdnet mdnet_calib mdnet_engines mdnet_export mdnet_rt
 PYTEST_ARGS ?=
-NATIVE := $(wildcard engines/native/* engines/cuda/*)
+NATIVE := $(wildcard engines/cpp/* engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
 .PHONY: help demo test lint typecheck format ptx clean

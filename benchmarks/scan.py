@@ -205,13 +205,18 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     if native.custom_op_library() is None:
-        sys.exit("error: this install has no native library; install a C++17 compiler, then mdnet again")
+        sys.exit(f"error: {native.MISSING}")
+    chosen = {what: suite for what, suite in SUITES.items() if (options.only or "") in what}
+    if not chosen:
+        parser.error(f"--only {options.only!r} is in none of: {'; '.join(SUITES)}")
+    if options.threads < 1:
+        parser.error(f"--threads is {options.threads}; expected 1 or more")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"-o {options.output}: there is no folder {options.output.parent}")
     torch.set_num_threads(options.threads)
     results: dict[str, Measured] = {}
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for what, (suite, batch, rounds) in SUITES.items():
-        if options.only and options.only not in what:
-            continue
+    for what, (suite, batch, rounds) in chosen.items():
         measured = results[what] = measure(suite(batch, options.threads), options.rounds or rounds)
         ours = [name for name in measured if name.endswith("native")]
         table = Table("", "ms", *(f"{name} is × faster" for name in ours), title=f"{what}, {options.threads} threads")

@@ -3,8 +3,8 @@
     kernel = kernel_name(reverse=False, dtype="float16", states=16)     # an entry point of ptx()
 
 The PTX is committed, so nobody needs a compiler: the driver turns it into code for the GPU at hand, whichever it is
-from compute capability 8.0 on. Whoever changes `cuda/selective_scan.cu` makes it anew, with NVIDIA's packages
-`cuda-bindings` and `nvidia-cuda-nvrtc`:
+from compute capability 8.0 on. Whoever changes `cuda/selective_scan.cu` makes it anew, with the extra
+`mdnet[cuda-dev]`:
 
     python -m mdnet_engines.cuda_kernel
 
@@ -27,11 +27,13 @@ CHANNELS_PER_BLOCK = 32
 MAX_STATES = 64
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "channels", "length", "states", "y")
 
-PIP_PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc")  # what `compile_ptx` needs, both NVIDIA's; no GPU or driver
 COMPILED_FOR = "compute_80"  # the oldest with bfloat16; newer GPUs run it just as well
 # NVRTC declares the newest PTX ISA that it knows, and a driver refuses one newer than its own. What it writes for
 # compute_80 is in the language of 8.0 all the same, as ptxas confirms in the tests: any driver of CUDA 12 may load it.
 PTX_ISA = "8.0"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Of u, delta, B, C, z and y."""
 
 _DIRECTORY = Path(__file__).with_name("cuda")
 _SOURCE = _DIRECTORY / "selective_scan.cu"
@@ -40,7 +42,7 @@ _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _CAPACITIES = (4, 16, MAX_STATES)  # states that a kernel has registers for
 
 
-def kernel_name(*, reverse: bool, dtype: Literal["float32", "float16", "bfloat16"], states: int) -> str:
+def kernel_name(*, reverse: bool, dtype: Dtype, states: int) -> str:
     """The entry point for activations of `dtype` and `states` states a channel.
 
     Raises:
@@ -110,7 +112,7 @@ def _import_nvrtc() -> Any:
         nvrtc.nvrtcVersion()
     except Exception as error:  # a missing package is an ImportError, a missing library is not
         raise MDNetError(
-            f"compiling the CUDA scan needs NVRTC: pip install {' '.join(PIP_PACKAGES)} ({first_line(error)})"
+            f"compiling the CUDA scan needs NVRTC, of the extra mdnet[cuda-dev] ({first_line(error)})"
         ) from error
     return nvrtc
 

@@ -1,6 +1,6 @@
 """The native library: the selective scan on the CPU, and the operators that ONNX Runtime loads from it.
 
-The library is built with the package (`engines/native/CMakeLists.txt`). Where there was no compiler, the package is
+The library is built with the package (`engines/cpp/CMakeLists.txt`). Where there was no compiler, the package is
 installed without it: graphs then run the operator's function body, and PyTorch a loop over the steps.
 """
 
@@ -12,9 +12,11 @@ import logging
 from pathlib import Path
 
 import mdnet_engines
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.errors import MDNetError, first_line
 
 _NAME = "libmdnet_scan.so"
+MISSING = "mdnet was installed without its native library; install it again on Linux, with GCC 12 or newer, or Clang"
+BROKEN = "{} can't be loaded ({}); install mdnet again on this machine"
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 """`Scan.type`: of u, delta, B, C, z and y."""
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512": 3}
@@ -28,7 +30,7 @@ class Rows(ctypes.Structure):
 
 
 class Scan(ctypes.Structure):
-    """One call of the scan: `MdnetScan` of `engines/native/scan.h`."""
+    """One call of the scan: `MdnetScan` of `engines/cpp/scan.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "states")),
@@ -39,7 +41,7 @@ class Scan(ctypes.Structure):
 
 
 class Gradients(ctypes.Structure):
-    """Where the gradients go: `MdnetScanGradients` of `engines/native/scan.h`."""
+    """Where the gradients go: `MdnetScanGradients` of `engines/cpp/scan.h`."""
 
     _fields_ = [
         ("grad", Rows),
@@ -50,8 +52,8 @@ class Gradients(ctypes.Structure):
 def custom_op_library() -> Path | None:
     """The library to give to ONNX Runtime's `SessionOptions.register_custom_ops_library`; None where none was built.
 
-    It has kernels of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for the CPU and for CUDA, for
-    onnxruntime 1.20 and newer. Graphs that carry the operators' function body run without it too, slower.
+    It has kernels of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for the CPU and for CUDA (unverified on
+    a GPU), for onnxruntime 1.20 and newer. Graphs that carry the operators' function body run without it too, slower.
     """
     # An editable install has its Python files and its library in different folders, both on the package's path.
     candidates = (Path(folder, _NAME) for folder in mdnet_engines.__path__)
@@ -62,8 +64,7 @@ def custom_op_library() -> Path | None:
 def say_it_is_missing() -> None:
     """Log, once in a process, that this install has no native library."""
     logging.getLogger("mdnet_engines").warning(
-        "mdnet was installed without its native library (no C++17 compiler at the time): the selective scan runs its "
-        "portable form, several times slower. Install a compiler, then mdnet again"
+        f"{MISSING} (until then the selective scan runs its portable form, several times slower)"
     )
 
 
@@ -81,7 +82,7 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:
-        raise MDNetError(f"can't load {file.name} ({error}); install mdnet again on this machine") from None
+        raise MDNetError(BROKEN.format(file.name, first_line(error))) from None
     loaded.mdnet_scan_openmp.argtypes = [
         ctypes.POINTER(Scan),
         ctypes.POINTER(Gradients),
@@ -130,7 +131,7 @@ def run_cuda(scan: Scan, stream: int) -> None:
 def _required() -> ctypes.CDLL:
     loaded = library()
     if loaded is None:
-        raise MDNetError("this install of mdnet has no native library; install a C++17 compiler, then mdnet again")
+        raise MDNetError(MISSING)
     return loaded
 
 

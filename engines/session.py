@@ -49,11 +49,8 @@ class OrtSession:
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or available_cores()
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        _register_scan(options)
         try:
-            if library := native.custom_op_library():
-                options.register_custom_ops_library(str(library))
-            else:
-                native.say_it_is_missing()
             self._session = ort.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {first_line(error)}") from error
@@ -77,6 +74,17 @@ class OrtSession:
         except Exception as error:
             raise MDNetError(f"ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _register_scan(options: Any) -> None:
+    library = native.custom_op_library()
+    if library is None:
+        native.say_it_is_missing()
+        return
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise MDNetError(native.BROKEN.format(library.name, first_line(error))) from error
 
 
 def available_cores() -> int:

@@ -24,11 +24,12 @@ return type too.
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from mdnet_engines import native
-from mdnet_engines.cuda_kernel import CHANNELS_PER_BLOCK, THREADS, kernel_name, ptx
+from mdnet_engines.cuda_kernel import CHANNELS_PER_BLOCK, THREADS, Dtype, kernel_name, ptx
 from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.scan_shapes import check_shapes
 
 NAMESPACE = "mdnet"
 PLUGINS = {"SelectiveScan": False, "SelectiveScanReverse": True}  # the ONNX operator's name → reverse
@@ -36,7 +37,6 @@ PLUGINS = {"SelectiveScan": False, "SelectiveScanReverse": True}  # the ONNX ope
 # the second it does not know which of the plugin's two implementations to build.
 PARSER_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "aot": 1}
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES: dict[str, Dtype] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's names → ours
 _MAJOR = 11
 
@@ -84,6 +84,7 @@ def _register(name: str, reverse: bool) -> None:
     def into_engine(  # type: ignore[no-untyped-def]
         u, delta, A, B, C, D, z, delta_bias, outputs, tactic
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        check_shapes(*(tensor.shape for tensor in (u, delta, A, B, C, D, z, delta_bias)))
         batch, channels, length = u.shape_expr
         grid = trtp.KernelLaunchParams(
             grid_x=batch, grid_y=trtp.cdiv(channels, CHANNELS_PER_BLOCK), block_x=THREADS, shared_mem=0
@@ -117,6 +118,7 @@ def launch(inputs: Sequence[Any], y: Any, stream: int, *, dtype: Dtype, reverse:
         MDNetError: there is no kernel for this call, no native library or CUDA driver, or the driver refuses it.
     """
     u, delta, A, B, C, D, z, delta_bias = inputs
+    check_shapes(*(tensor.shape for tensor in inputs))
     contiguous = (native.Rows(tensor.data_ptr, 0, 0) for tensor in (u, delta, z, B, C))
     parameters = (tensor.data_ptr for tensor in (A, D, delta_bias))
     sizes = (*u.shape, A.shape[1])

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from mdnet import scan_loop
 from mdnet_engines import native
+from mdnet_engines.scan_shapes import check_shapes
+
+INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _TYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in native.TYPES.items()}
 
@@ -49,16 +53,15 @@ def selective_scan(
         (batch, channels, length), in the type of `u`.
 
     Raises:
-        ValueError: a shape does not fit the others; the message names both.
-        TypeError: `u` is not of a floating-point type.
+        ValueError: a shape does not fit the others (the message names both), or a device.
+        TypeError: a tensor is not of a floating-point type.
         MDNetError: the native library can't be loaded, or memory ran out.
     """
-    if not u.is_floating_point():
-        raise TypeError(f"u is {u.dtype}; the selective scan takes floating-point tensors")
-    check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    check_inputs(dict(zip(INPUTS, inputs, strict=True)))
     if _runs_natively(u):
-        return _native_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
-    return scan_loop.scan(u, delta, A, B, C, D, z, delta_bias, reverse)
+        return _native_scan(*inputs, reverse=reverse)
+    return scan_loop.scan(*inputs, reverse)
 
 
 @selective_scan.register_fake
@@ -80,9 +83,10 @@ def selective_scan_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `selective_scan` for its eight tensors, each of its tensor's shape and type."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
     if _runs_natively(u):
-        return _native_backward(grad, u, delta, A, B, C, D, z, delta_bias, reverse)
-    return scan_loop.scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, reverse)
+        return _native_backward(grad, *inputs, reverse=reverse)
+    return scan_loop.scan_backward(grad, *inputs, reverse)
 
 
 @selective_scan_backward.register_fake
@@ -103,44 +107,22 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 selective_scan.register_autograd(_differentiate, setup_context=_save)
 
 
-def check_shapes(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-) -> None:
-    """Raise `ValueError`, naming both shapes, where an input does not fit `u` and `A`."""
-    if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"u must be (batch, channels, length), A (channels, states); got {_of(u)} and {_of(A)}")
-    if 0 in u.shape or 0 in A.shape:
-        raise ValueError(f"u {_of(u)} or A {_of(A)} has an empty axis")
-    (batch, channels, length), states = u.shape, A.shape[1]
-    expected = {
-        "delta": (delta, (batch, channels, length)),
-        "A": (A, (channels, states)),
-        "B": (B, (batch, states, length)),
-        "C": (C, (batch, states, length)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, channels, length)),
-        "delta_bias": (delta_bias, (channels,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {_of(tensor)}, but u {_of(u)} and A {_of(A)} need {shape}")
+def check_inputs(tensors: dict[str, Tensor]) -> None:
+    """Raise where the eight tensors, by name, are no inputs of a scan; see `selective_scan`."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; the selective scan takes floating-point tensors")
+        if tensor.device != tensors["u"].device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {tensors['u'].device}")
+    check_shapes(**{name: tensor.shape for name, tensor in tensors.items()})
 
 
 def _runs_natively(u: Tensor) -> bool:
     return u.device.type == "cpu" and u.dtype in _TYPES and native.library() is not None
 
 
-def _native_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool,
-) -> Tensor:
+def _native_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor, reverse: bool) -> Tensor:
+    D, z, delta_bias = others
     kind = scan_loop.state_dtype(u)
     steps = (u, delta, z, B, C)
     io = u.dtype if all(tensor.dtype == u.dtype for tensor in steps) else kind
@@ -151,18 +133,8 @@ def _native_scan(
     return y.to(u.dtype)
 
 
-def _native_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _native_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> Gradients:
+    u, delta, A, B, C, D, z, delta_bias = inputs
     kind = scan_loop.state_dtype(u)
     call = _Call((u, delta, z, B, C), (A, D, delta_bias), kind, kind, reverse)
     grad = _rows(grad, kind)
@@ -187,7 +159,6 @@ def _native_backward(
         parts["z"],
         parts["delta_bias"].sum(0),
     )
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
     return tuple(  # type: ignore[return-value]
         value.to(like.dtype).contiguous() for value, like in zip(grads, inputs, strict=True)
     )
@@ -236,7 +207,3 @@ def _gomp_parallel() -> int | None:
         return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):  # a PyTorch built without OpenMP
         return None
-
-
-def _of(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)

@@ -19,7 +19,7 @@ import cuda_emulation
 import numpy as np
 import pytest
 from cuda_emulation import KernelError
-from scan_cases import EVERY_CASE, NUMPY_TYPES, ScanCase, assert_close, make_inputs, reference_scan
+from scan_cases import EVERY_CASE, NUMPY_TYPES, PARAMETERS, ScanCase, assert_close, make_inputs, reference_scan
 
 from mdnet_engines import cuda_kernel, scan_op
 from mdnet_engines.errors import MDNetError
@@ -27,7 +27,6 @@ from mdnet_engines.errors import MDNetError
 DTYPES = ("float32", "float16", "bfloat16")
 CAPACITIES = (4, 16, 64)
 SCALARS = ("channels", "length", "states")
-PARAMETERS = ("A", "D", "delta_bias")
 KERNELS = {
     cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=capacity): capacity
     for reverse, dtype, capacity in product((False, True), DTYPES, CAPACITIES)
@@ -114,7 +113,7 @@ def test_nvrtc_says_in_one_line_what_it_refuses(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_nvrtc_the_message_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MDNetError, match="pip install cuda-bindings nvidia-cuda-nvrtc") as caught:
+    with pytest.raises(MDNetError, match=r"mdnet\[cuda-dev\]") as caught:
         cuda_kernel.compile_ptx()
     assert "\n" not in str(caught.value)
 

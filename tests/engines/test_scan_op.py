@@ -14,13 +14,14 @@ from scan_cases import (
     EVERY_CASE,
     HALF_CASES,
     NUMPY_TYPES,
+    PARAMETERS,
     SCAN_CASES,
     ScanCase,
     assert_close,
     make_inputs,
     reference_scan,
 )
-from scan_model import PARAMETERS, model, operator_of, run
+from scan_model import model, operator_of, run
 
 from mdnet_engines import scan_op
 
@@ -54,7 +55,7 @@ GENTLE = [case for case in SCAN_CASES if case.elements <= 10_000 and case.delta_
 
 
 @pytest.mark.parametrize("case", GENTLE, ids=lambda case: case.name)
-def test_the_standards_own_evaluator_runs_the_function_body(case: ScanCase) -> None:
+def test_onnx_reference_evaluator_runs_the_function_body(case: ScanCase) -> None:
     inputs = make_inputs(case)
     (got,) = evaluate(model(operator_of(case)), inputs)
     assert_close(got, reference_scan(**inputs, reverse=case.reverse))

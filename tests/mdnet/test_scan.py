@@ -21,7 +21,7 @@ from scan_cases import (
 from torch import Tensor, nn
 
 from mdnet import scan_loop
-from mdnet.scan import selective_scan, selective_scan_backward
+from mdnet.scan import _rows, check_inputs, selective_scan, selective_scan_backward
 from mdnet_engines import native
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -124,7 +124,7 @@ def test_types_may_differ(host: str) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_views_are_not_copied_and_any_layout_is_taken(reverse: bool, host: str) -> None:
+def test_any_layout_is_taken(reverse: bool, host: str) -> None:
     case = ScanCase("layouts", batch=2, channels=6, length=10, states=4, reverse=reverse)
     inputs = dict(zip(NAMES, tensors(case), strict=True))
     expected = selective_scan(**inputs, reverse=reverse)
@@ -133,9 +133,17 @@ def test_views_are_not_copied_and_any_layout_is_taken(reverse: bool, host: str) 
     inputs["B"] = inputs["B"].mT.contiguous().mT  # steps far apart
     inputs["C"] = inputs["C"].transpose(0, 1).contiguous().transpose(0, 1)
     inputs["A"] = inputs["A"].mT.contiguous().mT
-    inputs["delta"] = inputs["delta"][:1].expand(2, -1, -1)
+    torch.testing.assert_close(selective_scan(**inputs, reverse=reverse), expected, rtol=0, atol=0)
+    inputs["delta"] = inputs["delta"][:1].expand(2, -1, -1)  # a stride of 0
     same = selective_scan(**inputs, reverse=reverse)
     torch.testing.assert_close(same[:1], expected[:1], rtol=0, atol=0)
+
+
+def test_a_view_whose_steps_are_side_by_side_is_not_copied() -> None:
+    whole = torch.randn(2, 6, 10)
+    view = whole[:, 2:4, 3:]
+    assert _rows(view, torch.float32).data_ptr() == view.data_ptr()
+    assert _rows(view.mT, torch.float32).data_ptr() != view.data_ptr()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -206,7 +214,16 @@ def test_what_makes_no_sense_is_refused_in_words(refusal: Refusal) -> None:
         assert words in str(error.value)
 
 
-def test_another_type_is_refused() -> None:
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_type_that_is_not_floating_point_is_refused(name: str, kind: torch.dtype) -> None:
     inputs = dict(zip(NAMES, tensors(SMALL), strict=True))
-    with pytest.raises(TypeError, match="int64"):
-        selective_scan(**{**inputs, "u": inputs["u"].long()})
+    with pytest.raises(TypeError, match=f"{name} is {kind}"):
+        selective_scan(**{**inputs, name: inputs[name].to(kind)})
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_tensors_of_another_device_are_refused(name: str) -> None:
+    inputs = dict(zip(NAMES, tensors(SMALL), strict=True))
+    with pytest.raises(ValueError, match=f"{name} is on meta, u on cpu"):
+        check_inputs({**inputs, name: inputs[name].to("meta")})

@@ -1,4 +1,4 @@
-"""onnx's own evaluator, which reads the standard word by word: a host that shares nothing with any other."""
+"""onnx's own evaluator, with a `Scan` for more axes and directions than it has: a host that shares nothing."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+PARAMETERS = ("A", "D", "delta_bias")  # float32 always, and the same for every image
 # Some 50 units of float32's 2⁻²⁴: each state and output sums up to a few hundred rounded products.
 SCAN_TOLERANCE = 3e-6
 # On CUDA the decay comes from the hardware's exponential, whose 2⁻²² may go the same way in every step: 1.5e-5 in the

@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from scan_cases import ScanCase
+from scan_cases import PARAMETERS, ScanCase
 
 from mdnet_engines import scan_op
 
-PARAMETERS = ("A", "D", "delta_bias")
 _SHAPES = {
     **dict.fromkeys(("u", "delta", "z"), ("batch", "channels", "length")),
     **dict.fromkeys(("B", "C"), ("batch", "states", "length")),

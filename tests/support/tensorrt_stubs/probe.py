@@ -7,6 +7,7 @@ put the answers. The CUDA driver is the stub of tests/support/cuda_stub.
     registry  {}                                  our plugins in the registry, after registering twice
     undecided {name}                              the refusal of a node that does not say how to be built
     describe  {name, dtype, sizes, batches}       output types and shapes, the combinations of types and layouts
+    misfit    {name, dtype, sizes, tensor}        the refusal of a node, one of whose tensors has other sizes
     aot       {name, dtype, sizes, batches}       kernel, PTX, and for each batch its grid, block and scalars
     jit       {name, dtype, sizes, stream}        what the CUDA driver is called with
 
@@ -26,6 +27,7 @@ import tensorrt.plugin as trtp
 from cuda_stub import Driver
 
 from mdnet_engines import tensorrt_plugin
+from mdnet_engines.errors import MDNetError
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 PARAMETERS = ("A", "D", "delta_bias")
@@ -143,6 +145,19 @@ def undecided(name: str) -> Any:
         return str(error)
 
 
+def misfit(name: str, dtype: str, sizes: dict[str, int], tensor: str) -> Any:
+    made, _, _ = described(name, dtype, sizes)
+    grown = {**sizes, **{size: sizes[size] + 1 for size in ("channels", "length", "states")}}
+    in_out = [description(t, dtype, grown if t == tensor else sizes) for t in (*INPUTS, "y")]
+    made.get_supported_format_combinations(in_out, len(INPUTS))
+    made.set_tactic(0)
+    try:
+        made.get_launch_params([], in_out, len(INPUTS), Launch(), Scalars(), Builder())
+        made.get_kernel([d.desc for d in in_out[:-1]], [in_out[-1].desc])
+    except MDNetError as error:
+        return str(error)
+
+
 def describe(name: str, dtype: str, sizes: dict[str, int], batches: list[int]) -> Any:
     made, output_types, output_shapes = described(name, dtype, sizes)
     in_out = [description(tensor, dtype, sizes) for tensor in (*INPUTS, "y")]
@@ -193,5 +208,5 @@ if __name__ == "__main__":
     # the expression itself.
     trt.DimsExprs = lambda length: [None] * length
     sys.modules[trtp.SymInt32.__module__].SymExprImpl = lambda symbol: symbol
-    questions = {question.__name__: question for question in (registry, undecided, describe, aot, jit)}
+    questions = {question.__name__: question for question in (registry, undecided, describe, misfit, aot, jit)}
     print(json.dumps(questions[sys.argv[1]](**json.loads(sys.argv[2]))))
