@@ -70,9 +70,8 @@ struct OpenMp {
   static void parallel_for(void* host, void (*task)(void*, size_t), void* argument, size_t count) {
     const OpenMp& self = *static_cast<const OpenMp*>(host);
     Loop loop{task, argument, count};
-    const size_t threads = self.threads > 0 && size_t(self.threads) < count ? size_t(self.threads) : count;
-    if (!self.parallel || threads < 2) return work(&loop);
-    self.parallel(work, &loop, unsigned(threads), 0);
+    if (!self.parallel || self.threads < 2 || count < 2) return work(&loop);
+    self.parallel(work, &loop, unsigned(size_t(self.threads) < count ? size_t(self.threads) : count), 0);
   }
 };
 
