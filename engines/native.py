@@ -15,7 +15,10 @@ import mdnet_engines
 from mdnet_engines.errors import MDNetError, first_line
 
 _NAME = "libmdnet_scan.so"
-MISSING = "mdnet was installed without its native library; install it again on Linux, with GCC 12 or newer, or Clang"
+MISSING = (
+    "mdnet was installed without its native library: there was no compiler, or the build failed (pip install -v shows "
+    "it); it takes Linux, and GCC 12 or newer or Clang"
+)
 BROKEN = "{} can't be loaded ({}); install mdnet again on this machine"
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 """`Scan.type`: of u, delta, B, C, z and y."""

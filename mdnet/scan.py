@@ -40,7 +40,7 @@ def selective_scan(
     delta_bias: Tensor,
     reverse: bool = False,
 ) -> Tensor:
-    """Selective scan over the last axis of `u`.
+    """Selective scan over the last axis of `u`. Differentiable once, in reverse mode; forward mode gives zero tangents.
 
     Args:
         u, delta, z: (batch, channels, length).
@@ -58,14 +58,25 @@ def selective_scan(
         MDNetError: the native library can't be loaded, or memory ran out.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    check_inputs(dict(zip(INPUTS, inputs, strict=True)))
+    check_inputs(*inputs)
     if _runs_natively(u):
         return _native_scan(*inputs, reverse=reverse)
     return scan_loop.scan(*inputs, reverse)
 
 
 @selective_scan.register_fake
-def _(u: Tensor, *_: Tensor | bool) -> Tensor:
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    reverse: bool = False,
+) -> Tensor:
+    check_inputs(u, delta, A, B, C, D, z, delta_bias)
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
@@ -82,8 +93,15 @@ def selective_scan_backward(
     delta_bias: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `selective_scan` for its eight tensors, each of its tensor's shape and type."""
+    """Gradients of `selective_scan` for its eight tensors, each of its tensor's shape and type.
+
+    Raises:
+        ValueError: `grad` has another shape than `u`; or as `selective_scan`.
+    """
     inputs = (u, delta, A, B, C, D, z, delta_bias)
+    check_inputs(*inputs)
+    if grad.shape != u.shape or grad.device != u.device:
+        raise ValueError(f"grad is {tuple(grad.shape)} on {grad.device}, u is {tuple(u.shape)} on {u.device}")
     if _runs_natively(u):
         return _native_backward(grad, *inputs, reverse=reverse)
     return scan_loop.scan_backward(grad, *inputs, reverse)
@@ -107,14 +125,14 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 selective_scan.register_autograd(_differentiate, setup_context=_save)
 
 
-def check_inputs(tensors: dict[str, Tensor]) -> None:
-    """Raise where the eight tensors, by name, are no inputs of a scan; see `selective_scan`."""
-    for name, tensor in tensors.items():
+def check_inputs(*inputs: Tensor) -> None:
+    """Raise where the eight tensors are no inputs of a scan; see `selective_scan`."""
+    for name, tensor in zip(INPUTS, inputs, strict=True):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}; the selective scan takes floating-point tensors")
-        if tensor.device != tensors["u"].device:
-            raise ValueError(f"{name} is on {tensor.device}, u on {tensors['u'].device}")
-    check_shapes(**{name: tensor.shape for name, tensor in tensors.items()})
+        if tensor.device != inputs[0].device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {inputs[0].device}")
+    check_shapes(*(tensor.shape for tensor in inputs))
 
 
 def _runs_natively(u: Tensor) -> bool:
@@ -202,8 +220,10 @@ def _view(tensor: Tensor) -> native.Rows:
 @functools.cache
 def _gomp_parallel() -> int | None:
     """The entry of the OpenMP runtime that PyTorch runs on: its threads, not a second set beside them."""
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):  # a PyTorch built without OpenMP
-        return None
+    # A runtime that was preloaded in place of PyTorch's own is found in the process, as PyTorch finds it.
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        try:
+            return ctypes.cast(ctypes.CDLL(library).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None  # a PyTorch built without OpenMP

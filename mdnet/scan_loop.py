@@ -119,4 +119,5 @@ def _time_major(*tensors: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _step_size(delta: Tensor, delta_bias: Tensor, kind: torch.dtype) -> Tensor:
-    return F.softplus(delta.to(kind) + delta_bias.to(kind)[:, None])
+    # By default softplus(x) is x from 20 on, which float64 can tell from the truth; from 40 on it can't.
+    return F.softplus(delta.to(kind) + delta_bias.to(kind)[:, None], threshold=40)

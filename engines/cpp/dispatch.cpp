@@ -71,7 +71,9 @@ struct OpenMp {
     const OpenMp& self = *static_cast<const OpenMp*>(host);
     Loop loop{task, argument, count};
     if (!self.parallel || self.threads < 2 || count < 2) return work(&loop);
-    self.parallel(work, &loop, unsigned(size_t(self.threads) < count ? size_t(self.threads) : count), 0);
+    // All of them, even for fewer tasks: libgomp ends the threads that a smaller team leaves over, and the host's next
+    // operation would start them again.
+    self.parallel(work, &loop, unsigned(self.threads), 0);
   }
 };
 
@@ -94,11 +96,6 @@ int64_t mdnet_scan_splits(int64_t channels) { return (channels + kSplitChannels 
 
 int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host) {
   return run(scan, nullptr, parallel_for, host);
-}
-
-int mdnet_scan_backward(const MdnetScan* scan, const MdnetScanGradients* gradients, MdnetParallelFor parallel_for,
-                        void* host) {
-  return gradients ? run(scan, gradients, parallel_for, host) : int(MDNET_BAD_ARGUMENT);
 }
 
 int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients, void* gomp_parallel, int threads) {

@@ -160,7 +160,9 @@ OrtStatus* compute(void* pointer, OrtKernelContext* context) {
   Pool pool{api, context, nullptr};
   const int status = mdnet_scan(&scan, Pool::parallel_for, &pool);
   if (pool.status) return pool.status;
-  return status == MDNET_OK ? nullptr : api.CreateStatus(ORT_FAIL, "SelectiveScan: no memory for its state");
+  if (status == MDNET_OK) return nullptr;
+  return api.CreateStatus(ORT_FAIL, status == MDNET_NO_MEMORY ? "SelectiveScan: no memory for its states"
+                                                              : "SelectiveScan: sizes out of range");
 }
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*, void** kernel) {

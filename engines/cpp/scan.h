@@ -49,12 +49,11 @@ typedef struct {
 typedef void (*MdnetParallelFor)(void* host, void (*task)(void* argument, size_t i), void* argument, size_t count);
 
 int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host);
-int mdnet_scan_backward(const MdnetScan* scan, const MdnetScanGradients* gradients, MdnetParallelFor parallel_for,
-                        void* host);
 int64_t mdnet_scan_splits(int64_t channels);
 
-// The same on the threads of an OpenMP runtime that the caller has loaded (PyTorch's): `gomp_parallel` is its
-// GOMP_parallel, which GNU's and LLVM's both export. Without one (null) the scan runs on the calling thread.
+// Forward, or backward where `gradients` is not null, on the threads of an OpenMP runtime that the caller has loaded
+// (PyTorch's): `gomp_parallel` is its GOMP_parallel, which GNU's and LLVM's both export. Without one (null) the scan
+// runs on the calling thread.
 int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients, void* gomp_parallel, int threads);
 
 // Enqueue the forward pass on a stream of the current CUDA context, through the CUDA driver, which is loaded when first

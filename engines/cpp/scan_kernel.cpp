@@ -36,6 +36,22 @@ class Arena {
   char* next_;
 };
 
+// While one lives, results too small for a normal number are 0: a state that decays into subnormal numbers would slow
+// x86 processors down twentyfold. Operands keep theirs (the caller may have it otherwise): float16 is read through
+// them.
+class FlushToZero {
+ public:
+#if defined(__x86_64__)
+  FlushToZero() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr((before_ | 0x8000) & ~0x0040u); }
+  ~FlushToZero() { __builtin_ia32_ldmxcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  const unsigned before_;
+#endif
+};
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +69,6 @@ struct Group {
 
   const MdnetScan& scan;
   int64_t image, first, lanes;   // lanes in use; the others hold zeros
-  int64_t states;                // of the arrays: scan.states, or more with zeros behind
   int64_t start = 0, steps = 0;  // the current tile
   bool bounded = true;           // |dt A log2(e)| stays below 2^21 in the current tile
   T steepest[W] = {};            // per lane: the largest |A log2(e)|
@@ -66,8 +81,9 @@ struct Group {
     return (2 * states + 3 * kTile) * sizeof(V) + 2 * states * kTile * sizeof(T) + 7 * kAlignment;
   }
 
-  Group(const MdnetScan& scan, int64_t image, int64_t first, int64_t states, Arena& arena)
-      : scan(scan), image(image), first(first), lanes(smaller(W, scan.channels - first)), states(states) {
+  Group(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)
+      : scan(scan), image(image), first(first), lanes(smaller(W, scan.channels - first)) {
+    const int64_t states = scan.states;
     A2 = arena.take<V>(states);
     h = arena.take<V>(states);
     dt = arena.take<V>(kTile);
@@ -78,16 +94,12 @@ struct Group {
     const T* A = static_cast<const T*>(scan.A) + first * scan.states;
     for (int64_t n = 0; n < states; ++n) {
       A2[n] = h[n] = V{};
-      if (n >= scan.states) continue;
       for (int64_t i = 0; i < lanes; ++i) {
         const T a = A[i * scan.states + n] * T(1.44269504088896340736);
         A2[n][i] = a;
         const T magnitude = a < 0 ? -a : a;
         if (!(magnitude <= steepest[i])) steepest[i] = magnitude;  // a NaN stays, and no bound holds
       }
-    }
-    for (int64_t n = scan.states; n < states; ++n) {
-      for (int t = 0; t < kTile; ++t) B[n * kTile + t] = C[n * kTile + t] = 0;
     }
   }
 
@@ -153,7 +165,7 @@ Order order_of(const G& group) {
 
 // Take the states n, n + 1, ... through the tile. Unrolled: they stay in registers.
 template <bool Bounded, typename G, size_t... I>
-void advance_states(G& g, int64_t n, Indices<I...>) {
+void advance_states(G& g, int64_t n, std::index_sequence<I...>) {
   using T = typename G::Scalar;
   Vector<T> h[sizeof...(I)] = {g.h[n + I]...};
   const Vector<T>* A2 = g.A2 + n;
@@ -172,9 +184,10 @@ void advance_states(G& g, int64_t n, Indices<I...>) {
 template <bool Bounded, typename G>
 void advance(G& g) {
   int64_t n = 0;
-  for (; n + 16 <= g.states; n += 16) advance_states<Bounded>(g, n, MakeIndices<16>::Type{});
-  for (; n + 4 <= g.states; n += 4) advance_states<Bounded>(g, n, MakeIndices<4>::Type{});
-  for (; n < g.states; ++n) advance_states<Bounded>(g, n, MakeIndices<1>::Type{});
+  const int64_t states = g.scan.states;
+  for (; n + 16 <= states; n += 16) advance_states<Bounded>(g, n, std::make_index_sequence<16>{});
+  for (; n + 4 <= states; n += 4) advance_states<Bounded>(g, n, std::make_index_sequence<4>{});
+  for (; n < states; ++n) advance_states<Bounded>(g, n, std::make_index_sequence<1>{});
 }
 
 template <typename G>
@@ -202,7 +215,7 @@ int forward_group(const MdnetScan& scan, int64_t task) {
   const int64_t groups = ceil_div(scan.channels, G::W);
   Arena arena(G::bytes(scan.states));
   if (!arena) return MDNET_NO_MEMORY;
-  G group(scan, task / groups, task % groups * G::W, scan.states, arena);
+  G group(scan, task / groups, task % groups * G::W, arena);
   for (int64_t k = 0; k < group.tiles(); ++k) {
     group.enter(k);
     advance(group);
@@ -216,6 +229,7 @@ int64_t forward_tasks(const MdnetScan& scan) {
 }
 
 int forward(const MdnetScan& scan, int64_t task) {
+  [[maybe_unused]] const FlushToZero guard;
   switch (scan.type) {
     case MDNET_FLOAT32:
       return forward_group<float, float>(scan, task);
@@ -237,6 +251,7 @@ struct Backward {
 
   G& g;
   const MdnetScanGradients& out;
+  const int64_t states;
   T *grad_B, *grad_C;                // this task's part: [length][scan.states]
   V* before;                         // [tiles][states]
   V *decay, *state;                  // [kTile][states]
@@ -249,16 +264,16 @@ struct Backward {
   }
 
   Backward(G& group, const MdnetScanGradients& out, T* grad_B, T* grad_C, Arena& arena)
-      : g(group), out(out), grad_B(grad_B), grad_C(grad_C) {
-    before = arena.take<V>(g.tiles() * g.states);
-    decay = arena.take<V>(kTile * g.states);
-    state = arena.take<V>(kTile * g.states);
-    carry = arena.take<V>(g.states);
-    grad_A = arena.take<V>(g.states);
+      : g(group), out(out), states(g.scan.states), grad_B(grad_B), grad_C(grad_C) {
+    before = arena.take<V>(g.tiles() * states);
+    decay = arena.take<V>(kTile * states);
+    state = arena.take<V>(kTile * states);
+    carry = arena.take<V>(states);
+    grad_A = arena.take<V>(states);
     grad_sum = arena.take<V>(kTile);
     grad_dt = arena.take<V>(kTile);
     grad_dtu = arena.take<V>(kTile);
-    for (int64_t n = 0; n < g.states; ++n) carry[n] = grad_A[n] = V{};
+    for (int64_t n = 0; n < states; ++n) carry[n] = grad_A[n] = V{};
   }
 
   void run() {
@@ -280,7 +295,7 @@ struct Backward {
   }
 
   void keep(int64_t k) {
-    for (int64_t n = 0; n < g.states; ++n) before[k * g.states + n] = g.h[n];
+    for (int64_t n = 0; n < states; ++n) before[k * states + n] = g.h[n];
   }
 
   V grad_y(int i, int64_t t) const { return g.steps_of(out.grad, i, t); }
@@ -300,13 +315,13 @@ struct Backward {
 
   template <bool Bounded>
   void recompute(int64_t k) {
-    const V* h = before + k * g.states;
+    const V* h = before + k * states;
     const Order order = order_of(g);
     int64_t t = order.begin;
     for (int64_t count = 0; count < order.count; ++count, t += order.step) {
-      V *a = decay + t * g.states, *now = state + t * g.states;
+      V *a = decay + t * states, *now = state + t * states;
       V sum{};
-      for (int64_t n = 0; n < g.states; ++n) {
+      for (int64_t n = 0; n < states; ++n) {
         a[n] = exp2_product<Bounded, T>(g.dt[t], g.A2[n]);
         now[n] = a[n] * h[n] + g.dtu[t] * g.B[n * kTile + t];
         sum += now[n] * g.C[n * kTile + t];
@@ -321,13 +336,14 @@ struct Backward {
     const Order order = order_of(g);
     int64_t t = order.begin + (order.count - 1) * order.step;
     for (int64_t count = order.count - 1; count >= 0; --count, t -= order.step) {
-      const V *a = decay + t * g.states, *now = state + t * g.states;
-      const V* h = count ? state + (t - order.step) * g.states : before + k * g.states;
+      const V *a = decay + t * states, *now = state + t * states;
+      const V* h = count ? state + (t - order.step) * states : before + k * states;
       const V dt = g.dt[t], dtu = g.dtu[t], grad = grad_sum[t];
       V sum_dt{}, sum_dtu{};
-      for (int64_t n = 0; n < g.states; n += W) {
-        V rows_B[W], rows_C[W];
-        for (int i = 0; i < W; ++i) {
+      for (int64_t n = 0; n < states; n += W) {
+        V rows_B[W] = {}, rows_C[W] = {};
+        const int count = int(smaller(W, states - n));
+        for (int i = 0; i < count; ++i) {
           const V grad_h = grad * g.C[(n + i) * kTile + t] + carry[n + i];
           carry[n + i] = grad_h * a[n + i];
           const V grad_exponent = carry[n + i] * h[n + i];  // of dt A
@@ -400,7 +416,7 @@ struct Backward {
 template <typename T>
 int backward_split(const MdnetScan& scan, const MdnetScanGradients& out, int64_t task) {
   using G = Group<T, T>;
-  const int64_t states = ceil_div(scan.states, G::W) * G::W, tiles = ceil_div(scan.length, kTile);
+  const int64_t tiles = ceil_div(scan.length, kTile);
   const int64_t splits = ceil_div(scan.channels, kSplitChannels);
   const int64_t image = task / splits, split = task % splits;
   const int64_t shared = scan.length * scan.states, part = (split * scan.batch + image) * shared;
@@ -408,15 +424,16 @@ int backward_split(const MdnetScan& scan, const MdnetScanGradients& out, int64_t
   for (int64_t i = 0; i < shared; ++i) grad_B[i] = grad_C[i] = 0;
   const int64_t end = smaller(scan.channels, (split + 1) * kSplitChannels);
   for (int64_t first = split * kSplitChannels; first < end; first += G::W) {
-    Arena arena(G::bytes(states) + Backward<T>::bytes(tiles, states));
+    Arena arena(G::bytes(scan.states) + Backward<T>::bytes(tiles, scan.states));
     if (!arena) return MDNET_NO_MEMORY;
-    G group(scan, image, first, states, arena);
+    G group(scan, image, first, arena);
     Backward<T>(group, out, grad_B, grad_C, arena).run();
   }
   return MDNET_OK;
 }
 
 int backward(const MdnetScan& scan, const MdnetScanGradients& gradients, int64_t task) {
+  [[maybe_unused]] const FlushToZero guard;
   return scan.type == MDNET_FLOAT64 ? backward_split<double>(scan, gradients, task)
                                     : backward_split<float>(scan, gradients, task);
 }

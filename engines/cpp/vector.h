@@ -1,29 +1,21 @@
 // Vectors of one register's width, and the functions of the scan on them. Included once per instruction set: every
-// name is in a namespace of its own, so that no inline function of one build can be linked into another.
+// name is in a namespace of its own, so that no inline function of one build can be linked into another. The build
+// chooses MDNET_NAMESPACE and MDNET_VECTOR_BYTES (CMakeLists.txt).
 //
 // Written with the vector extensions that GCC (12 and newer) and Clang share; the compiler picks the instructions.
-// Relative errors in float32, for results that are normal numbers (tests/engines/test_native.py holds them):
+// Relative errors in float32, for results above 1e-36 (tests/engines/test_native.py holds them):
 //   exp(x) 1.5e-7, softplus(x) 2.5e-7, silu(x) 3e-7, and 8e-8 |x| more where x is negative (x log2(e) is rounded).
-// NaN gives NaN; exp(-inf) = 0, exp(inf) = inf, softplus(-inf) = 0, softplus(inf) = inf. Smaller results may be 0.
+// NaN gives NaN; exp(-inf) = 0, exp(inf) = inf, softplus(-inf) = 0, softplus(inf) = inf. Results below 1e-36 may be 0.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include <utility>
 
-#if defined(__AVX512F__)
-#define MDNET_NAMESPACE mdnet_avx512
-#define MDNET_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define MDNET_NAMESPACE mdnet_avx2
-#define MDNET_VECTOR_BYTES 32
-#else
-#define MDNET_NAMESPACE mdnet_portable
-#define MDNET_VECTOR_BYTES 16
+#if MDNET_VECTOR_BYTES > 16
+#include <immintrin.h>
 #endif
 
 namespace MDNET_NAMESPACE {
@@ -84,10 +76,10 @@ template <typename V>
 inline V at_most(V a, V high) {
   return a > high ? high : a;
 }
-#if defined(__AVX512F__)  // compilers make two instructions of the above
+#if MDNET_VECTOR_BYTES == 64  // compilers make two instructions of the above
 inline Vector<float> at_least(Vector<float> a, Vector<float> low) { return _mm512_maskz_max_ps(0xffff, low, a); }
 inline Vector<float> at_most(Vector<float> a, Vector<float> high) { return _mm512_maskz_min_ps(0xffff, high, a); }
-#elif defined(__AVX2__)
+#elif MDNET_VECTOR_BYTES == 32
 inline Vector<float> at_least(Vector<float> a, Vector<float> low) { return _mm256_max_ps(low, a); }
 inline Vector<float> at_most(Vector<float> a, Vector<float> high) { return _mm256_min_ps(high, a); }
 #endif
@@ -95,7 +87,7 @@ inline Vector<float> at_most(Vector<float> a, Vector<float> high) { return _mm25
 // 1 / a for a >= 1 (infinity and NaN included).
 template <typename T>
 inline Vector<T> reciprocal(Vector<T> a) {
-#if defined(__AVX512F__)
+#if MDNET_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {  // a quarter of a division's time; error 1.2e-7
     const __m512 x = _mm512_maskz_rcp14_ps(0xffff, a);
     const __m512 error = _mm512_fnmadd_ps(a, x, _mm512_set1_ps(1.0f));
@@ -130,7 +122,7 @@ inline Vector<double> exp2_fraction(Vector<double> r) {
 template <bool Bounded, typename T>
 inline Vector<T> exp2_product(Vector<T> a, Vector<T> b) {
   using R = Traits<T>;
-#if defined(__AVX512F__)
+#if MDNET_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {  // scalef saturates to 0 and inf by itself
     Vector<T> x = a * b;
     if constexpr (!Bounded) x = at_most(at_least(x, splat<T>(-300)), splat<T>(300));
@@ -238,7 +230,7 @@ template <typename T, typename IO>
 inline Vector<T> read(const IO* from, int64_t count) {
   if constexpr (sizeof(T) == sizeof(IO)) {
     if (count >= kWidth<T>) return load<Vector<T>>(from);
-#if defined(__AVX512F__)
+#if MDNET_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) return Vector<T>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
 #endif
   }
@@ -251,25 +243,16 @@ template <typename T, typename IO>
 inline void write(IO* to, Vector<T> value, int64_t count) {
   if constexpr (sizeof(T) == sizeof(IO)) {
     if (count >= kWidth<T>) return store(to, value);
-#if defined(__AVX512F__)
+#if MDNET_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
 #endif
   }
   for (int i = 0; i < kWidth<T> && i < count; ++i) narrow(value[i], to + i);
 }
 
-template <size_t... I>
-struct Indices {};
-template <size_t N, size_t... I>
-struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <size_t... I>
-struct MakeIndices<0, I...> {
-  using Type = Indices<I...>;
-};
-
 // Lanes of `a` and `b` in blocks of Step: the even blocks of both (High = false) or the odd ones.
 template <int Step, bool High, typename V, size_t... I>
-inline V blocks(V a, V b, Indices<I...>) {
+inline V blocks(V a, V b, std::index_sequence<I...>) {
   constexpr int n = sizeof...(I);
   if constexpr (High) {
     return __builtin_shufflevector(a, b, (int(I) & Step ? n + int(I) : int(I) + Step)...);
@@ -281,7 +264,7 @@ inline V blocks(V a, V b, Indices<I...>) {
 template <int Step, typename V, int N>
 inline void transpose_stage(V (&rows)[N]) {
   if constexpr (Step < N) {
-    using All = typename MakeIndices<N>::Type;
+    using All = std::make_index_sequence<N>;
     for (int i = 0; i < N; ++i) {
       if (i & Step) continue;
       const V a = rows[i], b = rows[i + Step];
@@ -301,7 +284,7 @@ inline void transpose(V (&rows)[N]) {
 template <int Step, typename V, int N>
 inline void sum_stage(V (&rows)[N]) {
   if constexpr (Step < N) {
-    using All = typename MakeIndices<N>::Type;
+    using All = std::make_index_sequence<N>;
     for (int i = 0; i < N; i += 2 * Step) {
       rows[i] =
           blocks<Step, false>(rows[i], rows[i + Step], All{}) + blocks<Step, true>(rows[i], rows[i + Step], All{});

@@ -21,7 +21,7 @@ from scan_cases import (
 from torch import Tensor, nn
 
 from mdnet import scan_loop
-from mdnet.scan import _rows, check_inputs, selective_scan, selective_scan_backward
+from mdnet.scan import _rows, selective_scan, selective_scan_backward
 from mdnet_engines import native
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -226,4 +226,39 @@ def test_a_type_that_is_not_floating_point_is_refused(name: str, kind: torch.dty
 def test_tensors_of_another_device_are_refused(name: str) -> None:
     inputs = dict(zip(NAMES, tensors(SMALL), strict=True))
     with pytest.raises(ValueError, match=f"{name} is on meta, u on cpu"):
-        check_inputs({**inputs, name: inputs[name].to("meta")})
+        selective_scan(**{**inputs, name: inputs[name].to("meta")})
+
+
+def test_the_gradient_of_another_shape_is_refused() -> None:
+    inputs = tensors(SMALL)
+    with pytest.raises(ValueError, match=r"grad is \(2, 3, 4\)"):
+        selective_scan_backward(torch.ones(2, 3, 4), *inputs, False)
+
+
+def test_shapes_are_checked_before_a_compiled_graph_runs() -> None:
+    inputs = dict(zip(NAMES, tensors(SMALL), strict=True))
+    with pytest.raises(Exception, match="B is"):  # the compiler wraps what the operator raises
+        torch.compile(selective_scan, fullgraph=True)(**{**inputs, "B": torch.ones(2, 9, 1)})
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_infinite_step_spoils_no_gradient_that_the_formula_leaves_finite(reverse: bool, host: str) -> None:
+    case = ScanCase("infinite", batch=1, channels=2, length=6, states=5, reverse=reverse)
+    inputs = tensors(case)
+    inputs[1][0, 1, 3] = torch.inf
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.grad(naive(leaves, reverse).sum(), leaves)
+    got = selective_scan_backward(torch.ones(1, 2, 6), *inputs, reverse)
+    for name, mine, exact in zip(NAMES, got, expected, strict=True):
+        assert not (torch.isnan(mine) & ~torch.isnan(exact)).any(), name
+
+
+def test_a_state_that_dies_out_costs_no_more(host: str) -> None:
+    """It decays below the smallest normal number, and is 0 from there on."""
+    inputs = tensors(ScanCase("dying", batch=1, channels=16, length=400, states=16, reverse=False))
+    inputs[0][..., 1:] = 0
+    y = selective_scan(*inputs)
+    smallest = torch.finfo(torch.float32).tiny
+    if host == "loop":
+        pytest.skip("PyTorch keeps subnormal numbers unless told otherwise")
+    assert not ((y != 0) & (y.abs() < smallest)).any()
