@@ -65,19 +65,10 @@ def selective_scan(
 
 
 @selective_scan.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool = False,
-) -> Tensor:
-    check_inputs(u, delta, A, B, C, D, z, delta_bias)
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def _(*arguments: Any) -> Tensor:
+    inputs = arguments[: len(INPUTS)]
+    check_inputs(*inputs)
+    return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("mdnet::selective_scan_backward", mutates_args=())
