@@ -33,6 +33,7 @@ def null_prompt(source: Path, stored: Path | None, config: MDNetConfig) -> tuple
     Raises:
         MDNetError: there is neither, transformers is not installed, or the embedding has another shape.
     """
+    files: tuple[Path, ...]
     if stored is not None:
         context, files, origin = _read_stored(stored), (stored,), stored
     elif source.is_dir():
@@ -71,7 +72,7 @@ def _from_folder(root: Path, config: MDNetConfig) -> tuple[Tensor, tuple[Path, .
     for part in ("text_encoder", "tokenizer"):
         if not (root / part).is_dir():
             raise _no_text_encoder(f"{root} holds {listing(root)}, and no {part}/", config)
-    weights = open_folder(root / "text_encoder", "model")  # damage and unsafe pickles are found here, in our words
+    weights = open_folder(root / "text_encoder", "model", "pytorch_model")  # says in our words what is wrong
     transformers = _transformers()
     variant = "fp16" if ".fp16." in weights.files[0].name or "fp16-" in weights.files[0].name else None
     try:

@@ -74,8 +74,8 @@ def open_weights(file: Path) -> Weights:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise MDNetError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned")
-    # Whatever the suffix says: eight bytes of length, then JSON.
-    if head[8:9] == b"{" or (file.suffix == ".safetensors" and not head.startswith(b"PK")):
+    # Eight bytes of length, then JSON: some files called .ckpt are safetensors.
+    if head[8:9] == b"{" or file.suffix == ".safetensors":
         return Weights(file, _open_safetensors(file), (file,))
     content = load_pickle(file)
     if isinstance(content, Tensor):
@@ -113,19 +113,21 @@ def load_pickle(file: Path) -> Any:
             raise MDNetError(f"{file} is no weights file, or was cut short ({first_line(error)})") from None
 
 
-def open_folder(folder: Path, stem: str) -> Weights:
-    """Weights that diffusers or transformers saved as `stem`: safetensors before .bin, float32 before fp16, or shards.
+def open_folder(folder: Path, stem: str, bin_stem: str) -> Weights:
+    """Weights as diffusers and transformers save them: safetensors before .bin, float32 before fp16, or shards.
 
     Raises:
         MDNetError: there are none, or a shard that the index names is missing; the message lists what is there.
     """
     names = []
-    for suffix in ("safetensors", "bin"):
-        names += [f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"]
-        names += [f"{stem}.fp16.{suffix}", f"{stem}.{suffix}.index.fp16.json", f"{stem}.fp16.{suffix}.index.json"]
+    for base, suffix in ((stem, "safetensors"), (bin_stem, "bin")):
+        names += [f"{base}.{suffix}", f"{base}.{suffix}.index.json"]
+        names += [f"{base}.fp16.{suffix}", f"{base}.{suffix}.index.fp16.json", f"{base}.fp16.{suffix}.index.json"]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise MDNetError(f"{folder} holds {listing(folder)}; expected {stem}.safetensors, .fp16.safetensors or .bin")
+        raise MDNetError(
+            f"{folder} holds {listing(folder)}; expected {stem}.safetensors, .fp16.safetensors or {bin_stem}.bin"
+        )
     if found.suffix != ".json":
         return open_weights(found)
     shards = read_json(found).get("weight_map")

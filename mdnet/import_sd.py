@@ -64,7 +64,7 @@ def _open_diffusers(root: Path, config: MDNetConfig) -> Weights:
     tensors: dict[str, Stored] = {}
     files: list[Path] = []
     for part in ("unet", "vae"):
-        weights = open_folder(root / part, "diffusion_pytorch_model")
+        weights = open_folder(root / part, "diffusion_pytorch_model", "diffusion_pytorch_model")
         files += weights.files
         for name, stored in weights.tensors.items():
             if not f"{part}.{name}".startswith(DECODERS):

@@ -90,7 +90,9 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     cls = positions[:, middle : middle + 1]
     places = torch.cat([positions[:, :middle], positions[:, middle + 1 :]], dim=1)
     places = places.mT.unflatten(2, (old, old))  # (1, d, g, g)
-    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2).mT
+    # In float64: float32 would place the taps of a fine grid a few 1e-6 beside.
+    places = F.interpolate(places.double(), size=(grid, grid), mode="bicubic", align_corners=False)
+    places = places.flatten(2).mT.to(cls.dtype)
     return torch.cat([places[:, :new_middle], cls, places[:, new_middle:]], dim=1)
 
 

@@ -1,6 +1,6 @@
 """Files with the keys, names and layout of what Stable Diffusion 1.5 and Vision Mamba published; weights are random.
 
-    python tests/support/published_weights.py FOLDER [PRESET]   # full size by default: 2.3 GB of fp16 files
+python tests/support/published_weights.py FOLDER [PRESET]   # full size by default: 2.3 GB of fp16 files
 """
 
 from __future__ import annotations
