@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 
 from mdnet.config import MDNetConfig
 from mdnet.model import MDNet
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.errors import MDNetError, printable
 
 CONFIG_KEY = "mdnet_config"
 NOTES_KEY = "mdnet_notes"
+SHOWN = 5
+"""Names in a message, before it says how many more there are."""
 
 
 def save_checkpoint(model: MDNet, file: str | os.PathLike[str], *, notes: dict[str, object] | None = None) -> None:
@@ -53,7 +56,9 @@ def load_checkpoint(file: str | os.PathLike[str], *, expect_preset: str | None =
         model = MDNet(config)
     with safe_open(os.fspath(file), framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-    _check_keys(model, tensors, file)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if problems := misfits(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        raise MDNetError(f"{file} does not fit its own configuration: {problems}")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -61,7 +66,7 @@ def load_checkpoint(file: str | os.PathLike[str], *, expect_preset: str | None =
 def read_metadata(file: str | os.PathLike[str]) -> tuple[MDNetConfig, dict[str, object]]:
     """The configuration and the notes of a checkpoint, without reading its weights."""
     if not Path(file).is_file():
-        raise MDNetError(f"{file}: no such file; a checkpoint is what `mdnet train -o FILE` writes")
+        raise MDNetError(f"{file}: no such file; a checkpoint is what `mdnet train` and `mdnet import` write")
     try:
         with safe_open(os.fspath(file), framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -77,15 +82,19 @@ def demo_checkpoint() -> Path:
     return Path(str(resources.files("mdnet") / "demo.safetensors"))
 
 
-def _check_keys(model: MDNet, tensors: dict[str, torch.Tensor], file: object) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Names that are missing, unexpected or wrongly shaped, a few of them; empty where everything fits."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {printable(name)}" for name in found if name not in expected]
     problems += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        f"{name} is {found[name]}, expected {shape}"
         for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name in found and found[name] != shape
     ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise MDNetError(f"{file} does not fit its own configuration: {shown}")
+    return few(sorted(problems), "; ")
+
+
+def few(items: list[str], separator: str = ", ") -> str:
+    """The first of `items` on one line, and how many there are beyond."""
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return separator.join(items[:SHOWN] + more)

@@ -1,4 +1,4 @@
-"""`mdnet`: draw data, train, evaluate."""
+"""`mdnet`: draw data, import weights, train, evaluate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mdnet_engines.console import Command, progress, say
+from mdnet_engines.console import Command, progress, say, steps
 from mdnet_engines.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ protocol_option = click.option(
 @click.group(cls=Command)
 @click.version_option(package_name="mdnet")
 def main() -> None:
-    """MD-Net in PyTorch: data, training, evaluation."""
+    """MD-Net in PyTorch: published weights, data, training, evaluation."""
 
 
 @main.command()
@@ -74,6 +74,62 @@ def prior(faces: int, epochs: int, seed: int, output: Path) -> None:
         train_prior(model, faces=faces, epochs=epochs, seed=seed, on_face=drawn, on_epoch=on_epoch)
     save_checkpoint(model, output, notes={"command": _command(), "data": f"{faces} drawn faces, without ratings"})
     say(f"{output}; next: mdnet train --init {shlex.quote(str(output))}")
+
+
+@main.command("import")
+@click.option(
+    "--sd",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Stable Diffusion 1.x: a diffusers folder, or CompVis' single .safetensors or .ckpt.",
+)
+@click.option("--vim", type=click.Path(path_type=Path), required=True, help="Vision Mamba: a .pth of hustvl/Vim.")
+@click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; taken from Vim's width where it is not given.")
+@click.option(
+    "--image-size", type=click.IntRange(min=64), help="Side of the input, a multiple of 64.  [default: preset's]"
+)
+@click.option(
+    "--null-prompt", type=click.Path(path_type=Path), help="The empty prompt's embedding, or a checkpoint with it."
+)
+@click.option("--seed", default=0, show_default=True, help="For the fusion, which starts fresh.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
+def import_(
+    sd: Path,
+    vim: Path,
+    preset: str | None,
+    image_size: int | None,
+    null_prompt: Path | None,
+    seed: int,
+    output: Path,
+) -> None:
+    """Make a checkpoint to train from, of Stable Diffusion's and Vision Mamba's published weights.
+
+    Nothing in the files is run. The licences of both pass on to the checkpoint, whose notes name them.
+    """
+    _require_train()
+    from mdnet.checkpoint import save_checkpoint
+    from mdnet.import_weights import import_weights
+
+    _check_output(output)
+    with steps() as step:
+        imported = import_weights(
+            sd,
+            vim,
+            preset=preset,
+            image_size=image_size,
+            null_prompt_file=null_prompt,
+            seed=seed,
+            on_step=step,
+        )
+        step(f"writing {output}")
+        save_checkpoint(imported.model, output, notes={"command": _command(), **imported.notes})
+    if imported.dropped:
+        say(f"left out: Vim's classifier ({', '.join(imported.dropped)})")
+    config = imported.model.config
+    say(
+        f"{output}: preset {config.preset}, {config.image_size} pixels, Vim stride {config.vim_stride}; "
+        f"next: mdnet train --init {shlex.quote(str(output))} --data DIR"
+    )
 
 
 @main.command()

@@ -5,62 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import stock_diffusion as stock
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from mdnet.config import MDNetConfig, preset
 from mdnet.diffusion import DiffusionEncoder
 
 
-class _EnoughError(Exception):
-    pass
-
-
 def stock_features(encoder: DiffusionEncoder, config: MDNetConfig, image: Tensor) -> dict[str, Tensor]:
     """What diffusers' own VAE and U-Net give on the encoder's weights. The decoder halves stay on the meta device."""
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=config.vae_channels,
-            layers_per_block=config.vae_layers,
-            latent_channels=4,
-            norm_num_groups=config.norm_groups,
-            scaling_factor=config.vae_scaling,
-        )
-        unet = UNet2DConditionModel(
-            block_out_channels=config.unet_channels,
-            layers_per_block=config.unet_layers,
-            attention_head_dim=config.unet_heads,
-            cross_attention_dim=config.context_dim,
-            norm_num_groups=config.norm_groups,
-        )
-    for stock, ours in ((vae, encoder.vae), (unet, encoder.unet)):
-        result = stock.load_state_dict(ours.state_dict(), strict=False, assign=True)
+        vae, unet = stock.vae(config), stock.unet(config)
+    for model, ours in ((vae, encoder.vae), (unet, encoder.unet)):
+        result = model.load_state_dict(ours.state_dict(), strict=False, assign=True)
         assert not result.unexpected_keys
         halves = ("decoder.", "post_quant_conv.", "up_blocks.", "conv_norm_out.", "conv_out.")
         assert all(key.startswith(halves) for key in result.missing_keys)
-    found: dict[str, Tensor] = {}
-    # A level's output states end with the downsampled map; before it stands the last transformer's output.
-    hooks: dict[torch.nn.Module, Callable[[Tensor | tuple], None]] = {
-        unet.down_blocks[1]: lambda output: found.update(down_s16=output[1][-2]),
-        unet.down_blocks[2]: lambda output: found.update(down_s32=output[1][-2]),
-    }
-    for module, keep in hooks.items():
-        module.register_forward_hook(lambda _m, _i, output, keep=keep: keep(output))
-
-    def stop(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> None:
-        found["mid_s64"] = output
-        raise _EnoughError
-
-    unet.mid_block.register_forward_hook(stop)
-    pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
-    latent = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    context = encoder.context.expand(len(image), -1, -1)
-    with pytest.raises(_EnoughError):
-        unet(latent, torch.tensor(config.timestep), encoder_hidden_states=context)
-    return found
+    return stock.features(vae, unet, encoder.context, config.timestep, image)
 
 
 def check_against_stock(config: MDNetConfig, run: Callable[[DiffusionEncoder, Tensor], dict[str, Tensor]]) -> None:
