@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdnet_engines.charts import MAX_POINTS
 from mdnet_engines.errors import BundleError
 from mdnet_export.parity import Gate, ParityReport, ScorePair, TensorParity
-from mdnet_export.report import MAX_POINTS, from_json, render_html, to_json
+from mdnet_export.report import from_json, render_html, to_json
 
 PASSING = Gate("max |Δscore|", 0.004, True, 0.02)
 FAILING = Gate("Pearson", 0.97, False, 0.999)
