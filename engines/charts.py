@@ -1,4 +1,4 @@
-"""Numbers as text and as inline SVG charts, for the pages that `mdnet_engines.page` renders. Needs markupsafe."""
+"""Numbers as inline SVG charts, for the pages that `mdnet_engines.page` renders. Needs markupsafe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+
+from mdnet_engines.numbers import number, score_text, visible
 
 MAX_POINTS = 2000
 """Dots in a scatter: more are not told apart by eye, and they are most of a page's size."""
@@ -45,29 +47,6 @@ def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
     worst, rest = ordered[: limit // 2], sorted(ordered[limit // 2 :], key=lambda point: point.x)
     spread = np.linspace(0, len(rest) - 1, limit - len(worst)).round().astype(int)
     return worst + [rest[i] for i in spread]
-
-
-def visible(text: str) -> str:
-    r"""`text` with what would not show, or not encode, as escapes: surrogates (`\udcff`), controls, bidi overrides."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def number(value: float, digits: int = 6, sign: str = "") -> str:
-    if math.isnan(value):
-        return "NaN"
-    if value == 0:
-        return "0"
-    return f"{value:{sign}.{digits}g}".rstrip(".").replace("inf", "∞").replace("-", "−")
-
-
-def number_beside(value: float, limit: float) -> str:
-    """`value` with as many digits as it takes to see that it is not `limit`, nor exactly 1."""
-    misread = {number(other) for other in (limit, 1.0) if other != value}
-    return next((text for digits in range(6, 17) if (text := number(value, digits)) not in misread), number(value, 17))
-
-
-def score_text(value: float) -> str:
-    return f"{value:.5f}".replace("-", "−") if abs(value) < 1e6 else number(value)
 
 
 @dataclass(frozen=True)

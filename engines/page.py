@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mdnet_engines.charts import visible
+from mdnet_engines.numbers import visible
 
 
 def render(template: Path, **values: Any) -> str:

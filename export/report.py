@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mdnet_engines.charts import Point, histogram, number, number_beside, scatter, score_text, thin, worst_first
+from mdnet_engines.charts import Point, histogram, scatter, thin, worst_first
 from mdnet_engines.errors import BundleError
+from mdnet_engines.numbers import number, number_beside, score_text
 from mdnet_engines.page import render
 from mdnet_export.parity import Gate, ParityReport, ScorePair, TensorParity
 
