@@ -12,17 +12,9 @@ from mdnet.checkpoint import load_checkpoint, read_metadata
 from mdnet.cli import main
 from mdnet.config import preset
 from mdnet.data import read_splits
-from mdnet.drawn import write_dataset
 from mdnet.evaluate import evaluate
 from mdnet.model import random_mdnet
 from mdnet.train import Epoch, TrainConfig, train
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "faces"
-    write_dataset(root, 60, seed=1)
-    return root
 
 
 def test_training_fits_its_images_and_leaves_the_encoder_alone(faces: Path) -> None:
