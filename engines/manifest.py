@@ -111,11 +111,11 @@ class ParitySummary(_Part):
 class Training(_Part):
     """Which images the weights learned from, as the checkpoint told; `None` where it did not."""
 
-    protocol: str | None = Field(None, max_length=40)
+    protocol: str | None = Field(default=None, max_length=40)
     """Of which protocol of SCUT-FBP5500 the training list was: `60-40` or `cv5`."""
     fold: int | None = None
     """Of `cv5`: which of the five folds was left out, from 1."""
-    data: str | None = Field(None, max_length=400)
+    data: str | None = Field(default=None, max_length=400)
     """What the data set was called."""
 
 
