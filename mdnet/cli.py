@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from mdnet_engines.console import Command, progress, say
 from mdnet_engines.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from mdnet.data import Protocol
+    from mdnet.benchmark import SplitResult
+    from mdnet.data import Protocol, Split
     from mdnet.model import MDNet
     from mdnet.subject import Device
 
@@ -176,7 +177,15 @@ def evaluate(
         _check_output(file, option, "the result")
     if report:
         require("jinja2", "train")
-    with progress() as bar:
+    with contextlib.ExitStack() as bars:
+
+        def on_split(split: Split) -> Callable[[int], None]:
+            return bars.enter_context(progress())(split.name, len(split.test))
+
+        def on_result(split: SplitResult) -> None:
+            bars.close()  # the bar and the line would share the terminal
+            click.echo(f"{split.name}: {split.evaluation()}")
+
         benchmark = run_benchmark(
             [open_subject(path) for path in models],
             data,
@@ -184,8 +193,8 @@ def evaluate(
             device=device,
             batch_size=batch_size,
             on_note=lambda note: say(f"note: {note}"),
-            on_split=lambda split: bar(split.name, len(split.test)),
-            on_result=lambda split: click.echo(f"{split.name}: {split.evaluation()}"),
+            on_split=on_split,
+            on_result=on_result,
         )
     if len(benchmark.splits) > 1:
         click.echo(f"{protocol}: {benchmark.spread()}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -99,6 +101,31 @@ def test_nothing_but_results_is_on_standard_output_and_no_bar_in_a_pipe(faces: P
     assert done.stdout.startswith("60-40: PC ")
     assert all(line.startswith("note: ") for line in done.stderr.splitlines())
     assert "\x1b" not in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_a_bar_counts_images_and_results_stay_on_standard_output(
+    faces: Path, demo_bundle: Bundle
+) -> None:
+    import pty
+
+    program = "from mdnet.cli import main; main()"
+    arguments = [sys.executable, "-c", program, "evaluate", str(demo_bundle.path), "--data", str(faces)]
+    terminal, slave = pty.openpty()
+    drawn = b""
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    ) as child:
+        os.close(slave)
+        with contextlib.suppress(OSError):  # how Linux ends a terminal that nobody has open any more
+            while part := os.read(terminal, 4096):  # all the while: a full terminal would stop the child
+                drawn += part
+        assert child.stdout is not None
+        results = child.stdout.read().decode()
+    os.close(terminal)
+    assert child.returncode == 0
+    assert results == run(demo_bundle.path, "--data", faces).stdout
+    assert b"24/24" in drawn
 
 
 def test_a_damaged_image_is_an_error_that_names_it(faces: Path, tmp_path: Path) -> None:
