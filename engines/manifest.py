@@ -108,12 +108,24 @@ class ParitySummary(_Part):
         return f"max |Δscore| {self.max_abs:.2g}, mean {self.mean_abs:.2g}{correlation}, {self.source}"
 
 
+class Training(_Part):
+    """Which images the weights learned from, as the checkpoint told; `None` where it did not."""
+
+    protocol: str | None = Field(default=None, max_length=40)
+    """Of which protocol of SCUT-FBP5500 the training list was: `60-40` or `cv5`."""
+    fold: int | None = None
+    """Of `cv5`: which of the five folds was left out, from 1."""
+    data: str | None = Field(default=None, max_length=400)
+    """What the data set was called."""
+
+
 class Provenance(_Part):
     """Where the weights came from and what made the bundle."""
 
     weights: Literal["demo", "checkpoint", "random"]
     checkpoint_sha256: Sha256 | None = None
     seed: int | None = None
+    training: Training | None = None
     command: str
     versions: dict[str, str]
 

@@ -160,6 +160,7 @@ def _write_manifest(folder: Path, weights: Weights, report: ParityReport, precis
         weights=weights.kind,
         checkpoint_sha256=weights.sha256,
         seed=weights.seed,
+        training=weights.training(),
         command=command,
         versions=package_versions(),
     )

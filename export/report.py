@@ -8,17 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
+from mdnet_engines.charts import Point, histogram, scatter, thin, worst_first
 from mdnet_engines.errors import BundleError
-from mdnet_export.charts import histogram, number, number_beside, scatter, score_text, visible
+from mdnet_engines.numbers import number, number_beside, score_text
+from mdnet_engines.page import render
 from mdnet_export.parity import Gate, ParityReport, ScorePair, TensorParity
 
 WORST_SHOWN = 10
-MAX_POINTS = 2000
-"""Dots in the scatter: more are not told apart by eye, and they are most of the page's size."""
 
 
 # --- JSON ---
@@ -124,18 +122,11 @@ def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -
     backend and source of images are taken from `report`, whatever `facts` says.
     """
     measured = {"precision": report.precision, "backend": report.backend, "source": report.source}
-    worst = _worst_first(report.scores)[:WORST_SHOWN]
-    finite = [pair for pair in report.scores if math.isfinite(pair.delta)]
-    shown = _thin(finite, MAX_POINTS)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    return environment.get_template("report.html.j2").render(
+    points = [Point(pair.image, pair.reference, pair.bundle) for pair in report.scores]
+    finite = [point for point in points if math.isfinite(point.delta)]
+    worst, shown = worst_first(points)[:WORST_SHOWN], thin(finite)
+    return render(
+        Path(__file__).with_name("report.html.j2"),
         title=title,
         facts={**measured, **facts, **measured},
         verdict=_verdict(report),
@@ -149,16 +140,25 @@ def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -
             }
             for graph, outputs in report.graphs.items()
         },
-        summary=_summary(report.scores, finite),
-        worst=[
-            (pair.image, score_text(pair.reference), score_text(pair.bundle), number(pair.delta, 3, "+#"))
-            for pair in worst
-        ],
-        images=len(report.scores),
+        summary=_summary(points, finite),
+        worst=[(point.name, score_text(point.x), score_text(point.y), number(point.delta, 3, "+#")) for point in worst],
+        images=len(points),
         finite=len(finite),
         shown=len(shown),
-        scatter=scatter(shown, [pair for pair in worst if math.isfinite(pair.delta)]) if finite else None,
-        histogram=histogram([pair.delta for pair in finite]) if finite else None,
+        scatter=scatter(
+            shown,
+            [point for point in worst if math.isfinite(point.delta)],
+            title="Bundle score against PyTorch fp32 score",
+            x_label="PyTorch fp32 score",
+            y_label="bundle score",
+        )
+        if finite
+        else None,
+        histogram=histogram(
+            [point.delta for point in finite], title="Distribution of Δ score", x_label="Δ = bundle − PyTorch fp32"
+        )
+        if finite
+        else None,
     )
 
 
@@ -177,14 +177,14 @@ def _gate_row(gate: Gate) -> dict[str, str]:
     return {**row, "value": number_beside(gate.value, gate.limit), "state": "pass" if gate.passed else "fail"}
 
 
-def _summary(scores: list[ScorePair], finite: list[ScorePair]) -> dict[str, str]:
+def _summary(points: list[Point], finite: list[Point]) -> dict[str, str]:
     """Statistic → value, over the images where both scores are finite."""
-    rows = {"images": str(len(scores)), "images without a finite score": str(len(scores) - len(finite))}
+    rows = {"images": str(len(points)), "images without a finite score": str(len(points) - len(finite))}
     if not finite:
         return rows
-    reference = [pair.reference for pair in finite]
-    bundle = [pair.bundle for pair in finite]
-    delta = np.array([pair.delta for pair in finite])
+    reference = [point.x for point in finite]
+    bundle = [point.y for point in finite]
+    delta = np.array([point.delta for point in finite])
     size = np.abs(delta)
     return {
         **rows,
@@ -196,20 +196,3 @@ def _summary(scores: list[ScorePair], finite: list[ScorePair]) -> dict[str, str]
         "|Δ| 95th percentile": number(np.percentile(size, 95), 3),
         "|Δ| maximum": number(size.max(), 3),
     }
-
-
-def _worst_first(scores: list[ScorePair]) -> list[ScorePair]:
-    """Largest |Δ| first; a NaN is worse than any number."""
-    sizes = [abs(pair.delta) for pair in scores]
-    order = sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(sizes[i]) else sizes[i], reverse=True)
-    return [scores[i] for i in order]
-
-
-def _thin(scores: list[ScorePair], limit: int) -> list[ScorePair]:
-    """At most `limit` of `scores`: half of them the largest |Δ|, so that no outlier is lost, the rest spread evenly."""
-    if len(scores) <= limit:
-        return scores
-    ordered = _worst_first(scores)
-    worst, rest = ordered[: limit // 2], sorted(ordered[limit // 2 :], key=lambda pair: pair.reference)
-    spread = np.linspace(0, len(rest) - 1, limit - len(worst)).round().astype(int)
-    return worst + [rest[i] for i in spread]

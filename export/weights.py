@@ -9,9 +9,10 @@ from typing import Literal
 from mdnet.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
 from mdnet.config import MDNetConfig, preset
 from mdnet.model import MDNet, random_mdnet
+from mdnet.subject import training_of
 from mdnet_engines.bundle import sha256_of
 from mdnet_engines.errors import UsageError
-from mdnet_engines.manifest import Provenance
+from mdnet_engines.manifest import Provenance, Training
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Weights:
             assert self.seed is not None
             return random_mdnet(self.config, self.seed)
         return load_checkpoint(self.file)
+
+    def training(self) -> Training | None:
+        """Which images the weights learned from, as far as the checkpoint says."""
+        return None if self.file is None else training_of(read_metadata(self.file)[1])
 
     def describe(self) -> str:
         """For one line of output."""

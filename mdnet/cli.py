@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,10 @@ from mdnet_engines.console import Command, progress, say, steps
 from mdnet_engines.errors import UsageError, require
 
 if TYPE_CHECKING:
-    from mdnet.data import Protocol
+    from mdnet.benchmark import SplitResult
+    from mdnet.data import Protocol, Split
     from mdnet.model import MDNet
+    from mdnet.subject import Device
 
 DRAWN_FACES = 2000
 
@@ -195,28 +199,73 @@ def train(
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT_OR_BUNDLE...")
 @click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="SCUT-FBP5500, or faces from `mdnet draw`."
 )
 @protocol_option
-def evaluate(checkpoint: Path, data: Path, protocol: Protocol) -> None:
-    """PC, MAE and RMSE of CHECKPOINT on the test images of each split of the protocol."""
-    _require_train()
-    from mdnet.checkpoint import load_checkpoint
-    from mdnet.data import read_splits
-    from mdnet.evaluate import evaluate as score
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write a page with tables and charts to this .html file."
+)
+@click.option(
+    "--json", "json_", type=click.Path(path_type=Path), help="Write every figure and score to this .json file."
+)
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def evaluate(
+    models: tuple[Path, ...],
+    data: Path,
+    protocol: Protocol,
+    report: Path | None,
+    json_: Path | None,
+    batch_size: int,
+    device: Device,
+) -> None:
+    """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over the folds of cv5.
 
-    model = load_checkpoint(checkpoint)
-    for split in read_splits(data, protocol):
-        with progress() as bar:
-            result = score(model, split.test, on_image=bar(split.name, len(split.test)))
-        click.echo(f"{split.name}: {result}")
+    A model is a checkpoint or a bundle's folder. For cv5 give five, in the order of the folds (each trained on the
+    training list of its fold), or one for all of them. Figures per group are in --report and --json.
+    """
+    from mdnet.benchmark import run_benchmark
+    from mdnet.subject import open_subject
+
+    for option, file in (("--report", report), ("--json", json_)):
+        _check_output(file, option, "the result")
+    if report:
+        require("jinja2", "train")
+    with contextlib.ExitStack() as bars:
+
+        def on_split(split: Split) -> Callable[[int], None]:
+            return bars.enter_context(progress())(split.name, len(split.test))
+
+        def on_result(split: SplitResult) -> None:
+            bars.close()  # the bar and the line would share the terminal
+            click.echo(f"{split.name}: {split.evaluation()}")
+
+        benchmark = run_benchmark(
+            [open_subject(path) for path in models],
+            data,
+            protocol,
+            device=device,
+            batch_size=batch_size,
+            on_note=lambda note: say(f"note: {note}"),
+            on_split=on_split,
+            on_result=on_result,
+        )
+    if len(benchmark.splits) > 1:
+        click.echo(f"{protocol}: {benchmark.spread()}")
+    if json_:
+        json_.write_text(json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if report:
+        from mdnet.evaluation_report import render_report
+
+        facts = {"command": _command(), "mdnet": version("mdnet"), "device": device}
+        report.write_text(render_report(benchmark, facts=facts), encoding="utf-8")
 
 
-def _check_output(file: Path) -> None:
-    if not file.parent.is_dir() or file.is_dir():
-        raise UsageError(f"{file}: -o takes a file in a folder that exists, to write the checkpoint to")
+def _check_output(file: Path | None, option: str = "-o", what: str = "the checkpoint") -> None:
+    if file and (not file.parent.is_dir() or file.is_dir()):
+        raise UsageError(f"{file}: {option} takes a file in a folder that exists, to write {what} to")
 
 
 def _command() -> str:

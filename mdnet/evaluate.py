@@ -1,43 +1,89 @@
-"""Score a test set with a PyTorch MD-Net and compare with the ratings."""
+"""Score a test set and compare with its ratings. Needs no torch, but for `evaluate`, which takes a PyTorch model."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 
 from mdnet.data import Rated
 from mdnet.metrics import mae, pearson, rmse
-from mdnet.model import MDNet
-from mdnet_rt.preprocess import load_image
+from mdnet_engines.errors import MDNetError
+from mdnet_rt.preprocess import ImageError, load_image
+
+if TYPE_CHECKING:
+    from mdnet.model import MDNet
+
+ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""uint8 RGB (n, S, S, 3) → scores (n,) on the rating scale."""
+
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Pearson correlation, mean absolute and root mean squared error (rating points) on `images` images."""
+    """Pearson correlation, mean absolute and root mean squared error (rating points) on `images` images.
+
+    A figure that the images don't give (no image, or a correlation of equal numbers) is NaN.
+    """
 
     images: int
     pearson: float
     mae: float
     rmse: float
 
+    @classmethod
+    def of(cls, ratings: np.ndarray, scores: np.ndarray) -> Evaluation:
+        """Compare `scores` (n,) with `ratings` (n,)."""
+        return cls(len(ratings), pearson(ratings, scores), mae(ratings, scores), rmse(ratings, scores))
+
+    def figures(self) -> dict[str, float]:
+        """The three figures by their field's name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "images"}
+
     def __str__(self) -> str:
         return f"PC {self.pearson:.4f}  MAE {self.mae:.4f}  RMSE {self.rmse:.4f} on {self.images} test images"
 
 
-def evaluate(
-    model: MDNet, data: Rated, *, batch_size: int = 16, on_image: Callable[[int], None] = lambda _: None
-) -> Evaluation:
-    """Score `data` and compare; `on_image` is called with the number of images just scored."""
+def predict(
+    score: ScoreBatch,
+    image_size: int,
+    data: Rated,
+    *,
+    batch_size: int = BATCH_SIZE,
+    on_image: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+    """The scores of `data`'s images, float64 (n,); `on_image` is called with the number of images just scored.
+
+    Raises:
+        MDNetError: an image can't be read, or its score is not finite. A benchmark with missing images is none.
+    """
     predicted = []
     for start in range(0, len(data), batch_size):
         files = data.images[start : start + batch_size]
-        pixels = torch.from_numpy(np.stack([load_image(file, model.config.image_size) for file in files]))
-        with torch.inference_mode():
-            predicted.append(model(pixels).numpy())
+        pixels = []
+        for file in files:
+            try:
+                pixels.append(load_image(file, image_size))
+            except ImageError as error:
+                raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
+        scores = np.asarray(score(np.stack(pixels)), dtype=np.float64)
+        for file, value in zip(files, scores, strict=True):
+            if not np.isfinite(value):
+                raise MDNetError(f"{file}: its score is not finite ({value})")
+        predicted.append(scores)
         on_image(len(files))
-    scores = np.concatenate(predicted)
-    truth = data.ratings
-    return Evaluation(len(data), pearson(truth, scores), mae(truth, scores), rmse(truth, scores))
+    return np.concatenate(predicted) if predicted else np.zeros(0)
+
+
+def evaluate(
+    model: MDNet, data: Rated, *, batch_size: int = BATCH_SIZE, on_image: Callable[[int], None] = lambda _: None
+) -> Evaluation:
+    """Score `data` with a PyTorch model and compare; raises as `predict`."""
+    from mdnet.subject import torch_scores
+
+    scores = predict(torch_scores(model), model.config.image_size, data, batch_size=batch_size, on_image=on_image)
+    return Evaluation.of(data.ratings, scores)

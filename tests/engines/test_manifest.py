@@ -58,6 +58,7 @@ DOCUMENT: dict[str, Any] = {
         "weights": "checkpoint",
         "checkpoint_sha256": "f" * 64,
         "seed": None,
+        "training": {"protocol": "cv5", "fold": 2, "data": "SCUT-FBP5500"},
         "command": "mdnet-export build",
         "versions": {"torch": "2.9.0"},
     },
@@ -89,6 +90,11 @@ def test_what_is_written_is_read_back() -> None:
     manifest = Manifest.model_validate(DOCUMENT)
     assert json.loads(manifest.model_dump_json()) == DOCUMENT
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+def test_a_manifest_without_the_training_is_read() -> None:
+    provenance = {name: value for name, value in DOCUMENT["provenance"].items() if name != "training"}
+    assert Manifest.model_validate({**DOCUMENT, "provenance": provenance}).provenance.training is None
 
 
 def test_every_file_is_vouched_for() -> None:

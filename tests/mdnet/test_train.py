@@ -4,90 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from scipy import stats
 
 from mdnet.checkpoint import load_checkpoint, read_metadata
 from mdnet.cli import main
 from mdnet.config import preset
 from mdnet.data import read_splits
-from mdnet.drawn import write_dataset
 from mdnet.evaluate import evaluate
-from mdnet.metrics import mae, pearson, rmse, spearman
 from mdnet.model import random_mdnet
 from mdnet.train import Epoch, TrainConfig, train
-from mdnet_engines.errors import MDNetError, UsageError
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "faces"
-    write_dataset(root, 60, seed=1)
-    return root
-
-
-def test_splits_are_the_files(faces: Path) -> None:
-    (split,) = read_splits(faces, "60-40")
-    file = faces / "train_test_files" / "split_of_60%training and 40%testing" / "train.txt"
-    first, rating = file.read_text().splitlines()[0].split()
-    assert split.train.images[0] == faces / "Images" / first
-    assert split.train.ratings[0] == pytest.approx(float(rating))
-    assert len(split.train) + len(split.test) == 60
-
-
-def test_five_folds_test_every_image_once(faces: Path) -> None:
-    folds = read_splits(faces, "cv5")
-    tested = [image for fold in folds for image in fold.test.images]
-    assert len(folds) == 5
-    assert len(tested) == len(set(tested)) == 60
-
-
-def broken(faces: Path, tmp_path: Path) -> Path:
-    root = tmp_path / "broken"
-    lists = root / "train_test_files" / "split_of_60%training and 40%testing"
-    lists.mkdir(parents=True)
-    (root / "Images").symlink_to(faces / "Images")
-    (lists / "train.txt").write_text("AF1.jpg 3.0\nAM1.jpg 2.5\n")
-    (lists / "test.txt").write_text("CF1.jpg 3.0\n")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("part", "text", "reason"),
-    [
-        ("test", "AF1.jpg 3.0\n", "1 test images are also in train.txt"),
-        ("train", "AF1.jpg 3.0\nAM1.jpg high\n", r"train.txt:2: expected `NAME.jpg RATING`"),
-        ("train", "AF1.jpg\n", r"train.txt:1: expected"),
-        ("train", "ZZ9.jpg 3.0\n", "1 of its images are missing, such as .*ZZ9.jpg"),
-        ("test", "\n", "lists no image"),
-        ("test", None, "test.txt is missing"),
-    ],
-)
-def test_a_broken_data_set_says_where(faces: Path, tmp_path: Path, part: str, text: str | None, reason: str) -> None:
-    root = broken(faces, tmp_path)
-    file = root / "train_test_files" / "split_of_60%training and 40%testing" / f"{part}.txt"
-    file.unlink()
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(MDNetError, match=reason):
-        read_splits(root, "60-40")
-
-
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder Images"):
-        read_splits(tmp_path, "60-40")
-
-
-def test_metrics_agree_with_scipy() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=200).round(1), rng.normal(size=200).round(1)  # rounded: ties
-    assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic)
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert mae(a, b) == pytest.approx(np.mean(np.abs(a - b)))
-    assert rmse(a, b) == pytest.approx(np.sqrt(np.mean((a - b) ** 2)))
 
 
 def test_training_fits_its_images_and_leaves_the_encoder_alone(faces: Path) -> None:

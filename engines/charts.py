@@ -1,14 +1,19 @@
-"""Numbers as text and as inline SVG charts, for the parity report."""
+"""Numbers as inline SVG charts, for the pages that `mdnet_engines.page` renders. Needs markupsafe."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from mdnet_export.parity import ScorePair
+from mdnet_engines.numbers import number, score_text, visible
+
+MAX_POINTS = 2000
+"""Dots in a scatter: more are not told apart by eye, and they are most of a page's size."""
 
 # Drawing area in SVG units (about a CSS pixel at full width); the margins hold the tick and axis labels.
 _WIDTH, _HEIGHT = 480, 466
@@ -17,27 +22,31 @@ _DIGIT = 9.5
 """Width of a digit of a tick label in the widest of the system fonts."""
 
 
-def visible(text: str) -> str:
-    r"""`text` with what would not show, or not encode, as escapes: surrogates (`\udcff`), controls, bidi overrides."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+class Point(NamedTuple):
+    """Something with a name that has a value on x and one on y, in the same unit."""
+
+    name: str
+    x: float
+    y: float
+
+    @property
+    def delta(self) -> float:
+        return self.y - self.x
 
 
-def number(value: float, digits: int = 6, sign: str = "") -> str:
-    if math.isnan(value):
-        return "NaN"
-    if value == 0:
-        return "0"
-    return f"{value:{sign}.{digits}g}".rstrip(".").replace("inf", "∞").replace("-", "−")
+def worst_first(points: Sequence[Point]) -> list[Point]:
+    """Largest |y − x| first; a NaN is worse than any number."""
+    return sorted(points, key=lambda point: math.inf if math.isnan(point.delta) else abs(point.delta), reverse=True)
 
 
-def number_beside(value: float, limit: float) -> str:
-    """`value` with as many digits as it takes to see that it is not `limit`, nor exactly 1."""
-    misread = {number(other) for other in (limit, 1.0) if other != value}
-    return next((text for digits in range(6, 17) if (text := number(value, digits)) not in misread), number(value, 17))
-
-
-def score_text(value: float) -> str:
-    return f"{value:.5f}".replace("-", "−") if abs(value) < 1e6 else number(value)
+def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` points: half of them the largest |y − x|, so that no outlier is lost, the rest spread over x."""
+    if len(points) <= limit:
+        return points
+    ordered = worst_first(points)
+    worst, rest = ordered[: limit // 2], sorted(ordered[limit // 2 :], key=lambda point: point.x)
+    spread = np.linspace(0, len(rest) - 1, limit - len(worst)).round().astype(int)
+    return worst + [rest[i] for i in spread]
 
 
 @dataclass(frozen=True)
@@ -81,47 +90,83 @@ def _nice_step(span: float, count: int) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * (1 - 1e-9))
 
 
-def scatter(pairs: list[ScorePair], worst: list[ScorePair]) -> Markup:
-    """Reference on x, bundle on y, on equal scales, with the line where they agree; `worst` are ringed and named."""
-    values = [value for pair in pairs for value in (pair.reference, pair.bundle)]
+def scatter(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x_label: str, y_label: str) -> Markup:
+    """x and y on equal scales, with the line where they agree; `ringed` points are ringed and named."""
+    values = [value for point in points for value in (point.x, point.y)]
     low, high = min(values), max(values)
     middle = (low + high) / 2
-    references = [pair.reference for pair in pairs]
-    if max(references) - min(references) < 1e-6 * max(1.0, abs(middle)):  # one value in float32: no range to zoom to
+    if _spread([point.x for point in points]) < 1e-6 * max(1.0, abs(middle)):  # one float32 value: no range to zoom to
         half = max(0.5, abs(middle) / 10, high - low)
         low, high = middle - half, middle + half
-    step = _nice_step(high - low, 6)
-    low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
+    low, high, step = _whole_steps(low, high)
     x, y = _Axis(low, high, step, _LEFT, _RIGHT), _Axis(low, high, step, _BOTTOM, _TOP)
-
-    dot = Markup('<circle cx="{:.2f}" cy="{:.2f}" r="{}">{}</circle>')
-    dots = [dot.format(x.position(p.reference), y.position(p.bundle), 3, "") for p in pairs]
-    rings = [
-        dot.format(x.position(p.reference), y.position(p.bundle), 7, Markup("<title>{}</title>").format(_label(p)))
-        for p in worst
-        if p.delta != 0
-    ]
     return _chart(
         "scatter",
-        "Bundle score against PyTorch fp32 score",
-        f"{len(pairs)} images; scores from {score_text(min(values))} to {score_text(max(values))}; "
-        f"largest distance from the line {number(max(abs(p.delta) for p in pairs), 3)} rating points.",
+        title,
+        f"{len(points)} images; scores from {score_text(min(values))} to {score_text(max(values))}; "
+        f"largest distance from the line {number(max(abs(p.delta) for p in points), 3)} rating points.",
         x,
         y,
-        x.unit("PyTorch fp32 score"),
-        y.unit("bundle score"),
+        x.unit(x_label),
+        y.unit(y_label),
         Markup('<line class="identity" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(_LEFT, _BOTTOM, _RIGHT, _TOP)
-        + Markup('<g class="dots">{}</g>').format(Markup("\n").join(dots))
-        + Markup('<g class="rings">{}</g>').format(Markup("\n").join(rings)),
+        + _dots([(x.position(p.x), y.position(p.y)) for p in points])
+        + _rings([(x.position(p.x), y.position(p.y), p) for p in ringed if p.delta != 0]),
     )
 
 
-def _label(pair: ScorePair) -> str:
-    return f"{visible(pair.image)}: {score_text(pair.reference)} → {score_text(pair.bundle)}"
+def residuals(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x_label: str, y_label: str) -> Markup:
+    """y − x against x, with the line where it is zero; `ringed` points are ringed and named."""
+    xs, deltas = [point.x for point in points], [point.delta for point in points]
+    low, high = min(xs), max(xs)
+    if high - low < 1e-6 * max(1.0, abs(low)):
+        low, high = low - 0.5, high + 0.5
+    bottom, top = min(*deltas, 0.0), max(*deltas, 0.0)
+    if top - bottom < 1e-6:
+        bottom, top = bottom - 0.5, top + 0.5
+    x, y = _Axis(*_whole_steps(low, high), _LEFT, _RIGHT), _Axis(*_whole_steps(bottom, top), _BOTTOM, _TOP)
+    return _chart(
+        "residuals",
+        title,
+        f"{len(points)} images; y from {number(min(deltas), 3, '+')} to {number(max(deltas), 3, '+')} rating points.",
+        x,
+        y,
+        x.unit(x_label),
+        y.unit(y_label),
+        Markup('<line class="identity" x1="{0}" y1="{2:.2f}" x2="{1}" y2="{2:.2f}"/>').format(
+            _LEFT, _RIGHT, y.position(0.0)
+        )
+        + _dots([(x.position(p.x), y.position(p.delta)) for p in points])
+        + _rings([(x.position(p.x), y.position(p.delta), p) for p in ringed]),
+    )
 
 
-def histogram(deltas: list[float]) -> Markup:
-    """Images per Δ = bundle − reference. One bin is centred on zero, so that agreement does not look like a bias."""
+def _spread(values: Sequence[float]) -> float:
+    return max(values) - min(values)
+
+
+def _whole_steps(low: float, high: float) -> tuple[float, float, float]:
+    """A range that holds `low` to `high` and begins and ends at a tick, and the step of its ticks."""
+    step = _nice_step(high - low, 6)
+    return math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step, step
+
+
+def _dots(positions: Sequence[tuple[float, float]]) -> Markup:
+    dot = Markup('<circle cx="{:.2f}" cy="{:.2f}" r="3"></circle>')
+    return Markup('<g class="dots">{}</g>').format(Markup("\n").join(dot.format(*at) for at in positions))
+
+
+def _rings(positions: Sequence[tuple[float, float, Point]]) -> Markup:
+    ring = Markup('<circle cx="{:.2f}" cy="{:.2f}" r="7"><title>{}: {} → {}</title></circle>')
+    rings = [
+        ring.format(cx, cy, visible(point.name), score_text(point.x), score_text(point.y))
+        for cx, cy, point in positions
+    ]
+    return Markup('<g class="rings">{}</g>').format(Markup("\n").join(rings))
+
+
+def histogram(deltas: list[float], *, title: str, x_label: str) -> Markup:
+    """Images per Δ. One bin is centred on zero, so that agreement does not look like a bias."""
     low, high = min(*deltas, 0.0), max(*deltas, 0.0)
     if high - low < 1e-12:  # no float32 scores differ by so little: all are equal
         low, high = -1e-3, 1e-3
@@ -146,12 +191,12 @@ def histogram(deltas: list[float]) -> Markup:
         bars.append(bar.format(left + 0.5, top, max(right - left - 1, 1), _BOTTOM - top, text))
     return _chart(
         "histogram",
-        "Distribution of Δ score",
+        title,
         f"{len(deltas)} images in bins of {number(width)} rating points; Δ from {number(min(deltas), 3, '+')} "
         f"to {number(max(deltas), 3, '+')}.",
         x,
         y,
-        x.unit("Δ = bundle − PyTorch fp32"),
+        x.unit(x_label),
         "images",
         Markup('<g class="bars">{}</g>').format(Markup("\n").join(bars))
         + Markup('<line class="identity" x1="{0:.2f}" y1="{1}" x2="{0:.2f}" y2="{2}"/>').format(

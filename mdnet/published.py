@@ -1,0 +1,39 @@
+"""Published results on SCUT-FBP5500, each with its protocol and where it is from; none was measured here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One result. Errors are in rating points; `None` where the source gives no figure."""
+
+    method: str
+    protocol: str | None
+    """`cv5` or `60-40`; `None` where what we could read of the source does not tell."""
+    pearson: float
+    mae: float | None
+    rmse: float | None
+    source: str
+
+
+_RELEASE = "HCIILAB/SCUT-FBP5500-Database-Release on GitHub (Liang et al., arXiv 1801.06345)"
+
+PUBLISHED: tuple[Published, ...] = (
+    Published("AlexNet", "cv5", 0.8634, 0.2651, 0.3481, _RELEASE),
+    Published("ResNet-18", "cv5", 0.8900, 0.2419, 0.3166, _RELEASE),
+    Published("ResNeXt-50", "cv5", 0.8997, 0.2291, 0.3017, _RELEASE),
+    Published("AlexNet", "60-40", 0.8298, 0.2938, 0.3819, _RELEASE),
+    Published("ResNet-18", "60-40", 0.8513, 0.2818, 0.3703, _RELEASE),
+    Published("ResNeXt-50", "60-40", 0.8777, 0.2518, 0.3325, _RELEASE),
+    Published("MD-Net (SynergyNet)", None, 0.9235, None, None, "arXiv 2509.17172, abstract"),
+    Published("Mamba-CNN", None, 0.9187, 0.2022, 0.2610, "arXiv 2509.01431, abstract"),
+    Published("VM-BeautyNet", None, 0.9212, 0.2085, 0.2698, "arXiv 2510.16220, abstract"),
+    Published("Diff-FBP (frozen diffusion transformer)", None, 0.932, None, None, "arXiv 2507.20363, abstract"),
+)
+
+
+def published(protocol: str) -> list[Published]:
+    """All of them, those of `protocol` first."""
+    return sorted(PUBLISHED, key=lambda result: result.protocol != protocol)

@@ -1,0 +1,142 @@
+"""What `mdnet evaluate` scores with: a PyTorch checkpoint or a bundle, behind one function from images to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from mdnet_engines.errors import MDNetError, UsageError, require
+from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, Training
+
+if TYPE_CHECKING:
+    from mdnet.evaluate import ScoreBatch
+    from mdnet.model import MDNet
+    from mdnet_engines.bundle import Bundle
+
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[str, ...] = get_args(Device)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on disk: what is known of it before its weights are read, and `load` to get its scores."""
+
+    path: Path
+    kind: Literal["checkpoint", "bundle"]
+    image_size: int
+    training: Training
+    """Which images it learned from, as far as it says."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """For a report: preset, precision, hash."""
+    _bundle: Bundle | None = None
+
+    def load(self, device: Device = "cpu") -> ScoreBatch:
+        """Read the weights, and give what scores a batch: uint8 (n, S, S, 3) → float32 (n,).
+
+        Args:
+            device: where PyTorch puts a checkpoint, or the provider of ONNX Runtime that runs a bundle.
+
+        Raises:
+            MDNetError: the weights don't fit, or the device or ONNX Runtime is not there.
+        """
+        if self._bundle is not None:
+            return bundle_scores(self._bundle, device)
+        import torch
+
+        from mdnet.checkpoint import load_checkpoint
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MDNetError("PyTorch finds no CUDA GPU; use --device cpu")
+        return torch_scores(load_checkpoint(self.path).to(device))
+
+
+def open_subject(path: Path) -> Subject:
+    """Look at a checkpoint or a bundle, the latter with all its hashes, without reading weights into memory.
+
+    Raises:
+        UsageError: nothing is there, or it is a folder that is no bundle.
+        MDNetError: a file that is no checkpoint of MD-Net, or a bundle that can't be trusted.
+    """
+    if path.is_dir():
+        if not (path / MANIFEST_NAME).exists():
+            raise UsageError(f"{path} is neither a checkpoint nor a bundle: a folder without {MANIFEST_NAME}")
+        return _open_bundle(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; expected a checkpoint (.safetensors) or a bundle's folder")
+    return _open_checkpoint(path)
+
+
+def training_of(notes: Mapping[str, object]) -> Training:
+    """What a checkpoint's notes say about its training images; whatever else they hold is left out."""
+    protocol, fold, data = notes.get("protocol"), notes.get("fold"), notes.get("data")
+    return Training(
+        protocol=protocol[:40] if isinstance(protocol, str) else None,
+        fold=fold if isinstance(fold, int) else None,
+        data=data[:400] if isinstance(data, str) else None,
+    )
+
+
+def torch_scores(model: MDNet) -> ScoreBatch:
+    """A PyTorch model as a function of batches; the images go where its weights are."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def score(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return score
+
+
+def bundle_scores(bundle: Bundle, device: Device = "cpu") -> ScoreBatch:
+    """A bundle's three graphs in ONNX Runtime as a function of batches.
+
+    Raises:
+        MDNetError: ONNX Runtime or its provider is missing, or can't load a graph.
+    """
+    from mdnet_engines.session import OrtSession
+
+    backend: Literal["onnxruntime-cpu", "onnxruntime-cuda"] = f"onnxruntime-{device}"  # type: ignore[assignment]
+    encoder, vim, fusion = (OrtSession(bundle.graph_path(name), backend=backend) for name in GRAPH_NAMES)
+
+    def score(images: np.ndarray) -> np.ndarray:
+        feeds = {"image": images}
+        return fusion.run(encoder.run(feeds) | vim.run(feeds))["score"]
+
+    return score
+
+
+def _open_bundle(path: Path) -> Subject:
+    from mdnet_engines.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    provenance = manifest.provenance
+    return Subject(
+        path,
+        "bundle",
+        manifest.preprocessing.image_size,
+        provenance.training or Training(),
+        {
+            "preset": manifest.preset,
+            "precision": manifest.precision,
+            "weights": f"{provenance.weights}, sha256 {str(provenance.checkpoint_sha256)[:12]}…",
+        },
+        bundle,
+    )
+
+
+def _open_checkpoint(path: Path) -> Subject:
+    for module in ("torch", "diffusers", "safetensors"):
+        require(module, "train")
+    from mdnet.checkpoint import read_metadata
+    from mdnet_engines.bundle import sha256_of
+
+    config, notes = read_metadata(path)
+    facts = {"preset": config.preset, "precision": "PyTorch fp32", "weights": f"sha256 {sha256_of(path)[:12]}…"}
+    return Subject(path, "checkpoint", config.image_size, training_of(notes), facts)
