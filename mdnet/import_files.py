@@ -110,7 +110,9 @@ def load_pickle(file: Path) -> Any:
                 raise MDNetError(
                     f"{file} is a pickle that wants to run {names}; refused: only tensors and plain values are read"
                 ) from None
-            raise MDNetError(f"{file} is no weights file, or was cut short ({first_line(error)})") from None
+            # PyTorch's own words would advise to load it unsafely.
+            reason = "" if "weights_only" in str(error) else f" ({first_line(error)})"
+            raise MDNetError(f"{file} is no weights file, or was cut short{reason}") from None
 
 
 def open_folder(folder: Path, stem: str, bin_stem: str) -> Weights:
