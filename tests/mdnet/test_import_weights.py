@@ -81,7 +81,7 @@ def test_the_notes_name_every_source_with_its_hash_and_licence(files: Path, tmp_
     assert "OpenRAIL-M" in notes["stable_diffusion"]["licence"]
     assert "Apache-2.0" in notes["vim"]["licence"]
     assert notes["fusion"] == "fresh weights, seed 0"
-    assert notes["command"].startswith("mdnet ")
+    assert notes["command"].startswith("mdnet")
 
 
 def test_the_seed_is_the_fusions_alone(files: Path) -> None:
