@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdnet_engines.errors import MDNetError, first_line, printable
+from mdnet_engines.scan_shapes import INPUTS
 
 THREADS = 128
 CHANNELS_PER_BLOCK = 32
 MAX_STATES = 64
-ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "channels", "length", "states", "y")
+ARGUMENTS = (*INPUTS, "channels", "length", "states", "y")
 
 COMPILED_FOR = "compute_80"  # the oldest with bfloat16; newer GPUs run it just as well
 # NVRTC declares the newest PTX ISA that it knows, and a driver refuses one newer than its own. What it writes for

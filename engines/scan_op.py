@@ -21,12 +21,13 @@ import onnx
 from onnx import helper
 from onnx.defs import OpSchema
 
+from mdnet_engines.scan_shapes import INPUTS
+
 DOMAIN = "mdnet"
 VERSION = 1
 OPSET = 18  # of the standard operators in the body
 FORWARD = "SelectiveScan"
 REVERSE = "SelectiveScanReverse"
-INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 _PER_STEP = ("u", "delta", "B", "C", "z")  # of the activations' type; A, D and delta_bias are parameters
 

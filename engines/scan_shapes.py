@@ -1,4 +1,4 @@
-"""What shapes the selective scan takes: one check for every host that is written in Python."""
+"""The selective scan's inputs and what shapes they take: one check for every host that is written in Python."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mdnet_engines.errors import MDNetError
 
+INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 ANY = -1
 """A size that is not known yet, such as TensorRT's symbolic batch; fits every size."""
 

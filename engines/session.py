@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mdnet_engines import native
 from mdnet_engines.errors import MDNetError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from mdnet_engines.manifest import GraphName
 
 Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
 PROVIDERS: dict[str, str] = {
@@ -74,6 +77,12 @@ class OrtSession:
         except Exception as error:
             raise MDNetError(f"ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def chain(graphs: Mapping[GraphName, OrtSession], images: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a bundle's three graphs on uint8 images [n, S, S, 3]; give every output by name, `score` [n] among them."""
+    outputs = {**graphs["encoder"].run({"image": images}), **graphs["vim"].run({"image": images})}
+    return {**outputs, **graphs["fusion"].run(outputs)}
 
 
 def _register_scan(options: Any) -> None:

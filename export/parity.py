@@ -10,7 +10,7 @@ import numpy as np
 
 from mdnet.metrics import mae, pearson, spearman
 from mdnet_engines.manifest import GraphName, ParitySummary
-from mdnet_engines.session import OrtSession
+from mdnet_engines.session import OrtSession, chain
 
 PEARSON_GATE = "score Pearson"
 BATCH = 4  # images in the runs that test batching
@@ -164,12 +164,6 @@ def measure(
     ]
     gates = _gates(LIMITS[precision], graphs, pairs, *_batch_deviation(sessions, images.pixels, outputs["score"]))
     return ParityReport(precision, backend, images.source, graphs, pairs, gates)
-
-
-def chain(sessions: Mapping[GraphName, OrtSession], pixels: np.ndarray) -> Outputs:
-    """Run the three graphs as production does; give every output, `score` among them."""
-    outputs = {**sessions["encoder"].run({"image": pixels}), **sessions["vim"].run({"image": pixels})}
-    return {**outputs, **sessions["fusion"].run(outputs)}
 
 
 def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:

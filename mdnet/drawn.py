@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mdnet.data import FOLDS
 from mdnet.faces import GROUP_CYCLE, FaceFactors, draw_face
 from mdnet_engines.errors import UsageError
 
 RATERS = 60
-FOLDS = 5
 
 _WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
 _RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face

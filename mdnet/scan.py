@@ -20,10 +20,7 @@ from torch import Tensor
 
 from mdnet import scan_loop
 from mdnet_engines import native
-from mdnet_engines.scan_shapes import check_shapes
-
-INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from mdnet_engines.scan_shapes import INPUTS, check_shapes
 
 _TYPES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in native.TYPES.items()}
 
@@ -61,7 +58,7 @@ def selective_scan(
     check_inputs(*inputs)
     if _runs_natively(u):
         return _native_scan(*inputs, reverse=reverse)
-    return scan_loop.scan(*inputs, reverse)
+    return scan_loop.scan(*inputs, reverse=reverse)
 
 
 @selective_scan.register_fake
@@ -95,7 +92,7 @@ def selective_scan_backward(
         raise ValueError(f"grad is {tuple(grad.shape)} on {grad.device}, u is {tuple(u.shape)} on {u.device}")
     if _runs_natively(u):
         return _native_backward(grad, *inputs, reverse=reverse)
-    return scan_loop.scan_backward(grad, *inputs, reverse)
+    return scan_loop.scan_backward(grad, *inputs, reverse=reverse)
 
 
 @selective_scan_backward.register_fake
@@ -130,8 +127,8 @@ def _runs_natively(u: Tensor) -> bool:
     return u.device.type == "cpu" and u.dtype in _TYPES and native.library() is not None
 
 
-def _native_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor, reverse: bool) -> Tensor:
-    D, z, delta_bias = others
+def _native_scan(*inputs: Tensor, reverse: bool) -> Tensor:
+    u, delta, A, B, C, D, z, delta_bias = inputs
     kind = scan_loop.state_dtype(u)
     steps = (u, delta, z, B, C)
     io = u.dtype if all(tensor.dtype == u.dtype for tensor in steps) else kind
@@ -142,7 +139,7 @@ def _native_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *oth
     return y.to(u.dtype)
 
 
-def _native_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> Gradients:
+def _native_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> scan_loop.Gradients:
     u, delta, A, B, C, D, z, delta_bias = inputs
     kind = scan_loop.state_dtype(u)
     call = _Call((u, delta, z, B, C), (A, D, delta_bias), kind, kind, reverse)

@@ -11,21 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 _CHUNK_BYTES = 64 * 2**20  # bounds the decay and state tensors that one stretch of the forward pass holds
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool,
-) -> Tensor:
+def scan(*inputs: Tensor, reverse: bool) -> Tensor:
     """y (batch, channels, length), in the type of `u`."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
     kind = state_dtype(u)
     u_, z_, dt, B_, C_ = _time_major(u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
     length, batch, channels = u_.shape
@@ -42,19 +35,9 @@ def scan(
     return y.permute(1, 2, 0).to(u.dtype).contiguous()
 
 
-def scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> Gradients:
     """Gradients of the eight tensors, from `grad` of y. States are recomputed, not kept from the forward pass."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
     kind = state_dtype(u)
     g, u_, z_, dt, B_, C_ = _time_major(grad, u, z, _step_size(delta, delta_bias, kind), B, C, kind=kind)
     A_, D_ = A.to(kind), D.to(kind)
@@ -93,7 +76,6 @@ def scan_backward(
         grad_z.permute(1, 2, 0),
         grad_delta.sum((0, 1)),
     )
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
     return tuple(  # type: ignore[return-value]
         value.to(like.dtype).contiguous() for value, like in zip(grads, inputs, strict=True)
     )

@@ -99,16 +99,11 @@ def bundle_scores(bundle: Bundle, device: Device = "cpu") -> ScoreBatch:
     Raises:
         MDNetError: ONNX Runtime or its provider is missing, or can't load a graph.
     """
-    from mdnet_engines.session import OrtSession
+    from mdnet_engines.session import OrtSession, chain
 
     backend: Literal["onnxruntime-cpu", "onnxruntime-cuda"] = f"onnxruntime-{device}"  # type: ignore[assignment]
-    encoder, vim, fusion = (OrtSession(bundle.graph_path(name), backend=backend) for name in GRAPH_NAMES)
-
-    def score(images: np.ndarray) -> np.ndarray:
-        feeds = {"image": images}
-        return fusion.run(encoder.run(feeds) | vim.run(feeds))["score"]
-
-    return score
+    graphs = {name: OrtSession(bundle.graph_path(name), backend=backend) for name in GRAPH_NAMES}
+    return lambda images: chain(graphs, images)["score"]
 
 
 def _open_bundle(path: Path) -> Subject:

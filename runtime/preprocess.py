@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.errors import MDNetError, first_line
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (where Pillow starts to warn: 256 MiB of 8-bit RGB)."""
@@ -197,7 +197,7 @@ def _image_errors() -> Iterator[None]:
     except OSError as error:
         raise ImageError(_explain(error)) from error
     except Exception as error:  # on damaged data Pillow's decoders raise nearly every class there is
-        raise ImageError(f"damaged ({_first_line(error)})") from error
+        raise ImageError(f"damaged ({first_line(error)[:200]})") from error
 
 
 def _explain(error: OSError) -> str:
@@ -205,12 +205,7 @@ def _explain(error: OSError) -> str:
         return "no such file"
     if error.errno is not None:
         return (error.strerror or os.strerror(error.errno)).lower()
-    text = _first_line(error)  # Pillow's own, of which one is common enough for a name
+    text = first_line(error)[:200]  # Pillow's own, of which one is common enough for a name
     if "truncated" in text.lower():
         return f"truncated ({text.removeprefix('image file is truncated').strip(' ()') or text})"
     return f"damaged ({text})"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -17,7 +17,7 @@ from PIL import Image
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
-from mdnet_engines.session import Backend, OrtSession, available_cores
+from mdnet_engines.session import Backend, OrtSession, available_cores, chain
 from mdnet_rt.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.results import Result
 
@@ -131,9 +131,7 @@ class Scorer:
             raise UsageError(f"expected uint8 [n, {wanted}], got {images.dtype} {list(images.shape)}")
         if not len(images):
             return np.zeros(0, np.float32)
-        image = {"image": images}
-        features = self._graphs["encoder"].run(image) | self._graphs["vim"].run(image)
-        scores = self._graphs["fusion"].run(features)["score"]
+        scores = chain(self._graphs, images)["score"]
         if scores.shape != (len(images),):
             raise MDNetError(f"fusion gave scores of shape {list(scores.shape)} for {len(images)} images")
         return scores.astype(np.float32, copy=False)

@@ -27,7 +27,6 @@ template <>
 struct Traits<float> {
   typedef float Vector __attribute__((vector_size(MDNET_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(MDNET_VECTOR_BYTES)));
-  using Int = int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
   static constexpr int kAtanhTerms = 7;       // series of log1p: error 1.5e-8
@@ -37,7 +36,6 @@ template <>
 struct Traits<double> {
   typedef double Vector __attribute__((vector_size(MDNET_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(MDNET_VECTOR_BYTES)));
-  using Int = int64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kMagic = 0x1.8p52;
   static constexpr int kAtanhTerms = 16;  // error 1e-17

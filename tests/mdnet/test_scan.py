@@ -149,10 +149,10 @@ def test_a_view_whose_steps_are_side_by_side_is_not_copied() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunks_of_time_join(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tensors(ScanCase("chunks", batch=2, channels=3, length=23, states=4, reverse=reverse))
-    whole = scan_loop.scan(*inputs, reverse)
+    whole = scan_loop.scan(*inputs, reverse=reverse)
     state_bytes = 2 * 3 * 4 * 4
     monkeypatch.setattr(scan_loop, "_CHUNK_BYTES", 5 * state_bytes)
-    torch.testing.assert_close(scan_loop.scan(*inputs, reverse), whole, rtol=0, atol=0)
+    torch.testing.assert_close(scan_loop.scan(*inputs, reverse=reverse), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
