@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mdnet.data import Protocol, Split
     from mdnet.model import MDNet
     from mdnet.subject import Device
+    from mdnet.train import Epoch
 
 DRAWN_FACES = 2000
 
@@ -140,61 +141,113 @@ def import_(
 @click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch.")
 @click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from.")
 @click.option("--data", type=click.Path(path_type=Path), help="SCUT-FBP5500, or faces from `mdnet draw`.")
+@protocol_option
+@click.option("--fold", type=click.IntRange(1, 5), help="Which fold of cv5 to train for.")
 @click.option("--epochs", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without gain.  [default: never]",
+)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--amp", is_flag=True, help="Mixed precision: Vim and fusion in bfloat16.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path, file_okay=False), help="Keep frozen features here, for later runs too."
+)
+@click.option("--half-features", is_flag=True, help="Keep them in float16: half the disk.")
+@click.option("--log", type=click.Path(path_type=Path, file_okay=False), help="Write a TensorBoard log to this folder.")
+@click.option("--resume", is_flag=True, help="Go on with a run of the same options that was interrupted.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
 def train(
     preset: str | None,
     init: Path | None,
     data: Path | None,
+    protocol: Protocol,
+    fold: int | None,
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    patience: int,
     seed: int,
+    device: Device,
+    amp: bool,
+    cache: Path | None,
+    half_features: bool,
+    log: Path | None,
+    resume: bool,
     output: Path,
 ) -> None:
-    """Train on the 60 % split, evaluate on the 40 % split, write a checkpoint.
+    """Train on a training list of the protocol, evaluate on its test list, write a checkpoint.
 
-    Without --data, the preset demo draws its own faces.
+    Without --data, the preset demo draws its own faces. After each epoch the run is kept in OUTPUT.state; a run that
+    was interrupted goes on with --resume.
     """
     _require_train()
     from mdnet.checkpoint import save_checkpoint
     from mdnet.data import read_splits
     from mdnet.evaluate import evaluate
-    from mdnet.train import Epoch, TrainConfig
+    from mdnet.subject import check_device
+    from mdnet.train import TrainConfig
     from mdnet.train import train as fit
+    from mdnet.train_log import training_log
+    from mdnet.train_state import StateFile
 
     _check_output(output)
+    if (protocol == "cv5") != (fold is not None):
+        raise UsageError("--protocol cv5 needs --fold 1 to 5, and --fold needs --protocol cv5")
+    state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
+    state.check()
+    check_device(device)
     model = _initial_model(preset, init, seed)
     if data is None and model.config.preset != "demo":
         raise UsageError(f"preset {model.config.preset} needs --data DIR; only demo draws its own")
-    config = TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    with _data_or_drawn(data) as folder:
-        split = read_splits(folder, "60-40")[0]
+    config = TrainConfig(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, amp=amp, seed=seed
+    )
+    with _data_or_drawn(data) as folder, training_log(log) as write_log:
+        split = read_splits(folder, protocol)[(fold or 1) - 1]
         with progress() as bar:
             advance, tick = bar("frozen features", len(split.train)), bar("training", epochs)
 
+            done = 0
+
             def on_epoch(epoch: Epoch) -> None:
-                tick(1)
+                nonlocal done
+                tick(epoch.number - done)  # a run that was resumed starts further on
+                done = epoch.number
+                write_log(epoch)
                 say(
                     f"epoch {epoch.number:>3}/{epoch.of}: training MSE {epoch.loss:.4f}, "
                     f"validation Pearson {epoch.validation_pearson:.4f}"
                 )
 
-            best = fit(model, split.train, config, on_image=advance, on_epoch=on_epoch)
+            best = fit(
+                model.to(device),
+                split.train,
+                config,
+                cache=cache,
+                half_features=half_features,
+                state=state,
+                on_image=advance,
+                on_epoch=on_epoch,
+            )
         with progress() as bar:
             result = evaluate(model, split.test, on_image=bar("testing", len(split.test)))
     notes = {
         "command": _command(),
         "data": data.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
-        "protocol": "60-40",
+        "protocol": protocol,
+        **({"fold": fold} if fold else {}),
         "best_epoch": best.number,
         "test": dataclasses.asdict(result),
     }
     save_checkpoint(model, output, notes=notes)
-    click.echo(f"60-40: {result}")
+    state.remove()
+    click.echo(f"{split.name}: {result}")
     say(f"{output}: epoch {best.number}; next: mdnet-export build --checkpoint {shlex.quote(str(output))}")
 
 

@@ -45,12 +45,9 @@ class Subject:
         """
         if self._bundle is not None:
             return bundle_scores(self._bundle, device)
-        import torch
-
         from mdnet.checkpoint import load_checkpoint
 
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MDNetError("PyTorch finds no CUDA GPU; use --device cpu")
+        check_device(device)
         return torch_scores(load_checkpoint(self.path).to(device))
 
 
@@ -68,6 +65,14 @@ def open_subject(path: Path) -> Subject:
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; expected a checkpoint (.safetensors) or a bundle's folder")
     return _open_checkpoint(path)
+
+
+def check_device(device: Device) -> None:
+    """Raise `MDNetError` where PyTorch does not have `device`."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MDNetError("PyTorch finds no CUDA GPU; use --device cpu")
 
 
 def training_of(notes: Mapping[str, object]) -> Training:

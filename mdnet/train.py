@@ -1,16 +1,20 @@
 """Train MD-Net: the diffusion encoder is frozen, so its features are computed once; training touches Vim and fusion.
 
+    images ── mdnet.features ──> frozen features, on disk ── steps ──> averaged weights of the best epoch
+                                                               └─ after each epoch: mdnet.train_state
+
 Loss, optimiser and schedule are ours; the abstract does not give them.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdnet.data import Rated
+from mdnet.features import Features, cached_features
 from mdnet.metrics import pearson
 from mdnet.model import MDNet
-from mdnet_rt.preprocess import load_image
+from mdnet.train_state import StateFile, fingerprint
+from mdnet_engines.errors import MDNetError
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class TrainConfig:
     """Decay of the averaged weights per step; they are what is evaluated and kept."""
     validation: float = 0.1
     """Share of the training split that chooses the epoch. The test split has no part in it."""
+    patience: int = 0
+    """Stop after this many epochs in a row without a better validation; 0: never."""
+    amp: bool = False
+    """Vim and fusion in bfloat16 where PyTorch's autocast allows; weights, scan states and validation stay float32."""
     seed: int = 0
 
 
@@ -49,39 +59,8 @@ class Epoch:
     of: int
     loss: float
     validation_pearson: float
-
-
-class FeatureCache:
-    """Pixels and frozen features of every image and of its mirror image. Features lie in a memory-mapped file.
-
-    Rows are images; `mirror` selects the flipped half.
-    """
-
-    def __init__(self, model: MDNet, data: Rated, folder: Path, on_image: Callable[[int], None], batch: int = 16):
-        config = model.config
-        count, side = len(data), config.image_size
-        self.pixels = torch.empty(2, count, side, side, 3, dtype=torch.uint8)
-        self.ratings = torch.from_numpy(data.ratings)
-        self.features: dict[str, Tensor] = {}
-        for name, shape in config.feature_shapes.items():
-            size = 2 * count * math.prod(shape)
-            flat = torch.from_file(str(folder / name), shared=True, size=size, dtype=torch.float32)
-            self.features[name] = flat.view(2, count, *shape)
-        for start in range(0, count, batch):
-            files = data.images[start : start + batch]
-            rows = slice(start, start + len(files))
-            images = torch.from_numpy(np.stack([load_image(file, side) for file in files]))
-            for mirror, pixels in enumerate((images, images.flip(2))):
-                self.pixels[mirror, rows] = pixels
-                with torch.inference_mode():
-                    for name, feature in model.diffusion(pixels).items():
-                        self.features[name][mirror, rows] = feature
-            on_image(len(files))
-
-    def batch(self, rows: Tensor, mirror: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Features, pixels and ratings of `rows`, each mirrored where `mirror` is 1."""
-        features = {name: feature[mirror, rows] for name, feature in self.features.items()}
-        return features, self.pixels[mirror, rows], self.ratings[rows]
+    learning_rate: float = 0.0
+    """At the epoch's end."""
 
 
 def train(
@@ -89,74 +68,138 @@ def train(
     data: Rated,
     config: TrainConfig,
     *,
+    cache: Path | None = None,
+    half_features: bool = False,
+    state: StateFile | None = None,
     on_image: Callable[[int], None] = lambda _: None,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
 ) -> Epoch:
-    """Train `model` in place on `data`; leave it with the averaged weights of the best epoch, in evaluation mode.
+    """Train `model` in place on `data`, on the device it is on; leave it with the averaged weights of the best epoch.
+
+    The same seed on the same machine gives the same weights, whether the run was interrupted and resumed or not.
 
     Args:
-        on_image: called with the number of images whose features have just been computed.
-        on_epoch: called after each epoch.
+        cache: where frozen features are kept (see `mdnet.features`); by default they go with the run.
+        half_features: keep them in float16.
+        state: where the run is kept after each epoch, to be resumed. The caller removes it once it has kept the model.
+        on_image: called with the number of images whose features are ready since the last call.
+        on_epoch: called after each epoch of this process.
 
     Returns:
-        The best epoch, by Pearson on the validation slice.
+        The best epoch, by Pearson on the validation slice. The model is in evaluation mode.
+
+    Raises:
+        UsageError: `state` is of another run.
+        MDNetError: an image can't be read, the disk is too small for the features, or the loss is not finite.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(data), generator=generator)
-    held_out = max(2, round(config.validation * len(data)))
-    validation, training = order[:held_out], order[held_out:]
-    best, best_weights = Epoch(0, config.epochs, math.inf, -math.inf), None
-    with tempfile.TemporaryDirectory(prefix="mdnet-features-") as folder:
-        cache = FeatureCache(model, data, Path(folder), on_image)
-        for number, loss, average in _epochs(model, cache, training, config, generator):
-            predicted = _predict(average, cache, validation, config.batch_size)
-            score = pearson(cache.ratings[validation].numpy(), predicted)
-            score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
-            result = Epoch(number, config.epochs, loss, score)
-            on_epoch(result)
-            if best_weights is None or score > best.validation_pearson:
-                best = result
-                best_weights = [value.detach().clone() for value in average.trainable_parameters()]
+    with cached_features(
+        model.diffusion, model.config, data, folder=cache, half=half_features, on_image=on_image
+    ) as features:
+        run = _Run(model, features, config)
+        if state is not None:
+            state.open(fingerprint(model, data, config, half_features=half_features), run)
+        while not run.finished():
+            epoch = run.epoch()
+            if state is not None:
+                state.save(run)
+            on_epoch(epoch)
     with torch.no_grad():
-        for parameter, value in zip(model.trainable_parameters(), best_weights or [], strict=True):
+        for parameter, value in zip(model.trainable_parameters(), run.best_weights, strict=True):
             parameter.copy_(value)
     model.eval()
-    return best
+    return run.best
 
 
-def _epochs(
-    model: MDNet, cache: FeatureCache, rows: Tensor, config: TrainConfig, generator: torch.Generator
-) -> Iterator[tuple[int, float, MDNet]]:
-    """Train epoch by epoch; give (number, loss) and a model that holds the averaged weights."""
-    # The frozen encoder is the same object in both.
-    average = copy.deepcopy(model, memo={id(model.diffusion): model.diffusion})
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
-    steps = config.epochs * -(-len(rows) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
-    for number in range(1, config.epochs + 1):
-        model.train()
+class _Run:
+    """Everything of a training run that changes from epoch to epoch; `state_dict` holds all of it."""
+
+    def __init__(self, model: MDNet, features: Features, config: TrainConfig):
+        self.model, self.features, self.config = model, features, config
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(features), generator=self.generator)
+        held_out = max(2, round(config.validation * len(features)))
+        self.validation, self.training = order[:held_out], order[held_out:]
+        # The frozen encoder is the same object in both.
+        self.average = copy.deepcopy(model, memo={id(model.diffusion): model.diffusion})
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
+        steps = config.epochs * -(-len(self.training) // config.batch_size)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _rate(step, steps, config.warmup)
+        )
+        self.number = 0
+        self.best = Epoch(0, config.epochs, math.inf, -math.inf)
+        self.best_weights: list[Tensor] = []
+
+    def finished(self) -> bool:
+        patience = self.config.patience
+        return self.number >= self.config.epochs or 0 < patience <= self.number - self.best.number
+
+    def epoch(self) -> Epoch:
+        """Train one epoch and look at the averaged weights; keep them where they are the best so far."""
+        self.number += 1
+        loss = self._train()
+        score = pearson(self.features.ratings[self.validation].numpy(), self._predict())
+        score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
+        result = Epoch(self.number, self.config.epochs, loss, score, self.schedule.get_last_lr()[0])
+        if not self.best_weights or score > self.best.validation_pearson:
+            self.best = result
+            self.best_weights = [value.detach().clone() for value in self.average.trainable_parameters()]
+        return result
+
+    def _train(self) -> float:
+        model, config = self.model.train(), self.config
         total = 0.0
-        for chosen in rows[torch.randperm(len(rows), generator=generator)].split(config.batch_size):
-            mirror = torch.randint(2, (len(chosen),), generator=generator)
-            features, pixels, ratings = cache.batch(chosen, mirror)
-            loss = F.mse_loss(model.fusion(features, model.vim(pixels)), ratings)
-            optimizer.zero_grad(set_to_none=True)
+        rows = self.training[torch.randperm(len(self.training), generator=self.generator)]
+        for chosen in rows.split(config.batch_size):
+            mirror = torch.randint(2, (len(chosen),), generator=self.generator)
+            features, pixels, ratings = self.features.batch(chosen, mirror, self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+                scores = model.fusion(features, model.vim(pixels))
+            loss = F.mse_loss(scores.float(), ratings)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.clip)
-            optimizer.step()
-            schedule.step()
-            _update_average(average, model, config.ema)
+            self.optimizer.step()
+            self.schedule.step()
+            _update_average(self.average, model, config.ema)
             total += loss.item() * len(chosen)
-        yield number, total / len(rows), average.eval()
+        if not math.isfinite(total):
+            raise MDNetError(f"the loss of epoch {self.number} is not finite; try a lower --learning-rate")
+        return total / len(rows)
 
+    @torch.inference_mode()
+    def _predict(self) -> np.ndarray:
+        model, scores = self.average.eval(), []
+        for chosen in self.validation.split(self.config.batch_size):
+            features, pixels, _ = self.features.batch(chosen, torch.zeros_like(chosen), self.device)
+            scores.append(model.fusion(features, model.vim(pixels)))
+        return torch.cat(scores).float().cpu().numpy()
 
-@torch.inference_mode()
-def _predict(model: MDNet, cache: FeatureCache, rows: Tensor, batch_size: int) -> np.ndarray:
-    scores = []
-    for chosen in rows.split(batch_size):
-        features, pixels, _ = cache.batch(chosen, torch.zeros_like(chosen))
-        scores.append(model.fusion(features, model.vim(pixels)))
-    return torch.cat(scores).numpy()
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that it can be read without running code."""
+        return {
+            "number": self.number,
+            "best": dataclasses.asdict(self.best),
+            "best_weights": self.best_weights,
+            "weights": [value.detach() for value in self.model.trainable_parameters()],
+            "average": [value.detach() for value in self.average.trainable_parameters()],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"},
+            "generator": self.generator.get_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.number, self.best = state["number"], Epoch(**state["best"])
+        self.best_weights = [value.to(self.device) for value in state["best_weights"]]
+        for module, values in ((self.model, state["weights"]), (self.average, state["average"])):
+            for parameter, value in zip(module.trainable_parameters(), values, strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
+        self.generator.set_state(state["generator"])
 
 
 @torch.no_grad()
