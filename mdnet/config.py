@@ -12,6 +12,9 @@ from typing import Any
 
 from mdnet_engines.errors import UsageError
 
+FUSIONS = ("cross-attention", "concatenation", "diffusion-only", "vim-only")
+"""How the streams are joined: MD-Net's way, then its ablations."""
+
 
 @dataclass(frozen=True)
 class MDNetConfig:
@@ -46,6 +49,8 @@ class MDNetConfig:
     vim_expand: int = 2
 
     # Fusion and head (ours)
+    fusion: str = "cross-attention"
+    """One of `FUSIONS`; see `mdnet.fusion`. All but the first are there to be compared with."""
     fusion_depth: int = 2
     fusion_heads: int = 6
     fusion_mlp: int = 4
@@ -60,6 +65,8 @@ class MDNetConfig:
             raise UsageError("vae_channels and unet_channels need four entries each: S/8 latents, S/64 mid block")
         if self.vim_dim % self.fusion_heads:
             raise UsageError(f"vim_dim {self.vim_dim} is not a multiple of fusion_heads {self.fusion_heads}")
+        if self.fusion not in FUSIONS:
+            raise UsageError(f"fusion is {self.fusion!r}; there are: {', '.join(FUSIONS)}")
 
     @property
     def vim_inner(self) -> int:

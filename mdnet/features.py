@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdnet.config import MDNetConfig
 from mdnet.data import Rated
@@ -111,9 +111,15 @@ def cached_features(
 
 
 def encoder_digest(encoder: DiffusionEncoder) -> str:
-    """Hex sha256 of everything that decides the encoder's features: names, types, shapes and bytes of its weights."""
-    digest = hashlib.sha256(f"timestep {encoder.timestep}, scaling {encoder.vae.scaling}".encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
+    """Hex sha256 of everything that decides the encoder's features."""
+    settings = f"timestep {encoder.timestep}, scaling {encoder.vae.scaling}"
+    return hashlib.sha256(f"{settings}, {state_digest(encoder)}".encode()).hexdigest()
+
+
+def state_digest(module: nn.Module) -> str:
+    """Hex sha256 of a module's state: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,6 +2,13 @@
 
 The abstract says that cross-attention joins the streams; a secondary source that the global features are the queries.
 The rest is ours, with its reason where it stands.
+
+`MDNetConfig.fusion` names what can be compared with it. Everything else stays as it is, sizes included:
+
+    cross-attention   MD-Net
+    concatenation     in place of attention, each Vim token ‖ the mean diffusion token, projected
+    diffusion-only    learned constants in place of the Vim tokens
+    vim-only          learned constants in place of the diffusion tokens
 """
 
 from __future__ import annotations
@@ -33,6 +40,19 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
+class Concatenation(nn.Module):
+    """What an ablation has in place of cross-attention: every query ‖ the mean of `context`, projected."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(2 * dim, dim)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """(B, L, d), (B, T, d) → (B, L, d)."""
+        mean = context.mean(dim=1, keepdim=True).expand_as(queries)
+        return self.proj(torch.cat([queries, mean], dim=-1))
+
+
 class FusionBlock(nn.Module):
     """Cross-attention to the diffusion tokens, self-attention among the Vim tokens, MLP; each normalised before.
 
@@ -44,7 +64,7 @@ class FusionBlock(nn.Module):
         super().__init__()
         dim, heads = config.vim_dim, config.fusion_heads
         self.norm_cross = nn.LayerNorm(dim)
-        self.cross = Attention(dim, heads)
+        self.cross = Concatenation(dim) if config.fusion == "concatenation" else Attention(dim, heads)
         self.norm_self = nn.LayerNorm(dim)
         self.attend = Attention(dim, heads)
         self.norm_mlp = nn.LayerNorm(dim)
@@ -91,12 +111,20 @@ class Fusion(nn.Module):
             {name: ScaleTokens(channels, side, dim) for name, (channels, side, _) in config.feature_shapes.items()}
         )
         self.norm_local = nn.LayerNorm(dim)
+        self.only = config.fusion.removesuffix("-only")
+        counts = {"diffusion": config.vim_grid**2 + 1, "vim": sum(h * w for _, h, w in config.feature_shapes.values())}
+        if self.only in counts:
+            self.stand_in = nn.Parameter(torch.randn(counts[self.only], dim) * 0.02)
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_depth))
         self.head = Head(config)
 
     def forward(self, features: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """Features by name (B, C, s, s) and Vim tokens (B, L, d) → scores (B,)."""
         local = torch.cat([scale(features[name]) for name, scale in self.scales.items()], dim=1)  # (B, T, d)
+        if self.only == "vim":
+            local = self.stand_in.expand_as(local)
+        elif self.only == "diffusion":
+            tokens = self.stand_in.expand_as(tokens)
         local = self.norm_local(local)
         for block in self.blocks:
             tokens = block(tokens, local)

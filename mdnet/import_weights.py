@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from mdnet.fusion import Fusion
 from mdnet.import_context import null_prompt
 from mdnet.import_sd import open_encoder, take_encoder
 from mdnet.import_vim import open_vim, take_vim
-from mdnet.model import MDNet
+from mdnet.model import MDNet, random_fusion
 from mdnet_engines.bundle import sha256_of
 
 SD_LICENCE = "CreativeML OpenRAIL-M; its use restrictions pass on to this checkpoint and to what is made of it"
@@ -66,9 +65,7 @@ def import_weights(
         model = MDNet(config)
     model.diffusion.load_state_dict(encoder, assign=True)
     model.vim.load_state_dict(vim_state, assign=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.fusion = Fusion(config)
+    model.fusion = random_fusion(config, seed)
     on_step("hashes of the files")
     root = sd if sd.is_dir() else sd.parent
     notes: dict[str, object] = {

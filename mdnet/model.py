@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,23 @@ class MDNet(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Vim and fusion; the diffusion encoder is frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def with_fusion(model: MDNet, fusion: str, seed: int) -> MDNet:
+    """`model`'s streams, shared with it, under fresh fusion weights of another kind (`mdnet.config.FUSIONS`)."""
+    config = dataclasses.replace(model.config, fusion=fusion)
+    with torch.device("meta"):  # shapes only: both streams are replaced at once
+        changed = MDNet(config)
+    changed.diffusion, changed.vim = model.diffusion, model.vim
+    changed.fusion = random_fusion(config, seed)
+    return changed.eval()
+
+
+def random_fusion(config: MDNetConfig, seed: int) -> Fusion:
+    """A fresh fusion, the same for the same seed; leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Fusion(config)
 
 
 def random_mdnet(config: MDNetConfig, seed: int) -> MDNet:

@@ -1,122 +1,253 @@
-"""The demo's stand-in for a pre-trained encoder: taught on drawn faces to see where things are, before any rating.
+"""The demo's pre-trained encoder: a small latent diffusion model of drawn faces, frozen afterwards like the real one.
 
-The real presets take their frozen encoder from Stable Diffusion. Nothing of this size is published, so the encoder
-learns to read off a picture how the drawing was made (places, colours, hair, light, blemishes: `targets`), from faces
-that no split contains and without their ratings. Then it is frozen like the real one. It is no diffusion model.
+    faces ── stage 1 ──> VAE ──> latents (4, S/8, S/8) ── stage 2 ──> U-Net that predicts their noise
+                          └─ encoder ─┐                                └─ down path, mid block ─┐
+                                      └──────────────────── DiffusionEncoder ───────────────────┘
+
+The real presets take their encoder from Stable Diffusion. Nothing of the demo's size is published, so both stages are
+trained here, after latent diffusion (arXiv 2112.10752) and at Stable Diffusion 1.5's settings where size has no say:
+diffusers' own modules, ε-prediction, 1,000 steps on the scaled-linear schedule, one constant context (the model is
+unconditional). The faces are in no split, and their ratings are never looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
-from mdnet.diffusion import DiffusionEncoder, to_vae_range
-from mdnet.faces import FaceFactors, draw_factors, render_face
+from mdnet.config import MDNetConfig
+from mdnet.diffusion import to_vae_range
+from mdnet.faces import draw_face
+from mdnet.import_sd import DECODERS
 from mdnet.model import MDNet
 from mdnet_rt.preprocess import preprocess
 
-_SEED = 77_000  # of the faces; splits are drawn from other seeds
+_SEED, _LOOK_SEED = 77_000, 77_001  # of faces to learn from, and to look at; splits are drawn from other seeds
 
 
-def targets(face: FaceFactors) -> list[float]:
-    """What a drawing shows, as numbers: which way and how far its parts are out of place, colours, hair, light."""
-    displaced = [direction * (1 - face.symmetry) for direction in face.lopsided]
-    displaced += [direction * (1 - face.proportions) for direction in face.off_canon]
-    return [
-        *displaced,
-        *(abs(distance) for distance in displaced),
-        face.texture,
-        face.roll,
-        *face.shift,
-        face.scale,
-        face.jaw,
-        face.eye_opening,
-        face.brow_width,
-        face.hair_length,
-        face.hair_volume,
-        face.hairline,
-        face.parting,
-        *face.light,
-        *(channel / 255 for colour in (face.skin, face.hair, face.lips, face.eyes) for channel in colour),
-    ]
+@dataclass(frozen=True)
+class PriorConfig:
+    """How to train the latent diffusion model. An epoch sees every face once, mirrored or not."""
+
+    faces: int = 4000
+    vae_epochs: int = 8
+    vae_batch: int = 16
+    vae_rate: float = 2e-3
+    kl: float = 1e-6
+    """Weight of the latents' KL divergence, beside a mean absolute error: latent diffusion's."""
+    unet_epochs: int = 24
+    unet_batch: int = 32
+    unet_rate: float = 1e-3
+    ema: float = 0.999
+    """Decay of the U-Net's averaged weights per step; they are what is kept."""
+    seed: int = 0
+
+
+class LatentDiffusion(NamedTuple):
+    """A trained model, whole: what `sample` and `reconstruct` need. The latents have the preset's scaling."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    context: Tensor  # (tokens, context_dim)
+    schedule: DDIMScheduler
 
 
 def train_prior(
     model: MDNet,
+    config: PriorConfig,
     *,
-    faces: int,
-    epochs: int,
-    batch_size: int = 32,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
     on_face: Callable[[int], None] = lambda _: None,
-    on_epoch: Callable[[int, float], None] = lambda _number, _error: None,
-) -> None:
-    """Train `model.diffusion` in place on `faces` drawings, then freeze it again.
+    on_epoch: Callable[[str, int, float], None] = lambda _stage, _number, _loss: None,
+) -> LatentDiffusion:
+    """Train a latent diffusion model at `model`'s sizes on drawn faces, and put its encoder halves into `model`.
 
     Args:
         on_face: called with the number of faces just drawn.
-        on_epoch: called with the epoch's number and its mean squared error; 1 is what a constant would reach.
+        on_epoch: called with the stage (`VAE` or `U-Net`), the epoch's number and its mean loss: absolute error in
+            [-1, 1] plus the weighted KL divergence, and mean squared error of the noise (1 is what a constant reaches).
     """
-    pixels, wanted = _draw(faces, model.config.image_size, on_face)
-    encoder = model.diffusion
-    encoder.requires_grad_(True)
-    generator = torch.Generator().manual_seed(seed)
+    faces = _draw(config.faces, model.config.image_size, on_face)
+    generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reader = _Reader(model, wanted.shape[1])
-    parameters = [*encoder.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    steps = epochs * -(-faces // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    for number in range(1, epochs + 1):
+        torch.manual_seed(config.seed)
+        vae, unet = stock_models(model.config)
+    for number, loss in enumerate(_train_vae(vae, faces, config, generator), start=1):
+        on_epoch("VAE", number, loss)
+    latents = _latents(vae, faces)  # (n, 2, 4, S/8, S/8)
+    _normalise(vae, latents, model.config.vae_scaling)
+    diffusion = LatentDiffusion(vae, unet, model.diffusion.context, _schedule())
+    for number, loss in enumerate(_train_unet(diffusion, latents / latents.std(), config, generator), start=1):
+        on_epoch("U-Net", number, loss)
+    parts = {"vae": vae.state_dict(), "unet": unet.state_dict()}
+    named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+    kept = {name: tensor for name, tensor in named.items() if not name.startswith(DECODERS)}
+    model.diffusion.load_state_dict({**kept, "context": model.diffusion.context})
+    return diffusion
+
+
+def stock_models(config: MDNetConfig) -> tuple[AutoencoderKL, UNet2DConditionModel]:
+    """Both halves of diffusers' VAE and U-Net at the sizes of `config`, with random weights."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=config.vae_channels,
+        layers_per_block=config.vae_layers,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        scaling_factor=config.vae_scaling,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=config.image_size // 8,
+        block_out_channels=config.unet_channels,
+        layers_per_block=config.unet_layers,
+        attention_head_dim=config.unet_heads,
+        cross_attention_dim=config.context_dim,
+        norm_num_groups=config.norm_groups,
+    )
+    return vae, unet
+
+
+@torch.inference_mode()
+def sample(diffusion: LatentDiffusion, count: int, *, steps: int = 50, seed: int = 0) -> Tensor:
+    """`count` new faces, uint8 (count, S, S, 3), by DDIM (arXiv 2010.02502) in `steps` steps."""
+    vae, unet, context, schedule = diffusion
+    generator = torch.Generator().manual_seed(seed)
+    side = unet.config.sample_size
+    latent = torch.randn(count, unet.config.in_channels, side, side, generator=generator)
+    schedule.set_timesteps(steps)
+    for step in schedule.timesteps:
+        noise = unet(latent, step, context.expand(count, -1, -1)).sample
+        latent = schedule.step(noise, step, latent).prev_sample
+    return _to_pixels(vae.decode(latent / vae.config.scaling_factor).sample)
+
+
+@torch.inference_mode()
+def reconstruct(diffusion: LatentDiffusion, faces: Tensor) -> Tensor:
+    """What is left of `faces`, uint8 (n, S, S, 3), after the VAE's encoder and decoder."""
+    vae = diffusion.vae
+    return _to_pixels(vae.decode(vae.encode(to_vae_range(faces)).latent_dist.mode()).sample)
+
+
+def draw_picture(diffusion: LatentDiffusion, size: int, *, columns: int = 8) -> Image.Image:
+    """Three rows to look at: drawn faces of `size` pixels, what the VAE leaves of them, and samples."""
+    faces = torch.stack([_face([_LOOK_SEED, i], size) for i in range(columns)])
+    rows = [faces, reconstruct(diffusion, faces), sample(diffusion, columns)]
+    return Image.fromarray(np.concatenate([np.concatenate(list(row.numpy()), axis=1) for row in rows]))
+
+
+def _train_vae(vae: AutoencoderKL, faces: Tensor, config: PriorConfig, generator: torch.Generator) -> Iterator[float]:
+    vae.train()
+    fit = _Fit(list(vae.parameters()), config.vae_rate, config.vae_epochs * -(-len(faces) // config.vae_batch))
+    for _ in range(config.vae_epochs):
         total = 0.0
-        for rows in torch.randperm(faces, generator=generator).split(batch_size):
-            loss = F.mse_loss(reader(encoder, _jitter(pixels[rows], generator)), wanted[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+        for rows in torch.randperm(len(faces), generator=generator).split(config.vae_batch):
+            images = to_vae_range(_mirrored(faces[rows], generator))
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample(generator)).sample
+            # Both terms per number of the picture, so that the KL's weight means what it does in latent diffusion.
+            loss = F.l1_loss(decoded, images) + config.kl * posterior.kl().mean() / images[0].numel()
+            fit.step(loss)
             total += loss.item() * len(rows)
-        on_epoch(number, total / faces)
-    encoder.requires_grad_(False)
+        yield total / len(faces)
+    vae.eval()
 
 
-class _Reader(nn.Module):
-    """Feature maps → the targets: each map's mean over places, normalised per place, then one linear layer."""
+def _train_unet(
+    diffusion: LatentDiffusion, latents: Tensor, config: PriorConfig, generator: torch.Generator
+) -> Iterator[float]:
+    unet, schedule = diffusion.unet.train(), diffusion.schedule
+    average = copy.deepcopy(unet)
+    fit = _Fit(list(unet.parameters()), config.unet_rate, config.unet_epochs * -(-len(latents) // config.unet_batch))
+    for _ in range(config.unet_epochs):
+        total = 0.0
+        for rows in torch.randperm(len(latents), generator=generator).split(config.unet_batch):
+            clean = latents[rows, torch.randint(2, (len(rows),), generator=generator)]
+            noise = torch.randn(clean.shape, generator=generator)
+            steps = torch.randint(schedule.config.num_train_timesteps, (len(rows),), generator=generator)
+            noisy = schedule.add_noise(clean, noise, steps)
+            found = unet(noisy, steps, diffusion.context.expand(len(rows), -1, -1)).sample
+            loss = F.mse_loss(found, noise)
+            fit.step(loss)
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), unet.parameters(), strict=True):
+                    mean.lerp_(value, 1 - config.ema)
+            total += loss.item() * len(rows)
+        yield total / len(latents)
+    unet.load_state_dict(average.state_dict())
+    unet.eval()
 
-    def __init__(self, model: MDNet, width: int):
-        super().__init__()
-        shapes = model.config.feature_shapes
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(shape[0]) for name, shape in shapes.items()})
-        self.heads = nn.ModuleDict({name: nn.Linear(shape[0], width) for name, shape in shapes.items()})
 
-    def forward(self, encoder: DiffusionEncoder, pixels: Tensor) -> Tensor:
-        latent = encoder.vae(to_vae_range(pixels))
-        features = encoder.unet(latent, encoder.timestep, encoder.context.expand(pixels.shape[0], -1, -1))
-        pooled = {name: norm(features[name].flatten(2).mT).mean(1) for name, norm in self.norms.items()}  # (B, C)
-        return torch.stack([head(pooled[name]) for name, head in self.heads.items()]).sum(0)
+class _Fit:
+    """AdamW at a rate that rises for a tenth of the steps and then falls to zero; gradients of norm 1 at most."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, steps: int):
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=0.1)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
 
 
-def _draw(count: int, size: int, on_face: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-    """Preprocessed faces (n, S, S, 3) uint8, and their targets (n, k), each standardised."""
-    pixels = torch.empty(count, size, size, 3, dtype=torch.uint8)
-    values = []
+@torch.inference_mode()
+def _latents(vae: AutoencoderKL, faces: Tensor) -> Tensor:
+    """The unscaled mode of every face's posterior, and of its mirror image's: (n, 2, 4, S/8, S/8)."""
+    both = torch.stack([faces, faces.flip(2)], dim=1).flatten(0, 1)
+    modes = [vae.encode(to_vae_range(part)).latent_dist.mode() for part in both.split(64)]
+    return torch.cat(modes).unflatten(0, (-1, 2)).clone()  # out of inference mode
+
+
+@torch.no_grad()
+def _normalise(vae: AutoencoderKL, latents: Tensor, scaling: float) -> None:
+    """Change the VAE's last layer, and its decoder's first, so that latents × `scaling` have unit variance.
+
+    Latent diffusion measures its scaling once the VAE is trained; here the preset's is given, and the weights yield.
+    """
+    factor = 1 / (scaling * latents.std())
+    channels = latents.shape[2]
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] *= factor
+    quant.bias[:channels] *= factor
+    quant.bias[channels:] += 2 * factor.log()  # the log-variance
+    post.weight /= factor
+
+
+def _schedule() -> DDIMScheduler:
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def _draw(count: int, size: int, on_face: Callable[[int], None]) -> Tensor:
+    """Preprocessed faces, uint8 (count, S, S, 3)."""
+    faces = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for i in range(count):
-        face = draw_factors(np.random.default_rng([_SEED, i]))
-        pixels[i] = torch.from_numpy(preprocess(render_face(face), size))
-        values.append(targets(face))
+        faces[i] = _face([_SEED, i], size)
         on_face(1)
-    wanted = torch.tensor(values, dtype=torch.float32)
-    return pixels, (wanted - wanted.mean(0)) / wanted.std(0)
+    return faces
 
 
-def _jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness, up to 10 %: what a drawing shows does not depend on it."""
-    gain = 1 + 0.2 * (torch.rand(len(pixels), 1, 1, 1, generator=generator) - 0.5)
-    return (pixels * gain).clamp_(0, 255).to(torch.uint8)
+def _face(seed: list[int], size: int) -> Tensor:
+    face, _ = draw_face(np.random.default_rng(seed))
+    return torch.from_numpy(preprocess(face, size))
+
+
+def _mirrored(faces: Tensor, generator: torch.Generator) -> Tensor:
+    mirror = torch.randint(2, (len(faces), 1, 1, 1), generator=generator).bool()
+    return torch.where(mirror, faces.flip(2), faces)
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    """(n, 3, S, S) in [-1, 1] → uint8 (n, S, S, 3)."""
+    return ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

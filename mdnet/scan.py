@@ -5,7 +5,8 @@ For channel d and state n, with dt = softplus(delta + delta_bias) and h₀ = 0 (
     h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t]) · silu(z[t])
 
 The reverse scan runs t from L−1 down to 0. The state is float32 (float64 for float64 input) whatever the input is.
-On the CPU the native library runs it, on PyTorch's own threads; elsewhere, and without the library, `mdnet.scan_loop`.
+On the CPU the native library runs it, on PyTorch's own threads; on CUDA mamba-ssm's kernel where it is installed
+(`mdnet.scan_mamba`); elsewhere `mdnet.scan_loop`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdnet import scan_loop
+from mdnet import scan_loop, scan_mamba
 from mdnet_engines import native
 from mdnet_engines.scan_shapes import INPUTS, check_shapes
 
@@ -58,6 +59,8 @@ def selective_scan(
     check_inputs(*inputs)
     if _runs_natively(u):
         return _native_scan(*inputs, reverse=reverse)
+    if scan_mamba.available(u, A):
+        return scan_mamba.scan(*inputs, reverse=reverse)
     return scan_loop.scan(*inputs, reverse=reverse)
 
 
@@ -92,6 +95,8 @@ def selective_scan_backward(
         raise ValueError(f"grad is {tuple(grad.shape)} on {grad.device}, u is {tuple(u.shape)} on {u.device}")
     if _runs_natively(u):
         return _native_backward(grad, *inputs, reverse=reverse)
+    if scan_mamba.available(u, A):
+        return scan_mamba.scan_backward(grad, *inputs, reverse=reverse)
     return scan_loop.scan_backward(grad, *inputs, reverse=reverse)
 
 

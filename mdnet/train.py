@@ -110,6 +110,16 @@ def train(
     return run.best
 
 
+@torch.inference_mode()
+def score_features(model: MDNet, features: Features, rows: Tensor, batch_size: int) -> np.ndarray:
+    """Scores (n,) of the images `rows` (n,) from their frozen features, on the device that `model` is on."""
+    device, scores = next(model.parameters()).device, []
+    for chosen in rows.split(batch_size):
+        maps, pixels, _ = features.batch(chosen, torch.zeros_like(chosen), device)
+        scores.append(model.fusion(maps, model.vim(pixels)))
+    return torch.cat(scores).float().cpu().numpy()
+
+
 class _Run:
     """Everything of a training run that changes from epoch to epoch; `state_dict` holds all of it."""
 
@@ -139,7 +149,7 @@ class _Run:
         """Train one epoch and look at the averaged weights; keep them where they are the best so far."""
         self.number += 1
         loss = self._train()
-        score = pearson(self.features.ratings[self.validation].numpy(), self._predict())
+        score = pearson(self.features.ratings[self.validation].numpy(), self._validate())
         score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
         result = Epoch(self.number, self.config.epochs, loss, score, self.schedule.get_last_lr()[0])
         if not self.best_weights or score > self.best.validation_pearson:
@@ -168,13 +178,8 @@ class _Run:
             raise MDNetError(f"the loss of epoch {self.number} is not finite; try a lower --learning-rate")
         return total / len(rows)
 
-    @torch.inference_mode()
-    def _predict(self) -> np.ndarray:
-        model, scores = self.average.eval(), []
-        for chosen in self.validation.split(self.config.batch_size):
-            features, pixels, _ = self.features.batch(chosen, torch.zeros_like(chosen), self.device)
-            scores.append(model.fusion(features, model.vim(pixels)))
-        return torch.cat(scores).float().cpu().numpy()
+    def _validate(self) -> np.ndarray:
+        return score_features(self.average.eval(), self.features, self.validation, self.config.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it can be read without running code."""
@@ -211,7 +216,7 @@ def _update_average(average: MDNet, model: MDNet, decay: float) -> None:
 def _parameter_groups(model: MDNet, config: TrainConfig) -> list[dict[str, object]]:
     """Weight decay for matrices only: not for biases, norms, embeddings, nor the scan's A and D."""
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "scale_embed")
+    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "scale_embed", "stand_in")
     decayed = [value for name, value in named if value.dim() > 1 and not name.endswith(spared)]
     others = [value for name, value in named if value.dim() <= 1 or name.endswith(spared)]
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

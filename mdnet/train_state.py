@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from mdnet.data import Rated
-from mdnet.features import encoder_digest
+from mdnet.features import encoder_digest, state_digest
 from mdnet_engines.errors import MDNetError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -96,5 +97,6 @@ def fingerprint(model: MDNet, data: Rated, config: TrainConfig, *, half_features
         "image size": str(model.config.image_size),
         "features": "float16" if half_features else "float32",
         "encoder": encoder_digest(model.diffusion)[:12],
+        "first weights": state_digest(nn.ModuleList([model.vim, model.fusion]))[:12],
         "training list": hashlib.sha256(listed.encode()).hexdigest()[:12],
     }

@@ -23,3 +23,13 @@ def test_scan_measures_every_contestant_against_every_other(tmp_path: Path) -> N
     assert len(suite) == 5
     for name, figures in suite.items():
         assert set(figures) == {"ms", *suite} - {name}
+
+
+def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -> None:
+    options = ["--images", "12", "--batch-size", "6", "--rounds", "1", "-o", "figures.json"]
+    command = [sys.executable, BENCHMARKS / "training.py", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["images"] == 12
+    assert all(figures[name]["ms_per_image"] > 0 for name in ("cached", "recomputed"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from onnx_evaluator import evaluate
 
 from mdnet.checkpoint import demo_checkpoint, load_checkpoint
+from mdnet.config import FUSIONS, preset
+from mdnet.model import random_mdnet
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
@@ -134,3 +137,20 @@ def test_a_batch_fixed_by_python_code_is_caught() -> None:
     assert program is not None
     with pytest.raises(MDNetError, match="fixed the batch"):
         graphs._check_batch_is_symbolic(program.model_proto)
+
+
+@pytest.mark.parametrize("kind", FUSIONS)
+def test_every_kind_of_fusion_has_the_same_signature_and_pytorchs_scores(kind: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(preset("demo"), fusion=kind)
+    model = random_mdnet(config, seed=0)
+    file = graphs.export_graph(model, "fusion", tmp_path)
+    session = onnxruntime.InferenceSession(file)
+    assert [value.name for value in session.get_inputs()] == EXPECTED_IO["fusion"][0]
+    for batch in (1, 3):
+        features = {name: torch.randn(batch, *shape) for name, shape in config.feature_shapes.items()}
+        tokens = torch.randn(batch, config.vim_grid**2 + 1, config.vim_dim)
+        with torch.no_grad():
+            expected = model.fusion(features, tokens).numpy()
+        feeds = {name: tensor.numpy() for name, tensor in {**features, "tokens": tokens}.items()}
+        (scores,) = session.run(None, feeds)
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)  # float32 in another order

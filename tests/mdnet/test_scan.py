@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from scan_cases import (
 )
 from torch import Tensor, nn
 
-from mdnet import scan_loop
+from mdnet import scan_loop, scan_mamba
 from mdnet.scan import _rows, selective_scan, selective_scan_backward
 from mdnet_engines import native
 
@@ -41,14 +42,66 @@ def tensors(case: ScanCase, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in found] if dtype else found
 
 
-@pytest.fixture(params=["native", "loop"])
+@pytest.fixture(params=["native", "loop", "mamba-ssm"])
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations behind the operator."""
-    if request.param == "loop":
+    """Every implementation behind the operator; mamba-ssm's kernel has a stand-in that insists on what it documents."""
+    if request.param != "native":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("mdnet was installed without its native library")
+    if request.param == "mamba-ssm":
+        monkeypatch.setattr(scan_mamba, "available", lambda u, _: u.dtype != torch.float64)
+        monkeypatch.setattr(scan_mamba, "_kernel", lambda: MambaKernel)
     return request.param
+
+
+class MambaKernel:
+    """What stands in for mamba-ssm's `SelectiveScanFn`: its signatures, and the types that its CUDA code checks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+    ) -> Tensor:
+        assert D is not None
+        assert z is not None
+        assert delta_bias is not None
+        assert delta_softplus
+        assert not return_last_state
+        assert {tensor.dtype for tensor in (delta, B, C, z)} == {u.dtype}
+        assert {tensor.dtype for tensor in (A, D, delta_bias)} == {torch.float32}
+        inputs = (u, delta, A, B, C, D, z, delta_bias)
+        ctx.save_for_backward(*inputs)
+        return naive([tensor.float() for tensor in inputs], reverse=False).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        assert dout.dtype == ctx.saved_tensors[0].dtype
+        return (*scan_loop.scan_backward(dout, *ctx.saved_tensors, reverse=False), None, None)
+
+
+def test_mamba_ssm_is_used_on_cuda_alone_and_only_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda(NamedTuple):
+        dtype: torch.dtype
+        is_cuda: bool = True
+
+    states = torch.zeros(3, 16)
+    assert not scan_mamba.available(Cuda(torch.float32), states)  # type: ignore[arg-type] # not installed here
+    monkeypatch.setattr(scan_mamba, "_kernel", lambda: MambaKernel)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert scan_mamba.available(Cuda(dtype), states)  # type: ignore[arg-type]
+    assert not scan_mamba.available(Cuda(torch.float64), states)  # type: ignore[arg-type]
+    assert not scan_mamba.available(Cuda(torch.float32), torch.zeros(3, 257))  # type: ignore[arg-type]
+    assert not scan_mamba.available(torch.zeros(1, 3, 5), states)
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
