@@ -98,9 +98,7 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
 
 @click.command()
 @_training_options
-@click.option(
-    "--fusion", help="How the streams are joined; others than the checkpoint's start with fresh fusion weights."
-)
+@click.option("--fusion", type=click.Choice(FUSIONS), help="How the streams are joined.  [default: the checkpoint's]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--log", type=click.Path(path_type=Path, file_okay=False), help="Write a TensorBoard log to this folder.")
 @click.option("--resume", is_flag=True, help="Go on with a run of the same options that was interrupted.")

@@ -91,7 +91,8 @@ def test_a_checkpoint_keeps_its_kind(fusion: str, tmp_path: Path) -> None:
     assert loaded.config.fusion == fusion
     image = torch.randint(0, 256, (1, 128, 128, 3), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(loaded(image), net(image))
+        # Memory that is mapped from a file may be aligned otherwise, and sums then run in another order.
+        torch.testing.assert_close(loaded(image), net(image), rtol=0, atol=1e-5)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -14,7 +14,7 @@ from mdnet.cli import main
 from mdnet.config import preset
 from mdnet.data import read_splits
 from mdnet.evaluate import evaluate
-from mdnet.model import random_mdnet
+from mdnet.model import MDNet, random_mdnet
 from mdnet.train import Epoch, TrainConfig, train
 from mdnet.train_state import StateFile
 from mdnet_engines.errors import MDNetError, UsageError
@@ -101,20 +101,23 @@ def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(
 def test_a_state_of_another_run_is_refused_and_says_what_differs(faces: Path, tmp_path: Path) -> None:
     (split,) = read_splits(faces, "60-40")
     file = tmp_path / "run.state"
-    model = random_mdnet(preset("demo"), seed=0)
     config = TrainConfig(epochs=1, batch_size=16)
-    train(model, split.train, config, state=StateFile(file, resume=False))
+
+    def model(seed: int = 0) -> MDNet:
+        return random_mdnet(preset("demo"), seed)
+
+    train(model(), split.train, config, state=StateFile(file, resume=False))
     with pytest.raises(UsageError, match="go on with --resume, or remove"):
-        train(model, split.train, config, state=StateFile(file, resume=False))
+        train(model(), split.train, config, state=StateFile(file, resume=False))
     with pytest.raises(UsageError, match="batch_size was 16, is 8;"):
-        train(model, split.train, TrainConfig(epochs=1, batch_size=8), state=StateFile(file, resume=True))
+        train(model(), split.train, TrainConfig(epochs=1, batch_size=8), state=StateFile(file, resume=True))
     with pytest.raises(UsageError, match=r"training list was .*, is "):
-        train(model, split.test, config, state=StateFile(file, resume=True))
-    with pytest.raises(UsageError, match=r"encoder was .*, is "):
-        train(random_mdnet(preset("demo"), seed=1), split.train, config, state=StateFile(file, resume=True))
+        train(model(), split.test, config, state=StateFile(file, resume=True))
+    with pytest.raises(UsageError, match=r"encoder was .*, is .*, first weights was .*, is "):
+        train(model(seed=1), split.train, config, state=StateFile(file, resume=True))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(MDNetError, match="is not the state of a training run"):
-        train(model, split.train, config, state=StateFile(file, resume=True))
+        train(model(), split.train, config, state=StateFile(file, resume=True))
 
 
 def test_training_stops_when_patience_is_at_its_end(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
