@@ -29,7 +29,7 @@ def available(u: Tensor, A: Tensor) -> bool:
 def scan(*inputs: Tensor, reverse: bool) -> Tensor:
     """y (batch, channels, length), in the type of `u`; takes what `mdnet.scan.selective_scan` takes."""
     y = _forward(_Context(), inputs, reverse)
-    return (y.flip(-1) if reverse else y).contiguous()
+    return (y.flip(-1) if reverse else y).to(inputs[0].dtype).contiguous()
 
 
 def scan_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> Gradients:
@@ -54,7 +54,9 @@ class _Context:
 
 
 def _forward(context: _Context, inputs: tuple[Tensor, ...], reverse: bool) -> Tensor:
-    kind = inputs[0].dtype  # one type for what has steps, float32 for the parameters
+    # One type for what has steps, the wider where they differ; float32 for the parameters.
+    kinds = {inputs[place].dtype for place in _STEPS}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32
     taken = [tensor.to(kind if place in _STEPS else torch.float32) for place, tensor in enumerate(inputs)]
     taken = [tensor.flip(-1) if reverse and place in _STEPS else tensor for place, tensor in enumerate(taken)]
     delta_softplus = True

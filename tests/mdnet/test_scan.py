@@ -251,7 +251,7 @@ def test_the_number_of_threads_changes_no_bit(host: str) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append((selective_scan(*inputs), *selective_scan_backward(grad, *inputs, False)))
-    if host == "loop":
+    if host != "native":
         pytest.skip("PyTorch's own sums depend on the number of threads")
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
