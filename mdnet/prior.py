@@ -20,7 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from mdnet.import_sd import DECODERS
 from mdnet.model import MDNet
 from mdnet_rt.preprocess import preprocess
 
+_NOISE_STEPS = 1000
 _SEED, _LOOK_SEED = 77_000, 77_001  # of faces to learn from, and to look at; splits are drawn from other seeds
 
 
@@ -53,12 +56,14 @@ class PriorConfig:
 
 
 class LatentDiffusion(NamedTuple):
-    """A trained model, whole: what `sample` and `reconstruct` need. The latents have the preset's scaling."""
+    """A trained model, whole: what `sample` and `reconstruct` need."""
 
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     context: Tensor  # (tokens, context_dim)
     schedule: DDIMScheduler
+    scaling: float  # of the latents
+    latent: tuple[int, ...]  # their shape without the batch: (4, S/8, S/8)
 
 
 def train_prior(
@@ -84,7 +89,8 @@ def train_prior(
         on_epoch("VAE", number, loss)
     latents = _latents(vae, faces)  # (n, 2, 4, S/8, S/8)
     _normalise(vae, latents, model.config.vae_scaling)
-    diffusion = LatentDiffusion(vae, unet, model.diffusion.context, _schedule())
+    scaling, shape = model.config.vae_scaling, tuple(latents.shape[2:])
+    diffusion = LatentDiffusion(vae, unet, model.diffusion.context, _schedule(), scaling, shape)
     for number, loss in enumerate(_train_unet(diffusion, latents / latents.std(), config, generator), start=1):
         on_epoch("U-Net", number, loss)
     parts = {"vae": vae.state_dict(), "unet": unet.state_dict()}
@@ -119,15 +125,13 @@ def stock_models(config: MDNetConfig) -> tuple[AutoencoderKL, UNet2DConditionMod
 @torch.inference_mode()
 def sample(diffusion: LatentDiffusion, count: int, *, steps: int = 50, seed: int = 0) -> Tensor:
     """`count` new faces, uint8 (count, S, S, 3), by DDIM (arXiv 2010.02502) in `steps` steps."""
-    vae, unet, context, schedule = diffusion
-    generator = torch.Generator().manual_seed(seed)
-    side = unet.config.sample_size
-    latent = torch.randn(count, unet.config.in_channels, side, side, generator=generator)
+    vae, unet, context, schedule, scaling, shape = diffusion
+    latent = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
     schedule.set_timesteps(steps)
     for step in schedule.timesteps:
         noise = unet(latent, step, context.expand(count, -1, -1)).sample
-        latent = schedule.step(noise, step, latent).prev_sample
-    return _to_pixels(vae.decode(latent / vae.config.scaling_factor).sample)
+        latent = schedule.step(noise, step, latent, return_dict=False)[0]
+    return _to_pixels(vae.decode(latent / scaling).sample)
 
 
 @torch.inference_mode()
@@ -172,8 +176,8 @@ def _train_unet(
         for rows in torch.randperm(len(latents), generator=generator).split(config.unet_batch):
             clean = latents[rows, torch.randint(2, (len(rows),), generator=generator)]
             noise = torch.randn(clean.shape, generator=generator)
-            steps = torch.randint(schedule.config.num_train_timesteps, (len(rows),), generator=generator)
-            noisy = schedule.add_noise(clean, noise, steps)
+            steps = torch.randint(_NOISE_STEPS, (len(rows),), generator=generator)
+            noisy = schedule.add_noise(clean, noise, steps)  # type: ignore[arg-type] # it wants the type's legacy name
             found = unet(noisy, steps, diffusion.context.expand(len(rows), -1, -1)).sample
             loss = F.mse_loss(found, noise)
             fit.step(loss)
@@ -219,6 +223,9 @@ def _normalise(vae: AutoencoderKL, latents: Tensor, scaling: float) -> None:
     factor = 1 / (scaling * latents.std())
     channels = latents.shape[2]
     quant, post = vae.quant_conv, vae.post_quant_conv
+    assert quant is not None
+    assert post is not None
+    assert quant.bias is not None
     quant.weight[:channels] *= factor
     quant.bias[:channels] *= factor
     quant.bias[channels:] += 2 * factor.log()  # the log-variance
@@ -226,7 +233,13 @@ def _normalise(vae: AutoencoderKL, latents: Tensor, scaling: float) -> None:
 
 
 def _schedule() -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDIMScheduler(
+        num_train_timesteps=_NOISE_STEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+    )
 
 
 def _draw(count: int, size: int, on_face: Callable[[int], None]) -> Tensor:

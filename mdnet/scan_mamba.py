@@ -38,7 +38,7 @@ def scan_backward(grad: Tensor, *inputs: Tensor, reverse: bool) -> Gradients:
     y = _forward(context, inputs, reverse)
     grad = grad.to(y.dtype)
     grads = _kernel().backward(context, grad.flip(-1) if reverse else grad)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         (value.flip(-1) if reverse and place in _STEPS else value).to(like.dtype).contiguous()
         for place, (value, like) in enumerate(zip(grads[: len(inputs)], inputs, strict=True))
     )

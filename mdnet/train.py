@@ -151,7 +151,7 @@ class _Run:
         loss = self._train()
         score = pearson(self.features.ratings[self.validation].numpy(), self._validate())
         score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
-        result = Epoch(self.number, self.config.epochs, loss, score, self.schedule.get_last_lr()[0])
+        result = Epoch(self.number, self.config.epochs, loss, score, float(self.schedule.get_last_lr()[0]))
         if not self.best_weights or score > self.best.validation_pearson:
             self.best = result
             self.best_weights = [value.detach().clone() for value in self.average.trainable_parameters()]
