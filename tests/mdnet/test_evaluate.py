@@ -85,7 +85,7 @@ def test_a_model_of_the_60_percent_split_is_told_of_before_cv5(faces: Path, demo
     ]
     assert len(noted) == 1
     assert noted[0].startswith("note: ")
-    assert "was trained with 60-40 of '2000 drawn faces, seed 0', so on the same data it has seen" in noted[0]
+    assert "was trained with 60-40 of 'faces5500', so on the same data it has seen" in noted[0]
     assert str(model) not in run(model, "--data", faces).stderr
 
 
