@@ -117,7 +117,7 @@ def ablate(
     runs = []
     with _folder(cache) as folder:
         for data in (split.train, split.test):  # first and alone, for their progress
-            with _features(start(seeds[0]), data, folder, half_features, on_image):
+            with _features(start(seeds[0]).to(device), data, folder, half_features, on_image):
                 pass
         for fusion in fusions:
             for seed in seeds:
