@@ -6,17 +6,19 @@ What stays in float32, and why:
 - normalisations and softmax: variances overflow and sums lose bits in float16;
 - RMSNorm's residual stream, the sum of all layers so far, as the published Vim keeps it;
 - nodes that the caller names, such as the score's head;
+- values that came near to float16's largest number on calibration images (`near_overflow`);
 - the inputs and outputs of the graph, so that graphs of different precision can be combined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mdnet_calib.ranges import largest_magnitudes
 from mdnet_engines import scan_op
 from mdnet_engines.errors import MDNetError
 
@@ -37,19 +39,50 @@ _STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})  # what takes thes
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 _B, _C = scan_op.INPUTS.index("B"), scan_op.INPUTS.index("C")
 _HALF_MAX = float(np.finfo(np.float16).max)
+HEADROOM = 4
+"""A value that reaches this part of float16's largest number on calibration images may pass it on others."""
 
 
-def to_fp16(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
+def to_fp16(
+    proto: onnx.ModelProto, *, keep: Collection[str] = (), float32_values: Collection[str] = ()
+) -> onnx.ModelProto:
     """Rewrite a float32 graph in place (and return it): same inputs and outputs, float16 inside.
 
     Args:
         proto: the graph with its weights loaded and the types of its values in `value_info`.
         keep: prefixes of node names that stay in float32; a node's name starts with its module's path.
+        float32_values: values that no node may give or take in float16, such as `near_overflow` finds.
 
     Raises:
         MDNetError: a value has no type, or a node has a graph of its own (`If`, `Loop`, `Scan`).
     """
-    return _Fp16Rewrite(proto, float32_nodes(proto, keep)).run()
+    large = set(float32_values)
+    around = {i for i, node in enumerate(proto.graph.node) if not large.isdisjoint([*node.input, *node.output])}
+    return _Fp16Rewrite(proto, float32_nodes(proto, keep) | around).run()
+
+
+def near_overflow(
+    proto: onnx.ModelProto,
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    *,
+    keep: Collection[str] = (),
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Names of the values that would be float16 but come within a factor of `HEADROOM` of its largest number, 65504.
+
+    Args:
+        feeds: inputs to run the float32 graph on.
+        keep: as for `to_fp16`.
+
+    Raises:
+        MDNetError: a value is not finite even in float32.
+    """
+    stays = float32_nodes(proto, keep)
+    half = {name for i, node in enumerate(proto.graph.node) if i not in stays for name in (*node.input, *node.output)}
+    largest = largest_magnitudes(proto, feeds, on_progress=on_progress)
+    if broken := [name for name, value in largest.items() if not np.isfinite(value)]:
+        raise MDNetError(f"{broken[0]} is not finite on a calibration image, in float32 already")
+    return [name for name, value in largest.items() if name in half and value > _HALF_MAX / HEADROOM]
 
 
 def float32_nodes(proto: onnx.ModelProto, keep: Collection[str]) -> set[int]:

@@ -29,7 +29,10 @@ from mdnet_engines.manifest import (
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest is valid and whose files are what the manifest says."""
+    """A bundle on disk whose manifest is valid and whose files are what the manifest says.
+
+    Plans are not looked at: they are a cache, which `mdnet_engines.plans` checks when one is chosen.
+    """
 
     path: Path
     manifest: Manifest
@@ -43,27 +46,33 @@ class Bundle:
         """
         root = Path(path)
         while True:
-            manifest = _read_manifest(root)
+            manifest = read_manifest(root)
             try:
                 for entry in manifest.files():
-                    _check_file(root, entry)
-            except (BundleError, FileNotFoundError):
-                if _read_manifest(root) != manifest:
+                    check_file(root, entry)
+            except (BundleError, FileNotFoundError) as error:
+                if read_manifest(root) != manifest:
                     continue  # a build put another bundle in its place meanwhile: look at that one
+                if isinstance(error, BundleError):
+                    raise BundleError(
+                        f"{error}; copy the whole folder, or rebuild it with: mdnet-export build"
+                    ) from None
                 raise
             return cls(root, manifest)
 
-    def graph_path(self, name: GraphName) -> Path:
-        """The ONNX file of the graph `name`."""
-        return self.path / self.manifest.graphs[name].file.name
+    def graph_path(self, name: GraphName, *, cpu: bool = False) -> Path:
+        """The ONNX file of the graph `name`; with `cpu` the form for ONNX Runtime on the CPU, where it has one."""
+        entry = self.manifest.graphs[name]
+        return self.path / (entry.cpu if cpu and entry.cpu else entry.file).name
 
 
-def _read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path) -> Manifest:
+    """The valid manifest of the bundle at `root`, or `BundleError`. No other file is looked at."""
     file = root / MANIFEST_NAME
     if not file.exists():
         reason = f"no {MANIFEST_NAME} in it" if root.is_dir() else "no such folder"
         raise BundleError(f"{root} is not a bundle ({reason}); make one with: mdnet-export build -o {root}")
-    _check_regular(file)
+    check_regular(file)
     with file.open("rb") as stream:
         raw = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
@@ -89,18 +98,20 @@ def _read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _check_file(root: Path, entry: FileEntry) -> None:
+def check_file(root: Path, entry: FileEntry) -> None:
+    """Raise `BundleError` unless the file in the folder `root` is a regular one with the entry's size and sha256."""
     file = root / entry.name
     if not file.is_symlink() and not file.exists():
-        raise BundleError(f"{file} is missing; copy the whole folder, or rebuild it with: mdnet-export build")
-    _check_regular(file)
+        raise BundleError(f"{file} is missing")
+    check_regular(file)
     if (size := file.stat().st_size) != entry.size:
-        raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}; the copy is incomplete or altered")
+        raise BundleError(f"{file} has {size} bytes, the manifest says {entry.size}: the copy is incomplete or altered")
     if (digest := sha256_of(file)) != entry.sha256:
-        raise BundleError(f"{file} has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…; it was altered")
+        raise BundleError(f"{file} has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: it was altered")
 
 
-def _check_regular(file: Path) -> None:
+def check_regular(file: Path) -> None:
+    """Raise `BundleError` where `file` is no regular file."""
     # File names have no separators and no `..`: a link is the way out of the folder that is left. A pipe would block.
     if file.is_symlink() or not file.is_file():
         raise BundleError(f"{file} is a link or not a regular file; a bundle's files must be in its own folder")
@@ -137,12 +148,10 @@ def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
-        scratch.chmod(0o777 & ~_umask())
-        for file in scratch.iterdir():
-            _flush_to_disk(file)
+        finish(scratch)
         check_replaceable(target)  # again: a build takes minutes
         if target.exists():
-            _exchange(scratch, target)
+            exchange(scratch, target)
         else:
             scratch.rename(target)
     finally:
@@ -180,7 +189,7 @@ def _holds_our_manifest(folder: Path) -> bool:
     return isinstance(document, dict) and {"schema_version", "graphs"} <= document.keys()
 
 
-def _exchange(new: Path, old: Path) -> None:
+def exchange(new: Path, old: Path) -> None:
     """Swap two folders. On Linux in one system call, so that no reader ever finds `old` missing."""
     at_fdcwd, rename_exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
@@ -201,7 +210,16 @@ def _exchange(new: Path, old: Path) -> None:
             aside.rmdir()
 
 
-def _flush_to_disk(file: Path) -> None:
+def finish(scratch: Path) -> None:
+    """Make a temporary folder ready for its place: permissions as the umask has them, every file on the disk."""
+    scratch.chmod(0o777 & ~_umask())
+    for file in scratch.iterdir():
+        file.chmod(0o666 & ~_umask())  # onnx makes files of weights that only their owner can read
+        flush_to_disk(file)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Wait until a file's bytes are on the disk; a full one may say so only then."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -5,21 +5,33 @@ A bundle is the only thing that passes from export to runtime:
     mdnet-bundle/
       manifest.json      this schema
       encoder.onnx       (+ encoder.onnx.data when the weights are large)
+      encoder.cpu.onnx   of an int8 encoder: the same with unsigned activations, for ONNX Runtime on the CPU
       vim.onnx
       fusion.onnx
       parity.json        the numbers behind `manifest.parity`
       parity.html        the same, for people
+      engines/           plans of `mdnet-export engines`, a cache: one folder for each entry of `manifest.engines`
+        tensorrt-rtx-1.7.1.116-portable/
+          encoder.plan  vim.plan  fusion.plan
+          timing.cache   (TensorRT only)
+          layers.json  engine.json   for people
 
 Rules, each with what it prevents:
 - manifest.json is at most 1 MiB (a manifest that fills memory);
 - unknown fields are refused (a misspelt or newer field that would be silently ignored);
 - every path is a plain file name in the bundle's own folder (a manifest that reads or loads `/etc/...`);
 - every file carries its sha256 and size, checked before a parser sees a byte (a swapped or cut file);
+- the name of a folder of plans is made of runtime, version and target, each of a strict pattern, never read as a path
+  (as above); a plan is native code, and is opened only when its sha256 is that of its entry (a planted plan);
+- a plan's entry says from which graph it was built (a plan that survived its graph and scores with old weights);
+- plans are a cache: they are checked when they are chosen (`mdnet_engines.plans`), not when the bundle is opened (a
+  damaged or foreign plan that would take a bundle away whose ONNX files are whole);
 - `schema_version` is checked before the rest, so that a newer bundle is named as such.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -28,12 +40,18 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 GraphName = Literal["encoder", "vim", "fusion"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
+PORTABLE = "portable"
+"""The target of a TensorRT-RTX plan that was built for no GPU in particular."""
+RuntimeVersion = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}(\.[0-9]{1,6}){1,4}$")]
+Target = Annotated[str, StringConstraints(pattern=r"^(portable|sm_[0-9]{2,3}(-sm_[0-9]{2,3}){0,15})$")]
 
 
 class _Part(BaseModel):
@@ -61,12 +79,18 @@ class GraphEntry(_Part):
 
     file: FileEntry
     data: list[FileEntry] = []
+    cpu: FileEntry | None = None
+    """The same graph, on the same `data`, in the form that ONNX Runtime's CPU kernels are fast for (int8 only)."""
     precision: Precision
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
 
     def files(self) -> list[FileEntry]:
-        return [self.file, *self.data]
+        return [self.file, *self.data, *([self.cpu] if self.cpu else [])]
+
+    def digest(self) -> str:
+        """One sha256 for the graph, weights included: what a plan of it is known by."""
+        return hashlib.sha256("\n".join(file.sha256 for file in [self.file, *self.data]).encode()).hexdigest()
 
 
 class Preprocessing(_Part):
@@ -130,6 +154,87 @@ class Provenance(_Part):
     versions: dict[str, str]
 
 
+class CalibrationFacts(_Part):
+    """Which images the ranges of the graphs' values were measured on."""
+
+    images: int
+    source: str = Field(max_length=400)
+    sha256: Sha256
+    """Of all their pixels, preprocessed."""
+    method: Literal["minmax", "percentile", "entropy", "mse"] | None = None
+    """How an int8 range was made of the values seen; None where there is no int8."""
+
+
+class Int8Facts(_Part):
+    """Which blocks of the encoder are int8, within which budget, and what it brought."""
+
+    int8_blocks: list[str]
+    float_blocks: list[str]
+    """Those that broke the budget in int8."""
+    max_score_drift: float
+    min_pearson: float
+    drift_max_abs: float
+    """Largest |Δscore| on the calibration images, in rating points."""
+    drift_pearson: float | None = None
+    speedup: float
+    """Over the float encoder, on the machine of the build."""
+    speedup_on: str
+    slower_forced: bool = False
+
+
+class BatchRange(_Part):
+    """The batch sizes a plan takes, and the one it is fastest at."""
+
+    minimum: int = Field(ge=1)
+    optimum: int
+    maximum: int = Field(le=4096)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BatchRange:
+        if not self.minimum <= self.optimum <= self.maximum:
+            raise ValueError(f"batch {self} is not minimum ≤ optimum ≤ maximum")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.minimum},{self.optimum},{self.maximum}"
+
+
+class PlanEntry(_Part):
+    """One graph's plan: its file, and the digest of the graph that it was built from."""
+
+    file: FileEntry
+    graph: Sha256
+
+
+class EngineSet(_Part):
+    """The plans of all graphs for one runtime, version and target; they lie in `engines/<folder>`."""
+
+    runtime: PlanRuntime
+    version: RuntimeVersion
+    target: Target
+    platform: str | None = Field(default=None, max_length=80)
+    """Of TensorRT's plans, which do not run on another operating system; those of TensorRT-RTX do."""
+    gpu: str | None = Field(default=None, max_length=200)
+    """The name of the GPU it was tuned on; None where it was built without one."""
+    batch: BatchRange
+    workspace_gib: float | None = Field(default=None, gt=0)
+    plans: dict[GraphName, PlanEntry]
+    timing_cache: FileEntry | None = None
+
+    @property
+    def folder(self) -> str:
+        return f"{self.runtime}-{self.version}-{self.target}"
+
+    @model_validator(mode="after")
+    def _whole(self) -> EngineSet:
+        if missing := [name for name in GRAPH_NAMES if name not in self.plans]:
+            raise ValueError(f"no plan for {', '.join(missing)}")
+        return self
+
+    def files(self) -> list[FileEntry]:
+        return [plan.file for plan in self.plans.values()]
+
+
 class Manifest(_Part):
     """The whole of `manifest.json`."""
 
@@ -141,7 +246,12 @@ class Manifest(_Part):
     score: ScoreScale
     graphs: dict[GraphName, GraphEntry]
     reports: list[FileEntry] = []
+    engines: list[EngineSet] = Field(default=[], max_length=64)
     parity: ParitySummary
+    calibration: CalibrationFacts | None = None
+    int8: Int8Facts | None = None
+    float32_values: dict[GraphName, list[str]] = {}
+    """Values of an fp16 graph that come too near to float16's largest number and stay in float32."""
     provenance: Provenance
     licenses: list[str]
 
@@ -154,6 +264,13 @@ class Manifest(_Part):
                     raise ValueError(f"image_size is {size}, but a graph takes images of shape {spec.shape}")
         return self
 
+    @model_validator(mode="after")
+    def _one_set_for_each_folder(self) -> Manifest:
+        folders = [engines.folder for engines in self.engines]
+        if len(set(folders)) != len(folders):
+            raise ValueError(f"two sets of plans are in the same folder: {', '.join(sorted(folders))}")
+        return self
+
     def files(self) -> list[FileEntry]:
-        """Every file the manifest vouches for."""
+        """Every file the bundle can't do without. Plans are not among them."""
         return [file for graph in self.graphs.values() for file in graph.files()] + self.reports

@@ -1,26 +1,37 @@
-"""Run one ONNX graph with ONNX Runtime, on the provider that was asked for and on no other."""
+"""What a session is, and ONNX Runtime's: one ONNX graph on the provider that was asked for and on no other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from mdnet_engines import native
 from mdnet_engines.errors import MDNetError, UsageError, first_line
+from mdnet_engines.gpu import visible_gpu
 
 if TYPE_CHECKING:
     from mdnet_engines.manifest import GraphName
 
-Backend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
-PROVIDERS: dict[str, str] = {
+OrtBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
+PROVIDERS: dict[OrtBackend, str] = {
     "onnxruntime-cpu": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
 }
 _QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need not be in its log as well
+
+
+class Session(Protocol):
+    """One graph, ready to run on some runtime. Safe to call from several threads."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph on `feeds` (input name → array, batch first); give its outputs by name."""
 
 
 class OrtSession:
@@ -38,7 +49,7 @@ class OrtSession:
         MDNetError: ONNX Runtime is missing, lacks the provider, or can't load the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, backend: Backend = "onnxruntime-cpu", threads: int = 0):
+    def __init__(self, path: str | os.PathLike[str], *, backend: OrtBackend = "onnxruntime-cpu", threads: int = 0):
         if backend not in PROVIDERS:
             raise UsageError(f"unknown backend {backend!r}; known: {', '.join(PROVIDERS)}")
         ort = _import_onnxruntime()
@@ -79,7 +90,7 @@ class OrtSession:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def chain(graphs: Mapping[GraphName, OrtSession], images: np.ndarray) -> dict[str, np.ndarray]:
+def chain(graphs: Mapping[GraphName, Session], images: np.ndarray) -> dict[str, np.ndarray]:
     """Run a bundle's three graphs on uint8 images [n, S, S, 3]; give every output by name, `score` [n] among them."""
     outputs = {**graphs["encoder"].run({"image": images}), **graphs["vim"].run({"image": images})}
     return {**outputs, **graphs["fusion"].run(outputs)}
@@ -94,6 +105,15 @@ def _register_scan(options: Any) -> None:
         options.register_custom_ops_library(str(library))
     except Exception as error:
         raise MDNetError(native.BROKEN.format(library.name, first_line(error))) from error
+
+
+def has_cuda() -> bool:
+    """Whether ONNX Runtime has its CUDA provider and the driver has a GPU; the provider is there without one too."""
+    try:
+        ort = _import_onnxruntime()
+    except MDNetError:
+        return False
+    return PROVIDERS["onnxruntime-cuda"] in ort.get_available_providers() and visible_gpu() is not None
 
 
 def available_cores() -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from mdnet_engines.backends import BACKENDS
+from mdnet_engines.bundle import Bundle, check_replaceable
 from mdnet_engines.console import Command, say, steps
 from mdnet_engines.errors import MDNetError, require
-from mdnet_engines.session import PROVIDERS
+from mdnet_engines.manifest import Precision
+from mdnet_export.cli_calibration import calibration_options, choose_calibration
+from mdnet_export.cli_engines import build_unasked, engines
 
 if TYPE_CHECKING:
-    from mdnet_engines.bundle import Bundle
-    from mdnet_engines.manifest import Precision
-    from mdnet_engines.session import Backend
+    from mdnet_engines.backends import Backend
     from mdnet_export.parity import ParityReport
 
 DEFAULT_BUNDLE = Path("mdnet-bundle")
@@ -38,18 +40,24 @@ def main() -> None:
     """From a trained PyTorch MD-Net to a bundle that mdnet-rt serves."""
 
 
+main.add_command(engines)
+
+
 @main.command()
 @checkpoint_option
 @click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; a checkpoint knows its own.")
 @click.option("--random-init", is_flag=True, help="Random weights: proves size and speed before weights are at hand.")
 @click.option("--seed", default=0, show_default=True, help="Seed of --random-init.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
+@calibration_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE, show_default=True, help="Bundle folder."
 )
 @images_option
 @count_option
-@click.option("--force", is_flag=True, help="Write the bundle although a parity gate failed; the manifest records it.")
+@click.option(
+    "--force", is_flag=True, help="Write the bundle although a gate failed or int8 is slower; the manifest records it."
+)
 def build(
     checkpoint: Path | None,
     preset: str | None,
@@ -60,6 +68,7 @@ def build(
     images: Path | None,
     num_images: int,
     force: bool,
+    **calibration: Any,
 ) -> None:
     """Build a bundle: three ONNX graphs, a manifest and a parity report. Replaces the bundle at OUTPUT in one step."""
     _require_export()
@@ -69,6 +78,7 @@ def build(
 
     weights = choose_weights(checkpoint=checkpoint, preset_name=preset, random_init=random_init, seed=seed)
     say(f"weights: {weights.describe()}")
+    check_replaceable(output.resolve())
     command = shlex.join(["mdnet-export", *sys.argv[1:]])
     with steps() as step:
         bundle = build_bundle(
@@ -76,18 +86,19 @@ def build(
             output,
             precision=precision,
             images=parity_images(images, weights.config.image_size, num_images),
+            calibration=choose_calibration(weights, precision, **calibration, on_step=step),
             force=force,
             command=command,
             on_step=step,
         )
     _print_result(bundle)
+    build_unasked(bundle)
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
 def inspect(bundle: Path) -> None:
     """Check a bundle's files against its manifest and show what is in it."""
-    from mdnet_engines.bundle import Bundle
     from mdnet_export.inspect import print_bundle
 
     print_bundle(Bundle.open(bundle))
@@ -95,13 +106,24 @@ def inspect(bundle: Path) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
-@checkpoint_option
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True),
+    help="The checkpoint it was built from, or another bundle. A bundle of demo or random weights needs neither.",
+)
 @images_option
 @count_option
-@click.option("--backend", type=click.Choice(list(PROVIDERS)), default="onnxruntime-cpu", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime-cpu", show_default=True)
+@click.option("--layers", is_flag=True, help="Compare every layer too; done anyway where a gate fails.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write the report there.")
 def verify(
-    bundle: Path, checkpoint: Path | None, images: Path | None, num_images: int, backend: Backend, output: Path | None
+    bundle: Path,
+    against: Path | None,
+    images: Path | None,
+    num_images: int,
+    backend: Backend,
+    layers: bool,
+    output: Path | None,
 ) -> None:
     """Measure a bundle against PyTorch again, on this machine; exit 1 when a gate fails."""
     _require_export()
@@ -110,14 +132,16 @@ def verify(
     with steps() as step:
         report = verify_bundle(
             bundle,
-            checkpoint=checkpoint,
+            against=against,
             images_folder=images,
             num_images=num_images,
             backend=backend,
+            layers=layers,
             output=output,
             on_step=step,
         )
     _print_gates(report)
+    _print_layers(report)
     if not report.passed:
         raise MDNetError(f"{bundle} is not in parity with PyTorch on {report.backend}")
 
@@ -138,6 +162,18 @@ def _print_result(bundle: Bundle) -> None:
     if manifest.precision == "fp16":
         say("fp16 brings no speed on a CPU, which computes it in float32; it is for GPUs")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")
+
+
+def _print_layers(report: ParityReport) -> None:
+    from mdnet_export.parity import LIMITS, first_diverging
+
+    limit = LIMITS[report.precision].graph_snr_db
+    for graph, layers in report.layers.items():
+        if first := first_diverging(layers, report.precision):
+            say(f"{graph}: the first layer below {limit:g} dB is {first.layer} ({first.parity.snr_db:.1f} dB)")
+        else:
+            worst = min(layers, key=lambda layer: layer.parity.snr_db)
+            say(f"{graph}: no layer is below {limit:g} dB; the lowest is {worst.layer} ({worst.parity.snr_db:.1f} dB)")
 
 
 def _print_gates(report: ParityReport) -> None:

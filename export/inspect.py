@@ -5,9 +5,13 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from mdnet_engines.backends import choose, describe
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.console import output
-from mdnet_engines.manifest import TensorSpec
+from mdnet_engines.errors import BundleError
+from mdnet_engines.manifest import EngineSet, Manifest, TensorSpec
+from mdnet_engines.plan_process import probe
+from mdnet_engines.plans import Host, check_plans, explain_incompatible
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -28,14 +32,44 @@ def print_bundle(bundle: Bundle) -> None:
         "input": f"{manifest.preprocessing.image_size} px, {manifest.preprocessing.resample}, centre crop",
         "score": f"{manifest.score.minimum:g} to {manifest.score.maximum:g}",
         "parity": f"{verdict}: {parity}",
+        **_precision(manifest),
+        "runs here": f"{describe(choose(bundle))} (backend auto)",
         "weights": provenance.weights + digest,
         "built by": provenance.command,
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
         "licences": "; ".join(manifest.licenses),
     }
+    hosts = {runtime: probe(runtime) for runtime in sorted({engines.runtime for engines in manifest.engines})}
+    plans = [("plans", _describe(bundle, engines, hosts[engines.runtime])) for engines in manifest.engines]
     width = max(map(len, facts))
-    for key, value in facts.items():
+    for key, value in [*facts.items(), *plans]:
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _precision(manifest: Manifest) -> dict[str, str]:
+    """How the precision came about, where there is anything to say."""
+    facts = {}
+    if calibration := manifest.calibration:
+        how = f", ranges by {calibration.method}" if calibration.method else ""
+        facts["calibration"] = f"{calibration.images} images, {calibration.source}{how}"
+    if int8 := manifest.int8:
+        kept = f", in float: {', '.join(int8.float_blocks)}" if int8.float_blocks else ""
+        facts["int8"] = f"{len(int8.int8_blocks)} blocks{kept}; {int8.speedup:.2f}× float on {int8.speedup_on}"
+    for graph, values in manifest.float32_values.items():
+        facts[f"float32 in {graph}"] = ", ".join(values)
+    return facts
+
+
+def _describe(bundle: Bundle, engines: EngineSet, host: Host) -> str:
+    """One set of plans, and whether this machine can use it."""
+    size = sum(entry.size for entry in engines.files()) / 1e6
+    try:
+        check_plans(bundle, engines)
+        reason = explain_incompatible(engines, bundle.manifest, host)
+        verdict = f"not for this machine: {reason}" if reason else "runs here"
+    except BundleError as error:
+        verdict = f"DAMAGED: {error}"
+    return f"{engines.folder}, batch {engines.batch}, {size:.1f} MB; {verdict}"
 
 
 def _signature(spec: TensorSpec) -> str:

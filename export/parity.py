@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mdnet.metrics import mae, pearson, spearman
 from mdnet_engines.manifest import GraphName, ParitySummary
-from mdnet_engines.session import OrtSession, chain
+from mdnet_engines.session import Session, chain
 
 PEARSON_GATE = "score Pearson"
 BATCH = 4  # images in the runs that test batching
+RATED_IMAGES = 100  # fewer say little about a correlation with ratings
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class ScorePair:
 
 
 @dataclass(frozen=True)
+class LayerParity:
+    """One layer's value in the bundle against the float graph's, both computed from the same input of the graph."""
+
+    layer: str
+    value: str
+    parity: TensorParity
+
+
+@dataclass(frozen=True)
 class ParityReport:
-    """Everything `parity.json` holds and `parity.html` shows."""
+    """Everything `parity.json` holds and `parity.html` shows. `layers` is empty where none were compared."""
 
     precision: str
     backend: str
@@ -66,6 +76,7 @@ class ParityReport:
     scores: list[ScorePair]
     gates: list[Gate]
     forced: bool = False
+    layers: dict[str, list[LayerParity]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -94,7 +105,12 @@ class Limits:
     """What a precision must hold. Scores in rating points; cosine and SNR for the worst output of any graph."""
 
     score_max_abs: float
+    score_mean_abs: float
     score_pearson: float
+    pearson_needs_sd: float
+    """A correlation is asked for where the reference scores spread this much: with less, errors within the other
+    limits may already spoil it."""
+    rating_loss: float
     graph_cosine: float
     graph_snr_db: float
     batch_max_abs: float
@@ -102,30 +118,53 @@ class Limits:
 
 LIMITS: dict[str, Limits] = {
     "fp32": Limits(
-        score_max_abs=1e-3, score_pearson=0.99999, graph_cosine=0.99999, graph_snr_db=60, batch_max_abs=1e-4
+        score_max_abs=1e-3,
+        score_mean_abs=1e-3,
+        score_pearson=0.99999,
+        pearson_needs_sd=0.02,
+        rating_loss=1e-3,
+        graph_cosine=0.99999,
+        graph_snr_db=60,
+        batch_max_abs=1e-4,
     ),
-    "fp16": Limits(score_max_abs=1e-2, score_pearson=0.9999, graph_cosine=0.9999, graph_snr_db=35, batch_max_abs=2e-3),
+    "fp16": Limits(
+        score_max_abs=1e-2,
+        score_mean_abs=1e-2,
+        score_pearson=0.9999,
+        pearson_needs_sd=0.2,
+        rating_loss=1e-3,
+        graph_cosine=0.9999,
+        graph_snr_db=35,
+        batch_max_abs=2e-3,
+    ),
+    "int8": Limits(
+        score_max_abs=0.15,
+        score_mean_abs=0.03,
+        score_pearson=0.995,
+        pearson_needs_sd=0.2,
+        rating_loss=3e-3,
+        graph_cosine=0.95,
+        graph_snr_db=10,
+        batch_max_abs=2e-2,
+    ),
 }
-"""The one table of thresholds. A correlation is asked for only where the reference scores vary enough to have one."""
-
-CORRELATION_FLOOR = 20
-"""Correlations count when the reference's standard deviation is this many times the allowed error of a score: with
-less spread, errors within `score_max_abs` may already spoil the correlation."""
+"""The one table of thresholds."""
 
 Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Preprocessed images (n, S, S, 3) uint8, their names, and where they are from."""
+    """Preprocessed images (n, S, S, 3) uint8, their names, where they are from, and their ratings (n,) where known."""
 
     names: list[str]
     pixels: np.ndarray
     source: str
+    ratings: np.ndarray | None = None
 
 
 def measure(
-    sessions: Mapping[GraphName, OrtSession],
+    sessions: Mapping[GraphName, Session],
     reference: Outputs,
     images: Images,
     *,
@@ -162,8 +201,17 @@ def measure(
         ScorePair(image, float(expected), float(got))
         for image, expected, got in zip(images.names, reference["score"], outputs["score"], strict=True)
     ]
-    gates = _gates(LIMITS[precision], graphs, pairs, *_batch_deviation(sessions, images.pixels, outputs["score"]))
+    limits = LIMITS[precision]
+    gates = _gates(limits, graphs, pairs, *_batch_deviation(sessions, images.pixels, outputs["score"]))
+    if images.ratings is not None:
+        gates.append(_rating_gate(limits, images.ratings, reference["score"], outputs["score"]))
     return ParityReport(precision, backend, images.source, graphs, pairs, gates)
+
+
+def first_diverging(layers: list[LayerParity], precision: str) -> LayerParity | None:
+    """The first layer whose signal-to-noise ratio is below what an output of a graph must have; None where none is."""
+    limit = LIMITS[precision].graph_snr_db
+    return next((layer for layer in layers if not layer.parity.snr_db >= limit), None)  # NaN diverges too
 
 
 def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
@@ -178,7 +226,7 @@ def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
 
 
 def _run_one(
-    sessions: Mapping[GraphName, OrtSession], reference: Outputs, pixels: np.ndarray, i: int
+    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, i: int
 ) -> tuple[Outputs, np.ndarray]:
     run = chain(sessions, pixels)
     ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
@@ -186,7 +234,7 @@ def _run_one(
 
 
 def _batch_deviation(
-    sessions: Mapping[GraphName, OrtSession], pixels: np.ndarray, singles: np.ndarray
+    sessions: Mapping[GraphName, Session], pixels: np.ndarray, singles: np.ndarray
 ) -> tuple[float, float]:
     """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
     copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
@@ -204,12 +252,13 @@ def _gates(
     expected = np.array([pair.reference for pair in pairs])
     got = np.array([pair.bundle for pair in pairs])
     finite = bool(np.isfinite(got).all())
-    spread = float(expected.std()) >= CORRELATION_FLOOR * limits.score_max_abs and finite
+    spread = float(expected.std()) >= limits.pearson_needs_sd and finite
     why = "" if spread else "the reference scores hardly vary"
     parities = [parity for outputs in graphs.values() for parity in outputs.values()]
     gates = [
         Gate("scores that are not finite", float(np.sum(~np.isfinite(got))), True, 0),
         Gate("score max |Δ|", _worst(expected, got), True, limits.score_max_abs),
+        Gate("score mean |Δ|", mae(expected, got), True, limits.score_mean_abs),
         Gate(PEARSON_GATE, pearson(expected, got) if spread else None, False, limits.score_pearson, why),
         Gate("worst cosine of a graph output", min(p.cosine for p in parities), False, limits.graph_cosine),
         Gate("worst SNR of a graph output, dB", min(p.snr_db for p in parities), False, limits.graph_snr_db),
@@ -217,6 +266,15 @@ def _gates(
     ]
     note = f"first {min(BATCH, len(pairs))} images"
     return [*gates, Gate("batch against singles, max |Δ|", batch, True, limits.batch_max_abs, note)]
+
+
+def _rating_gate(limits: Limits, ratings: np.ndarray, expected: np.ndarray, got: np.ndarray) -> Gate:
+    name = "Pearson with the ratings, lost"
+    if len(ratings) < RATED_IMAGES or not np.isfinite(got).all():
+        return Gate(name, None, True, limits.rating_loss, f"needs {RATED_IMAGES} images")
+    lost = pearson(ratings, expected) - pearson(ratings, got)
+    # A model that gives every image the same score has no correlation to lose.
+    return Gate(name, None if math.isnan(lost) else lost, True, limits.rating_loss, "" if lost == lost else "no spread")
 
 
 def _worst(a: np.ndarray, b: np.ndarray) -> float:

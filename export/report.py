@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from PIL import Image
 
 from mdnet_engines.charts import Point, histogram, scatter, thin, worst_first
 from mdnet_engines.errors import BundleError
 from mdnet_engines.numbers import number, number_beside, score_text
 from mdnet_engines.page import render
-from mdnet_export.parity import Gate, ParityReport, ScorePair, TensorParity
+from mdnet_export.parity import LIMITS, Gate, LayerParity, ParityReport, ScorePair, TensorParity, first_diverging
 
 WORST_SHOWN = 10
+THUMBNAIL = 96  # pixels
 
 
 # --- JSON ---
@@ -47,10 +52,7 @@ def from_json(document: Mapping[str, Any]) -> ParityReport:
             backend=_text(document["backend"]),
             source=_text(document["source"]),
             graphs={
-                graph: {
-                    name: TensorParity(_float(part["cosine"]), _float(part["snr_db"]), _float(part["max_abs"]))
-                    for name, part in outputs.items()
-                }
+                graph: {name: _parity(part) for name, part in outputs.items()}
                 for graph, outputs in document["graphs"].items()
             },
             scores=[
@@ -68,11 +70,21 @@ def from_json(document: Mapping[str, Any]) -> ParityReport:
                 for part in document["gates"]
             ],
             forced=_bool(document["forced"]),
+            layers={
+                graph: [
+                    LayerParity(_text(part["layer"]), _text(part["value"]), _parity(part["parity"])) for part in parts
+                ]
+                for graph, parts in document["layers"].items()
+            },
         )
     except KeyError as error:
         raise BundleError(f"parity report: field {error} is missing; rebuild with: mdnet-export build") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise BundleError(f"parity report: {error}; rebuild with: mdnet-export build") from None
+
+
+def _parity(part: Mapping[str, Any]) -> TensorParity:
+    return TensorParity(_float(part["cosine"]), _float(part["snr_db"]), _float(part["max_abs"]))
 
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -115,8 +127,12 @@ def _bool(value: Any) -> bool:
 # --- the page ---
 
 
-def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -> str:
+def render_html(
+    report: ParityReport, *, title: str, facts: Mapping[str, str], pictures: Mapping[str, np.ndarray] | None = None
+) -> str:
     """One HTML page that shows `report`: no script, no external file, and any UTF-8 writer can save it.
+
+    `pictures` are the images by name, uint8 (S, S, 3); those with the largest differences are shown small.
 
     `facts` is what a reader needs to trust or repeat the measurement (preset, checkpoint hash, versions); precision,
     backend and source of images are taken from `report`, whatever `facts` says.
@@ -141,7 +157,35 @@ def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -
             for graph, outputs in report.graphs.items()
         },
         summary=_summary(points, finite),
-        worst=[(point.name, score_text(point.x), score_text(point.y), number(point.delta, 3, "+#")) for point in worst],
+        worst=[
+            (
+                thumbnail(pictures[point.name]) if pictures and point.name in pictures else "",
+                point.name,
+                score_text(point.x),
+                score_text(point.y),
+                number(point.delta, 3, "+#"),
+            )
+            for point in worst
+        ],
+        layers={
+            graph: [
+                (
+                    part.layer,
+                    f"{part.parity.cosine:.6f}",
+                    number(part.parity.snr_db, 4),
+                    number(part.parity.max_abs, 3),
+                    _bar(part.parity.snr_db),
+                )
+                for part in parts
+            ]
+            for graph, parts in report.layers.items()
+        },
+        diverging={
+            graph: first.layer
+            for graph, parts in report.layers.items()
+            if (first := first_diverging(parts, report.precision)) is not None
+        },
+        layer_limit=number(LIMITS[report.precision].graph_snr_db) if report.precision in LIMITS else "",
         images=len(points),
         finite=len(finite),
         shown=len(shown),
@@ -159,6 +203,24 @@ def render_html(report: ParityReport, *, title: str, facts: Mapping[str, str]) -
         )
         if finite
         else None,
+    )
+
+
+def thumbnail(pixels: np.ndarray) -> Markup:
+    """An image tag with a small JPEG of `pixels`, uint8 (H, W, 3), in it."""
+    stream = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(stream, "JPEG", quality=85)
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    return Markup('<img alt="" width="{}" height="{}" src="data:image/jpeg;base64,{}">').format(*picture.size, encoded)
+
+
+def _bar(snr_db: float) -> Markup:
+    """A bar as long as the signal-to-noise ratio, from 0 to 100 dB."""
+    share = 0.0 if math.isnan(snr_db) else min(max(snr_db, 0.0), 100.0)
+    return Markup('<svg width="100" height="8" aria-hidden="true"><rect width="{:.0f}" height="8" /></svg>').format(
+        share
     )
 
 

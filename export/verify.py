@@ -2,51 +2,126 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
+
+from mdnet_engines.backends import Backend, choose, describe, open_graphs
 from mdnet_engines.bundle import Bundle
-from mdnet_engines.session import Backend
-from mdnet_export.build import measure_folder, package_versions, reference_outputs, write_reports
+from mdnet_engines.errors import UsageError
+from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, GraphName
+from mdnet_engines.session import chain
+from mdnet_export.build import package_versions, reference_outputs, write_reports
+from mdnet_export.graphs import export_graph
 from mdnet_export.images import parity_images
-from mdnet_export.parity import ParityReport
-from mdnet_export.weights import weights_of
+from mdnet_export.layers import compare_layers
+from mdnet_export.parity import Images, LayerParity, Outputs, ParityReport, measure
+from mdnet_export.weights import Weights, weights_of
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a bundle is held to: the PyTorch model of some weights, or another bundle."""
+
+    weights: Weights | None = None
+    bundle: Bundle | None = None
+
+    def describe(self) -> str:
+        """For one line of output."""
+        return "PyTorch fp32" if self.bundle is None else str(self.bundle.path)
+
+    def outputs(self, images: Images) -> Outputs:
+        """Every graph output and `score`, (n, ...) each, of one image at a time."""
+        if self.weights is not None:
+            outputs = reference_outputs(self.weights.load(), images.pixels)
+            gc.collect()
+            return outputs
+        assert self.bundle is not None
+        graphs = open_graphs(self.bundle, backend="onnxruntime-cpu")
+        rows = [chain(graphs, images.pixels[i : i + 1]) for i in range(len(images.pixels))]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    @contextmanager
+    def float_graphs(self) -> Iterator[dict[GraphName, Path]]:
+        """The float32 ONNX graphs, exported for as long as the block runs where they come from weights."""
+        if self.bundle is not None:
+            yield {name: self.bundle.graph_path(name) for name in GRAPH_NAMES}
+            return
+        assert self.weights is not None
+        with TemporaryDirectory(prefix="mdnet-verify-") as folder:
+            model = self.weights.load()
+            yield {name: export_graph(model, name, Path(folder)) for name in GRAPH_NAMES}
 
 
 def verify_bundle(
     path: Path,
     *,
-    checkpoint: Path | None = None,
+    against: Path | None = None,
     images_folder: Path | None = None,
     num_images: int = 16,
     backend: Backend = "onnxruntime-cpu",
+    layers: bool = False,
     output: Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Measure the bundle at `path` against the PyTorch model it was built from.
+    """Measure the bundle at `path` against the PyTorch model it was built from, or against another bundle.
 
     Args:
-        checkpoint: the weights; not needed where the bundle was built from the demo or from random weights.
+        against: a checkpoint or a bundle; not needed where the bundle was built from the demo or from random weights.
+        layers: compare the graphs layer by layer too. Where a gate fails this is done anyway.
         output: folder for `parity.json` and `parity.html`; made if missing.
 
     Raises:
-        BundleError, UsageError: the bundle, the checkpoint or the images can't be used.
+        BundleError, UsageError: the bundle, what it is held against or the images can't be used.
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    weights = weights_of(manifest.provenance, manifest.preset, checkpoint)
+    reference = _reference(bundle, against)
     images = parity_images(images_folder, manifest.preprocessing.image_size, num_images)
-    on_step(f"PyTorch reference on {images.source}")
-    model = weights.load()
-    reference = reference_outputs(model, images.pixels)
-    del model
-    gc.collect()
-    on_step(f"{bundle.path} on {backend}")
-    report = measure_folder(bundle.path, reference, images, precision=manifest.precision, backend=backend)
+    runtimes = describe(choose(bundle, backend))
+    on_step(f"{reference.describe()} on {images.source}")
+    expected = reference.outputs(images)
+    on_step(f"{bundle.path} on {runtimes}")
+    graphs = open_graphs(bundle, backend=backend)
+    report = measure(graphs, expected, images, precision=manifest.precision, backend=runtimes)
+    del graphs
+    if layers or not report.passed:
+        on_step("layer by layer")
+        report = dataclasses.replace(report, layers=_layers(bundle, reference, expected, images))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
-        facts = {"bundle": str(path), "preset": manifest.preset, "precision": manifest.precision, "versions": versions}
-        write_reports(output, report, facts)
+        facts = {
+            "bundle": str(path),
+            "against": reference.describe(),
+            "preset": manifest.preset,
+            "precision": manifest.precision,
+            "versions": versions,
+        }
+        write_reports(output, report, facts, images)
     return report
+
+
+def _reference(bundle: Bundle, against: Path | None) -> Reference:
+    manifest = bundle.manifest
+    if against is None or not against.is_dir():
+        return Reference(weights=weights_of(manifest.provenance, manifest.preset, against))
+    if not (against / MANIFEST_NAME).is_file():
+        raise UsageError(f"--against {against} is neither a checkpoint nor a bundle (no {MANIFEST_NAME} in it)")
+    other = Bundle.open(against)
+    if other.manifest.preprocessing != manifest.preprocessing:
+        raise UsageError(f"{against} prepares images otherwise than {bundle.path}; their scores can't be compared")
+    return Reference(bundle=other)
+
+
+def _layers(bundle: Bundle, reference: Reference, expected: Outputs, images: Images) -> dict[str, list[LayerParity]]:
+    """Every graph, on the first image and on what the reference computed of it."""
+    feed = {name: values[:1] for name, values in expected.items()} | {"image": images.pixels[:1]}
+    with reference.float_graphs() as floats:
+        return {name: compare_layers(floats[name], bundle.graph_path(name, cpu=True), feed) for name in GRAPH_NAMES}

@@ -93,7 +93,7 @@ def weights_of(provenance: Provenance, preset_name: str, checkpoint: Path | None
     if provenance.weights == "random":
         return choose_weights(preset_name=preset_name, random_init=True, seed=provenance.seed or 0)
     if provenance.weights == "checkpoint" and checkpoint is None:
-        raise UsageError("the bundle was built from a checkpoint; give it with --checkpoint FILE")
+        raise UsageError("the bundle was built from a checkpoint; give it with --against FILE")
     weights = choose_weights(checkpoint=checkpoint, preset_name=preset_name)
     if weights.sha256 != provenance.checkpoint_sha256:
         raise UsageError(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
+from mdnet_engines.backends import BACKENDS, Backend
 from mdnet_engines.console import Command, progress, say
-from mdnet_engines.session import PROVIDERS, Backend
 from mdnet_rt.results import FORMATS, Format, Summary, check_output, choose_format, open_writer
 
 _WEIGHTS_NOTES = {
@@ -32,7 +32,7 @@ def main() -> None:
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Default: by -o; table on a terminal, else csv.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
-@click.option("--backend", type=click.Choice(list(PROVIDERS)), default="onnxruntime-cpu", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
 def score(
     paths: tuple[str, ...],
     bundle: Path | None,

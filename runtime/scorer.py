@@ -14,10 +14,11 @@ from typing import TypeAlias, cast
 import numpy as np
 from PIL import Image
 
+from mdnet_engines.backends import Backend, open_graphs
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
-from mdnet_engines.session import Backend, OrtSession, available_cores, chain
+from mdnet_engines.session import Session, available_cores
 from mdnet_rt.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.results import Result
 
@@ -62,9 +63,7 @@ class Scorer:
         self.image_size: int = bundle.manifest.preprocessing.image_size
         self.batch_size = _at_least(1, "batch_size", batch_size)
         _at_least(0, "threads", threads)
-        self._graphs: dict[GraphName, OrtSession] = {
-            name: OrtSession(bundle.graph_path(name), backend=backend, threads=threads) for name in GRAPH_NAMES
-        }
+        self._graphs = open_graphs(bundle, backend=backend, threads=threads)
         _check_contract(self._graphs)
 
     @classmethod
@@ -72,7 +71,7 @@ class Scorer:
         cls,
         bundle: str | os.PathLike[str] | None = None,
         *,
-        backend: Backend = "onnxruntime-cpu",
+        backend: Backend = "auto",
         threads: int = 0,
         batch_size: int = BATCH_SIZE,
     ) -> Scorer:
@@ -80,7 +79,7 @@ class Scorer:
 
         Args:
             bundle: its folder; without it as `find_bundle` says.
-            backend: what runs the graphs.
+            backend: what runs the graphs, as `mdnet_engines.backends` says; `auto` takes what is installed.
             threads: threads per graph; 0 takes all the cores this process may use.
             batch_size: how many images go through the graphs at once, unless `score` or `stream` says otherwise.
 
@@ -131,14 +130,14 @@ class Scorer:
             raise UsageError(f"expected uint8 [n, {wanted}], got {images.dtype} {list(images.shape)}")
         if not len(images):
             return np.zeros(0, np.float32)
-        scores = chain(self._graphs, images)["score"]
+        scores = self._graphs.score(images)
         if scores.shape != (len(images),):
             raise MDNetError(f"fusion gave scores of shape {list(scores.shape)} for {len(images)} images")
         return scores.astype(np.float32, copy=False)
 
     def close(self) -> None:
         """Free the graphs. A scorer that is closed stays closed; closing it again does nothing."""
-        self._graphs = {}
+        self._graphs.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -211,7 +210,7 @@ def _several(items: Iterable[Item] | Item) -> Iterable[Item]:
     return cast("Iterable[Item]", [items] if one else items)
 
 
-def _check_contract(graphs: Mapping[GraphName, OrtSession]) -> None:
+def _check_contract(graphs: Mapping[GraphName, Session]) -> None:
     encoder, vim, fusion = (graphs[name] for name in GRAPH_NAMES)
     for name, graph in (("encoder", encoder), ("vim", vim)):
         if graph.inputs != ("image",):

@@ -26,7 +26,14 @@ def tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
 
 
 def graph(name: str, takes: dict[str, Any], gives: dict[str, Any]) -> dict[str, Any]:
-    return {"file": file(f"{name}.onnx"), "data": [], "precision": "fp16", "inputs": [takes], "outputs": [gives]}
+    return {
+        "file": file(f"{name}.onnx"),
+        "data": [],
+        "cpu": None,
+        "precision": "fp16",
+        "inputs": [takes],
+        "outputs": [gives],
+    }
 
 
 IMAGE = tensor("image", "uint8", "batch", 64, 64, 3)
@@ -39,11 +46,28 @@ DOCUMENT: dict[str, Any] = {
     "preprocessing": {"image_size": 64, "resample": "bicubic", "crop": "center", "jpeg_draft": 2},
     "score": {"minimum": 1.0, "maximum": 5.0},
     "graphs": {
-        "encoder": {**graph("encoder", IMAGE, TOKENS), "data": [file("encoder.onnx.data")]},
+        "encoder": {
+            **graph("encoder", IMAGE, TOKENS),
+            "data": [file("encoder.onnx.data")],
+            "cpu": file("encoder.cpu.onnx"),
+        },
         "vim": graph("vim", IMAGE, TOKENS),
         "fusion": graph("fusion", TOKENS, tensor("score", "float32", "batch")),
     },
     "reports": [file("parity.json"), file("parity.html")],
+    "engines": [
+        {
+            "runtime": "tensorrt",
+            "version": "11.4.0.106",
+            "target": "sm_90",
+            "platform": "linux-x86_64",
+            "gpu": "NVIDIA H100",
+            "batch": {"minimum": 1, "optimum": 8, "maximum": 32},
+            "workspace_gib": 2.0,
+            "plans": {name: {"file": file(f"{name}.plan"), "graph": "a" * 64} for name in ("encoder", "vim", "fusion")},
+            "timing_cache": file("timing.cache"),
+        }
+    ],
     "parity": {
         "passed": True,
         "forced": False,
@@ -54,6 +78,19 @@ DOCUMENT: dict[str, Any] = {
         "pearson": None,
         "spearman": 0.99,
     },
+    "calibration": {"images": 64, "source": "64 images of photos", "sha256": "b" * 64, "method": "mse"},
+    "int8": {
+        "int8_blocks": ["vae.mid_block.resnets.0"],
+        "float_blocks": ["vae.down_blocks.0.resnets.0"],
+        "max_score_drift": 0.15,
+        "min_pearson": 0.995,
+        "drift_max_abs": 0.04,
+        "drift_pearson": None,
+        "speedup": 2.5,
+        "speedup_on": "onnxruntime-cpu, batch 1",
+        "slower_forced": False,
+    },
+    "float32_values": {"vim": ["add_58"]},
     "provenance": {
         "weights": "checkpoint",
         "checkpoint_sha256": "f" * 64,
@@ -100,13 +137,14 @@ def test_a_manifest_without_the_training_is_read() -> None:
 def test_every_file_is_vouched_for() -> None:
     names = [entry.name for entry in Manifest.model_validate(DOCUMENT).files()]
     assert sorted(names) == [
+        "encoder.cpu.onnx",
         "encoder.onnx",
         "encoder.onnx.data",
         "fusion.onnx",
         "parity.html",
         "parity.json",
         "vim.onnx",
-    ]
+    ]  # of the plans, each set vouches for its own
 
 
 @pytest.mark.parametrize("place", list(parts(DOCUMENT)), ids=lambda place: ".".join(map(str, place)) or "top")

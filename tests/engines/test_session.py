@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.session import OrtSession, available_cores
+from mdnet_engines.gpu import Gpu
+from mdnet_engines.session import OrtSession, available_cores, has_cuda
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -129,6 +130,18 @@ def test_cuda_on_a_cpu_only_onnxruntime_says_what_to_install(file: Path, monkeyp
         OrtSession(file, backend="onnxruntime-cuda")
     assert "install mdnet[cuda]" in one_line(error)
     assert "pip uninstall onnxruntime" in one_line(error)  # the two packages have the same import name
+
+
+@pytest.mark.parametrize("gpu", [None, Gpu("H100", "sm_90", "13.0")])
+@pytest.mark.parametrize("provider", [False, True])
+def test_cuda_takes_the_provider_and_a_gpu(provider: bool, gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provider alone is there wherever onnxruntime-gpu is installed."""
+    known = [*(["CUDAExecutionProvider"] if provider else []), "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    monkeypatch.setattr("mdnet_engines.session.visible_gpu", lambda: gpu)
+    assert has_cuda() == (provider and gpu is not None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert not has_cuda()
 
 
 def test_no_onnxruntime_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

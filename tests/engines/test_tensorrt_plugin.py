@@ -289,9 +289,11 @@ def test_stock_onnxruntime_runs_a_file_with_the_parsers_attributes(name: str) ->
 def test_tensorrt_rtx_takes_the_function_body_of_a_file_with_the_parsers_attributes(name: str, tmp_path: Path) -> None:
     file = tmp_path / "scan.onnx"
     onnx.save(model(name, tensorrt_plugin.PARSER_ATTRIBUTES), file)
-    command = [sys.executable, SUPPORT / "rtx_build.py", file]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    layers = re.search(r": (\d+) layers", result.stdout)
-    assert layers
-    assert int(layers[1]) > len(scan_op.function(name).node)  # the body's, not one plugin's
+    request = {"ask": "build", "runtime": "tensorrt-rtx", "graphs": {"scan": {"onnx": str(file), "tf32": False}}}
+    request |= {"folder": str(tmp_path), "batch": [1, 4, 8], "workspace": None, "targets": []}
+    command = [sys.executable, "-m", "mdnet_engines.plan_builder"]
+    result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])["result"]
+    assert answer["graphs"]["scan"]["layers"] > len(scan_op.function(name).node)  # the body's, not one plugin's
+    assert (tmp_path / "scan.plan").stat().st_size == answer["graphs"]["scan"]["bytes"]

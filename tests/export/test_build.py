@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -22,11 +24,13 @@ from mdnet_export import build as build_module
 from mdnet_export.build import ParityError, build_bundle
 from mdnet_export.cli import main
 from mdnet_export.images import parity_images
+from mdnet_export.parity import LIMITS
 from mdnet_export.report import from_json
 from mdnet_export.verify import verify_bundle
 from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer
 
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")
 EXPORT = Path(sysconfig.get_path("scripts"), "mdnet-export")
 
 
@@ -37,16 +41,16 @@ def test_the_bundle_scores_as_the_manifest_says(bundle: Bundle) -> None:
     assert manifest.provenance.weights == "demo"
     stored = from_json(json.loads((bundle.path / "parity.json").read_text()))
     images = parity_images(None, 128, 6)
-    with Scorer.open(bundle.path) as scorer:
+    with Scorer.open(bundle.path, backend=stored.backend) as scorer:  # type: ignore[arg-type]
         scores = scorer.score_batch(images.pixels)
     np.testing.assert_allclose(scores, [pair.bundle for pair in stored.scores], atol=1e-4)
 
 
-def test_fp16_halves_the_weights(bundle: Bundle) -> None:
-    size = sum(graph.file.size for graph in bundle.manifest.graphs.values())
-    checkpoint = demo_checkpoint().stat().st_size
-    assert (0.4 if bundle.manifest.precision == "fp16" else 0.9) < size / checkpoint
-    assert size / checkpoint < (0.65 if bundle.manifest.precision == "fp16" else 1.1)
+def test_fp16_halves_the_weights_and_int8_more(bundle: Bundle) -> None:
+    """Of int8, Vim and fusion stay in float and the encoder has two forms, each half as large as its weights."""
+    size = sum(file.size for graph in bundle.manifest.graphs.values() for file in graph.files())
+    low, high = {"fp32": (0.9, 1.1), "fp16": (0.4, 0.65), "int8": (0.4, 0.6)}[bundle.manifest.precision]
+    assert low < size / demo_checkpoint().stat().st_size < high
 
 
 def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -> None:
@@ -56,13 +60,41 @@ def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -
     assert "<svg" in (tmp_path / "report" / "parity.html").read_text()
 
 
+@needs_openvino
+def test_openvino_passes_the_gates(bundle: Bundle) -> None:
+    report = verify_bundle(bundle.path, backend="openvino")
+    assert report.passed
+    assert report.backend == "encoder openvino, vim onnxruntime-cpu, fusion openvino"
+    # Far inside the gates, which bf16 is not: its arithmetic is float32, also where the weights are float16.
+    arithmetic = {"fp32": 1e-5, "fp16": 2e-3}.get(bundle.manifest.precision, LIMITS["int8"].score_max_abs)
+    assert max(abs(pair.delta) for pair in report.scores) < arithmetic
+
+
+def test_verify_refuses_bf16_for_fp32(bundle: Bundle) -> None:
+    if bundle.manifest.precision != "fp32":
+        pytest.skip("of an fp32 bundle")
+    result = CliRunner().invoke(main, ["verify", str(bundle.path), "--backend", "openvino-bf16"])
+    assert result.exit_code == 2
+    assert "take the backend openvino" in result.stderr
+
+
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_openvino)])
+def test_inspect_says_what_would_run_here(installed: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdnet_engines.session.has_cuda", lambda: False)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    expected = "encoder openvino, vim onnxruntime-cpu, fusion openvino" if installed else "onnxruntime-cpu"
+    result = CliRunner().invoke(main, ["inspect", str(bundle.path)])
+    assert f"runs here {expected} (backend auto)" in " ".join(result.stdout.split())
+
+
 def test_verify_fails_on_a_bundle_that_is_not_the_model(bundle: Bundle, tmp_path: Path) -> None:
     """Another checkpoint's graphs under this one's provenance: what parity is there to find."""
     model = load_checkpoint(demo_checkpoint())
     model.fusion.head.out.bias.data += 0.2
     other = tmp_path / "other.safetensors"
     save_checkpoint(model, other)
-    result = CliRunner().invoke(main, ["verify", str(bundle.path), "--checkpoint", str(other)])
+    result = CliRunner().invoke(main, ["verify", str(bundle.path), "--against", str(other)])
     assert result.exit_code == 2
     assert "is not what the bundle was built from" in result.stderr
 
@@ -103,14 +135,14 @@ def test_a_checkpoint_is_built_and_verified_with_its_hash(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.stderr
     assert Bundle.open(out).manifest.provenance.weights == "checkpoint"
     without = CliRunner().invoke(main, ["verify", str(out)])
-    assert "give it with --checkpoint" in without.stderr
-    assert CliRunner().invoke(main, ["verify", str(out), "--checkpoint", str(file), "--num-images", "2"]).exit_code == 0
+    assert "give it with --against" in without.stderr
+    assert CliRunner().invoke(main, ["verify", str(out), "--against", str(file), "--num-images", "2"]).exit_code == 0
 
 
-def test_a_killed_build_leaves_the_old_bundle(bundle: Bundle, tmp_path: Path) -> None:
-    """SIGKILL at several moments of a rebuild: the bundle that was there is still whole."""
+def test_a_killed_build_leaves_the_old_bundle(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """SIGKILL in the middle of a rebuild: the bundle that was there is still whole."""
     target = tmp_path / "bundle"
-    subprocess.run(["cp", "-r", bundle.path, target], check=True)
+    subprocess.run(["cp", "-r", bundles["fp32"].path, target], check=True)
     digest = Bundle.open(target).manifest
     process = subprocess.Popen([EXPORT, "build", "-o", target], cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import resource
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from mdnet_engines.bundle import Bundle
-from mdnet_engines.manifest import GRAPH_NAMES
+from mdnet_engines.plans import check_plans, plans_folder
 from mdnet_export.images import parity_images
 from mdnet_rt import Scorer
 
 EXPORT = Path(sysconfig.get_path("scripts"), "mdnet-export")
-RTX_BUILD = Path(__file__).parents[1] / "support" / "rtx_build.py"
 GIB = 2**20  # in the KiB that getrusage counts
 
 pytestmark = pytest.mark.full_size
@@ -51,9 +50,15 @@ def test_full_size_is_built_within_8_gib_and_scores(full_bundle: Bundle) -> None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the [rtx] extra")
-def test_tensorrt_rtx_builds_the_full_graphs(full_bundle: Bundle) -> None:
-    files = [full_bundle.graph_path(name) for name in GRAPH_NAMES]
-    result = subprocess.run([sys.executable, RTX_BUILD, *files], capture_output=True, text=True)
+def test_tensorrt_rtx_builds_the_full_graphs_within_8_gib(full_bundle: Bundle) -> None:
+    command = [EXPORT, "engines", full_bundle.path, "--backend", "tensorrt-rtx"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    assert len(result.stdout.splitlines()) == len(files)
+    print(result.stderr)
+    opened = Bundle.open(full_bundle.path)
+    (engines,) = opened.manifest.engines
+    check_plans(opened, engines)
+    weights = sum(entry.size for entry in full_bundle.manifest.graphs["encoder"].files())
+    assert engines.plans["encoder"].file.size > 0.9 * weights  # they are in the plan, in fp32
+    record = json.loads((plans_folder(opened, engines) / "engine.json").read_text())
+    assert record["peak_gib"] < 8

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from mdnet_export.parity import LIMITS, Images, ParityReport, compare, measure
+from mdnet_export.parity import LIMITS, RATED_IMAGES, Gate, Images, ParityReport, compare, measure
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -103,6 +103,70 @@ def test_constant_scores_have_no_correlation_to_fail() -> None:
     assert gate.passed
     assert "hardly vary" in gate.note
     assert result.summary().pearson is None
+
+
+# --- against ratings ---
+
+RATING_GATE = "Pearson with the ratings, lost"
+
+
+def rated(count: int, noise: float, precision: str = "int8") -> tuple[Gate, float]:
+    """The rating gate of a bundle whose scores are off by noise, and how much correlation that costs, by NumPy.
+
+    The model's own scores correlate with the ratings by about 0.93, as published.
+    """
+    random = np.random.default_rng(1)
+    shades = np.linspace(10, 250, count)[random.permutation(count)]
+    pixels = np.broadcast_to(shades[:, None, None, None], (count, 2, 2, 3)).astype(np.uint8)
+    scores = mean(pixels)
+    ratings = scores + random.normal(0, 0.4 * scores.std(), count)
+    off = {float(score): random.normal(0, noise * scores.std()) for score in np.unique(scores)}
+
+    @np.vectorize
+    def disturbed(value: float) -> np.float32:
+        return np.float32(value + off.get(float(value), 0.0))  # 0: of the shapes that a session is made with
+
+    reference = {"local": scores, "tokens": scores, "score": scores}
+    images = Images([f"{i}.jpg" for i in range(count)], pixels, "made up", ratings)
+    result = measure(sessions(disturbed), reference, images, precision=precision, backend="fake")  # type: ignore[arg-type]
+    lost = np.corrcoef(ratings, scores)[0, 1] - np.corrcoef(ratings, disturbed(scores))[0, 1]
+    return next(gate for gate in result.gates if gate.name == RATING_GATE), float(lost)
+
+
+def test_a_correlation_with_the_ratings_that_is_lost_fails() -> None:
+    gate, lost = rated(200, noise=0.3)
+    assert lost > 5 * LIMITS["int8"].rating_loss
+    assert gate.value == pytest.approx(lost, abs=1e-6)
+    assert not gate.passed
+
+
+def test_a_correlation_with_the_ratings_that_is_kept_passes() -> None:
+    gate, lost = rated(200, noise=0.01)
+    assert gate.value == pytest.approx(lost, abs=1e-6)
+    assert abs(lost) < LIMITS["int8"].rating_loss
+    assert gate.passed
+
+
+def test_few_ratings_say_nothing() -> None:
+    gate, lost = rated(RATED_IMAGES - 1, noise=0.3)
+    assert lost > LIMITS["int8"].rating_loss
+    assert (gate.value, gate.passed, gate.note) == (None, True, "needs 100 images")
+    assert rated(RATED_IMAGES, noise=0.3)[0].value is not None
+
+
+def test_images_without_ratings_have_no_such_gate() -> None:
+    assert RATING_GATE not in {gate.name for gate in report(lambda value: value).gates}
+
+
+def test_the_mean_is_a_gate_of_its_own() -> None:
+    """In int8 a single score may be off by far more than all of them on average."""
+    limits = LIMITS["int8"]
+    between = (limits.score_mean_abs + limits.score_max_abs) / 2
+    assert "score mean |Δ|" in failed(lambda value: value + between, "int8")
+    top = mean(PIXELS).max()
+    assert not {"score mean |Δ|", "score max |Δ|"} & failed(
+        lambda value: np.where(value == top, value + between, value), "int8"
+    )
 
 
 def test_compare_measures_what_it_says() -> None:

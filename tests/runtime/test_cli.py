@@ -270,7 +270,8 @@ def test_a_run_that_ends_early_says_where_its_rows_are(
 
     monkeypatch.setattr(OrtSession, "run", fail_in_the_second_batch)
     output = tmp_path / "scores.csv"
-    result = run("score", photos, "--bundle", shared_bundle, "-o", output, "--batch-size", 2)
+    one_kind = ("--backend", "onnxruntime-cpu")
+    result = run("score", photos, "--bundle", shared_bundle, "-o", output, "--batch-size", 2, *one_kind)
     assert result.exit_code == code
     assert result.stderr.startswith(start)
     assert result.stderr.endswith(f"the 2 rows so far are in {output}.partial\n")
@@ -332,7 +333,8 @@ def slow(self, feeds):
     return run(self, feeds)
 OrtSession.run = slow
 from mdnet_rt.cli import main
-main(["score", {many} "--bundle", {str(shared_bundle)!r}, "-o", {str(output)!r}, "--batch-size", "1"])
+main(["score", {many} "--bundle", {str(shared_bundle)!r}, "-o", {str(output)!r}, "--batch-size", "1",
+      "--backend", "onnxruntime-cpu"])
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (partial.exists() and len(partial.read_text().splitlines()) == 2):

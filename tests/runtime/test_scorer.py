@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from mdnet_engines.backends import Backend
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.session import OrtSession
 from mdnet_rt import Result, Scorer
@@ -27,6 +29,7 @@ Expected = Callable[[np.ndarray], float]
 Photo = Callable[..., Path]
 # float32 sums over 32x32 pixels, against float64
 TOLERANCE = 1e-5
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")
 
 
 @pytest.fixture
@@ -46,6 +49,27 @@ def test_score_batch_follows_the_formula(scorer: Scorer, expected_score: Expecte
     assert scores.dtype == np.float32
     assert scores.shape == (count,)
     np.testing.assert_allclose(scores, [expected_score(image) for image in images], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_every_backend_of_this_machine_follows_the_formula(
+    backend: Backend, shared_bundle: Path, expected_score: Expected
+) -> None:
+    images = noise(5)
+    images[3] = 0  # whose score is −∞ on each
+    with Scorer.open(shared_bundle, backend=backend, threads=1) as scorer:
+        scores = scorer.score_batch(images)
+    np.testing.assert_allclose(scores, [expected_score(image) for image in images], atol=TOLERANCE)
+
+
+def test_openvino_is_needed_only_where_it_is_named(
+    shared_bundle: Path, expected_score: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with Scorer.open(shared_bundle) as scorer:
+        assert scorer.score(noise(1))[0].score == pytest.approx(expected_score(noise(1)[0]), abs=TOLERANCE)
+    with pytest.raises(MDNetError, match=r"install mdnet\[openvino\]"):
+        Scorer.open(shared_bundle, backend="openvino")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +294,6 @@ def test_a_stored_jpeg_of_any_size_scores_as_its_pixels_do(scorer: Scorer, expec
 
 
 def test_importing_the_package_is_light() -> None:
-    heavy = ["torch", "onnx", "onnxruntime", "pydantic", "PIL", "rich", "numpy", "click", "diffusers"]
+    heavy = ["torch", "onnx", "onnxruntime", "openvino", "pydantic", "PIL", "rich", "numpy", "click", "diffusers"]
     code = f"import sys, mdnet_rt; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"

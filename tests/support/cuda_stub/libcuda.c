@@ -18,6 +18,34 @@ void stub_refuse(int code) { refusal = code; }  // the next launches
 const char* stub_record(void) { return record; }
 const char* stub_image(void) { return image; }
 
+// A device is there where STUB_GPU names its compute capability: 90 is 9.0.
+static int capability(void) {
+  const char* value = getenv("STUB_GPU");
+  return value ? atoi(value) : 0;
+}
+
+int cuInit(unsigned flags) { return flags || !capability() ? 100 : 0; }
+
+int cuDeviceGet(int* device, int ordinal) {
+  *device = 0;
+  return ordinal ? 101 : 0;
+}
+
+int cuDeviceGetName(char* name, int length, int device) {
+  snprintf(name, length, "Stub GPU");
+  return device;
+}
+
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? capability() / 10 : attribute == 76 ? capability() % 10 : -1;
+  return device;
+}
+
+int cuDriverGetVersion(int* version) {
+  *version = 13020;
+  return 0;
+}
+
 int cuCtxGetCurrent(void** out) {
   *out = (void*)context;
   return context ? 0 : 201;

@@ -1,0 +1,113 @@
+"""Which blocks of a graph may be int8: as many as a budget on the score allows, the harmless ones first.
+
+A block is a ResNet block, an attention layer, a feed-forward or a down-sampler: what the names of its nodes begin with.
+Everything is tried in int8 first. Only where that breaks the budget is each block tried alone, and the worst are put
+back to float: as few as meet the budget, found by bisection over the blocks in order of harm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_PART = r"(?:resnets|downsamplers|attentions)"
+_BLOCK = re.compile(rf"^.*?\.{_PART}\.\d+(?:\.transformer_blocks\.\d+\.\w+)?")
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far scores move from the float graphs' on the calibration images.
+
+    `max_abs` and `mean_abs` in rating points; `pearson` None where the scores vary too little to have one.
+    """
+
+    max_abs: float
+    mean_abs: float
+    pearson: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost on the calibration images: the largest |Δscore| and the least Pearson correlation."""
+
+    max_score_drift: float = 0.15
+    min_pearson: float = 0.995
+
+    def allows(self, drift: Drift) -> bool:
+        """Whether `drift` is within it; a NaN is not."""
+        correlated = drift.pearson is None or drift.pearson >= self.min_pearson
+        return drift.max_abs <= self.max_score_drift and correlated
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The blocks of a graph, in int8 or kept in float.
+
+    `alone` has, for each block, the drift with that block alone in int8; it is empty where everything was within the
+    budget at once.
+    """
+
+    nodes: list[str]
+    int8_blocks: list[str]
+    float_blocks: list[str]
+    drift: Drift
+    alone: dict[str, Drift]
+
+
+def block_of(node: str) -> str:
+    """The block that a node belongs to; a node outside of any is one of its own, by its module's name."""
+    module = node.rpartition("/")[0] or node
+    found = _BLOCK.match(module)
+    return found[0] if found else module
+
+
+def choose(
+    nodes: Sequence[str],
+    budget: Budget,
+    drift_of: Callable[[list[str]], Drift],
+    *,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Choice:
+    """The largest part of `nodes` in int8 that `budget` allows, in the graph's order.
+
+    Args:
+        drift_of: quantises these nodes, scores the calibration images and compares with the float graphs.
+
+    The result may be empty, when not even the most harmless block is within the budget.
+    """
+    blocks: dict[str, list[str]] = {}
+    for node in nodes:
+        blocks.setdefault(block_of(node), []).append(node)
+    on_step(f"int8 in all {len(blocks)} blocks")
+    everything = drift_of(list(nodes))
+    if budget.allows(everything):
+        return Choice(list(nodes), list(blocks), [], everything, {})
+    alone = {}
+    for i, (block, members) in enumerate(blocks.items(), 1):
+        on_step(f"int8 in block {i} of {len(blocks)} alone: {block}")
+        alone[block] = drift_of(members)
+    harmless_first = sorted(blocks, key=lambda block: (alone[block].mean_abs, block))
+
+    def taken(count: int) -> list[str]:
+        chosen = set(harmless_first[:count])
+        return [node for node in nodes if block_of(node) in chosen]
+
+    nothing = Drift(0.0, 0.0, None)
+    fits, drift, too_many = 0, nothing, len(blocks)
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        on_step(f"int8 in the {count} most harmless of {len(blocks)} blocks")
+        tried = drift_of(taken(count))
+        if budget.allows(tried):
+            fits, drift = count, tried
+        else:
+            too_many = count
+    chosen = set(harmless_first[:fits])
+    return Choice(
+        taken(fits),
+        [block for block in blocks if block in chosen],
+        [block for block in blocks if block not in chosen],
+        drift,
+        alone,
+    )

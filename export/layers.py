@@ -1,0 +1,115 @@
+"""Where a bundle's graph leaves the float graph: every layer's values side by side, in the order they are computed.
+
+The rewrites to fp16 and int8 keep the names of values and nodes, so a layer of the one graph is found in the other. A
+layer is a module of the PyTorch model; its value is what its last node gives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from mdnet_engines.errors import MDNetError, require
+from mdnet_engines.session import OrtSession
+from mdnet_export.parity import LayerParity, TensorParity, compare
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray]) -> list[LayerParity]:
+    """Run two forms of one graph on `feed` and compare them layer by layer, in the order of computation.
+
+    Args:
+        reference: the float32 ONNX file.
+        graph: its rewritten form.
+        feed: the graph's inputs, one image.
+
+    Raises:
+        MDNetError: polygraphy is missing, or the graphs share no layer: they are not of one model.
+    """
+    require("polygraphy", "export")
+    from polygraphy.comparator import Comparator
+    from polygraphy.logger import G_LOGGER
+
+    layers = _shared_layers(reference, graph)
+    if not layers:
+        raise MDNetError(f"{reference.name} and {graph.name} have no layer in common; are they of one model?")
+    order = list(layers.values())
+    found: dict[str, TensorParity] = {}  # filled here, since what the comparator returns differs between versions
+
+    def side_by_side(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict[str, bool]:
+        found.update((value, compare(one[value], other[value])) for value in order)
+        return OrderedDict((value, True) for value in order)
+
+    with TemporaryDirectory(prefix="mdnet-layers-") as name, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        folder = Path(name)
+        runners = [
+            _runner(label, _marked(file, order, folder / f"{label}.onnx"), feed)
+            for label, file in (("reference", reference), ("bundle", graph))
+        ]
+        results = Comparator.run(runners, data_loader=[dict(feed)])
+        Comparator.compare_accuracy(results, compare_func=side_by_side)
+    return [LayerParity(layer, value, found[value]) for layer, value in layers.items()]
+
+
+def _shared_layers(reference: Path, graph: Path) -> dict[str, str]:
+    """Layer → its value, for those that both graphs have with a float value, in the order of `reference`."""
+    there, here = (_float_values(onnx.load(file, load_external_data=False)) for file in (reference, graph))
+    return {layer: value for layer, value in there.items() if value in here.values()}
+
+
+def _float_values(proto: onnx.ModelProto) -> dict[str, str]:
+    typed = (*proto.graph.value_info, *proto.graph.output)
+    floats = {value.name for value in typed if value.type.tensor_type.elem_type in _FLOATS}
+    found: dict[str, str] = {}
+    for node in proto.graph.node:
+        layer, slash, _ = node.name.rpartition("/")
+        if slash and node.output[0] in floats:
+            found.pop(layer, None)  # a layer stands where its last value is computed
+            found[layer] = node.output[0]
+    return found
+
+
+def _marked(source: Path, values: list[str], file: Path) -> Path:
+    """Write the graph with `values` as its outputs, float32 each."""
+    proto = onnx.load(source)
+    typed = (*proto.graph.value_info, *proto.graph.output)
+    half = {value.name for value in typed if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    del proto.graph.output[:]
+    for value in values:
+        kind = TensorProto.FLOAT16 if value in half else TensorProto.FLOAT
+        proto.graph.output.append(helper.make_tensor_value_info(value, kind, None))
+    onnx.save(proto, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
+    return file
+
+
+def _runner(label: str, file: Path, feed: Mapping[str, np.ndarray]) -> Any:
+    """A polygraphy runner on our session: polygraphy's own can't register the native scan."""
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.common import TensorMetadata
+
+    class Runner(BaseRunner):
+        def activate_impl(self) -> None:
+            self.session = OrtSession(file)
+
+        def get_input_metadata_impl(self) -> TensorMetadata:
+            metadata = TensorMetadata()
+            for name in self.session.inputs:
+                metadata.add(name, feed[name].dtype, feed[name].shape)
+            return metadata
+
+        def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+            self.inference_time = 0.0  # which polygraphy wants to be told
+            return OrderedDict((name, array.astype(np.float32)) for name, array in self.session.run(feed_dict).items())
+
+        def deactivate_impl(self) -> None:
+            del self.session
+
+    return Runner(label)

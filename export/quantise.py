@@ -1,0 +1,270 @@
+"""The encoder in int8: calibrate, choose the blocks by what they do to the score, write Q/DQ graphs, time them.
+
+Vim and fusion stay in float: the encoder is nine tenths of the work, and Vim's time is in the scan and small products,
+which int8 hardly speeds up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+
+from mdnet.metrics import pearson
+from mdnet_calib.cache import histograms
+from mdnet_calib.images import CalibrationSet
+from mdnet_calib.int8 import activations, int8_nodes, to_int8, with_unsigned_activations
+from mdnet_calib.ranges import Histogram, RangeMethod, collect
+from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
+from mdnet_engines import openvino_session
+from mdnet_engines.bundle import sha256_of
+from mdnet_engines.errors import MDNetError
+from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision
+from mdnet_engines.openvino_session import OpenVINOSession
+from mdnet_engines.session import OrtSession, Session
+from mdnet_export.parity import LIMITS
+
+DRIFT_IMAGES = 32
+"""Calibration images, at most, on which a choice of blocks is scored."""
+_SLOWER = 0.95  # of the float graph's speed: less is refused, with room for the noise of a shared machine
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate: on what, ranges by which method, within which budget, and where histograms are kept."""
+
+    images: CalibrationSet
+    method: RangeMethod = "mse"
+    budget: Budget = field(default_factory=Budget)
+    cache: Path | None = None
+
+    def facts(self, precision: Precision) -> CalibrationFacts:
+        """What the manifest says of it."""
+        return CalibrationFacts(
+            images=len(self.images.names),
+            source=self.images.source,
+            sha256=self.images.digest,
+            method=self.method if precision == "int8" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds for `batch` images in the encoder, float and int8: medians of runs that took turns."""
+
+    batch: int
+    float_seconds: float
+    int8_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as float."""
+        return self.float_seconds / self.int8_seconds
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio < _SLOWER
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """What became of the encoder."""
+
+    choice: Choice
+    budget: Budget
+    speed: Speed
+    backend: str
+
+    def facts(self) -> Int8Facts:
+        """What the manifest says of it."""
+        return Int8Facts(
+            int8_blocks=self.choice.int8_blocks,
+            float_blocks=self.choice.float_blocks,
+            max_score_drift=self.budget.max_score_drift,
+            min_pearson=self.budget.min_pearson,
+            drift_max_abs=self.choice.drift.max_abs,
+            drift_pearson=self.choice.drift.pearson,
+            speedup=round(self.speed.ratio, 3),
+            speedup_on=f"{self.backend}, batch {self.speed.batch}",
+            slower_forced=self.speed.slower,
+        )
+
+    def for_people(self) -> dict[str, str]:
+        """For the report's list of facts."""
+        budget, drift = self.budget, self.choice.drift
+        facts = {
+            "int8": f"{len(self.choice.int8_blocks)} blocks of the encoder, {self.speed.ratio:.2f}× as fast as float "
+            f"({self.backend}, batch {self.speed.batch})",
+            "budget on calibration images": f"max |Δscore| {budget.max_score_drift:g}, Pearson {budget.min_pearson:g}; "
+            f"used: {drift.max_abs:.3g}" + ("" if drift.pearson is None else f", {drift.pearson:.5f}"),
+        }
+        for block in self.choice.float_blocks:
+            alone = self.choice.alone[block]
+            facts[f"kept in float: {block}"] = (
+                f"alone in int8 it moves a score by {alone.max_abs:.3g} at most, {alone.mean_abs:.3g} on average"
+            )
+        return facts
+
+
+def quantise_encoder(
+    folder: Path,
+    calibration: Calibration,
+    *,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Int8Result:
+    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write `encoder.cpu.onnx` beside it.
+
+    Args:
+        folder: with the three float32 graphs.
+        calibration: images, range method and budget.
+
+    Raises:
+        MDNetError: no block is within the budget, or a value is not finite on a calibration image.
+    """
+    file = folder / "encoder.onnx"
+    proto = onnx.load(file)
+    nodes = int8_nodes(proto)
+    thresholds = _thresholds(proto, nodes, _digest(file), calibration, on_step)
+    with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as name:
+        scratch = Path(name)
+        drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
+        choice = choose(nodes, calibration.budget, drift_of, on_step=on_step)
+        if not choice.nodes:
+            harm = min(drift.max_abs for drift in choice.alone.values())
+            raise MDNetError(
+                f"no block of the encoder can be int8: even the most harmless moves a score by {harm:.3g}, the budget "
+                f"is {calibration.budget.max_score_drift:g}; raise --max-score-drift or take --precision fp16"
+            )
+        if drift_of.written != choice.nodes:
+            _write(to_int8(proto, thresholds, choice.nodes), scratch)
+        del proto, drift_of
+        on_step("timing int8 against float")
+        speed, backend = _time(folder, scratch, calibration.images.pixels)
+        for old in folder.glob("encoder.*"):
+            old.unlink()
+        for new in scratch.glob("encoder.*"):
+            new.rename(folder / new.name)
+    return Int8Result(choice, calibration.budget, speed, backend)
+
+
+def _thresholds(
+    proto: onnx.ModelProto, nodes: list[str], digest: str, calibration: Calibration, on_step: Callable[[str], None]
+) -> dict[str, float]:
+    """The range of every value that int8 needs one for, from the calibration images or from their cache."""
+    images, tensors = calibration.images, activations(proto, nodes)
+    count = len(images.pixels)
+
+    def run_graph() -> dict[str, Histogram]:
+        done = iter(range(1, count + 1))
+        return collect(
+            proto,
+            tensors,
+            ({"image": images.pixels[i : i + 1]} for i in range(count)),
+            on_progress=lambda: on_step(f"calibrating the encoder: image {next(done)} of {count}"),
+        )
+
+    found, cached = histograms(
+        calibration.cache, graph=digest, images=images.digest, tensors=tensors, collect=run_graph
+    )
+    on_step(f"ranges by {calibration.method}" + (", from the cache" if cached else ""))
+    return {name: histogram.threshold(calibration.method) for name, histogram in found.items()}
+
+
+class _Drift:
+    """Scores the calibration images with some nodes in int8, and compares with the float graphs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        proto: onnx.ModelProto,
+        thresholds: dict[str, float],
+        calibration: Calibration,
+    ):
+        self.scratch, self.proto, self.thresholds = scratch, proto, thresholds
+        self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
+        self.written: list[str] = []
+        graphs: dict[GraphName, OrtSession] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
+        self.fusion = graphs["fusion"]
+        self.tokens = [graphs["vim"].run({"image": image})["tokens"] for image in self._images()]
+        self.expected = self._scores(graphs["encoder"])
+
+    def __call__(self, nodes: list[str]) -> Drift:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        _write(to_int8(proto, self.thresholds, nodes), self.scratch)
+        self.written = nodes
+        got = self._scores(open_for_cpu(self.scratch, "encoder"))
+        delta = np.abs(got - self.expected)
+        spread = self.expected.std() >= LIMITS["int8"].pearson_needs_sd
+        return Drift(float(delta.max()), float(delta.mean()), float(pearson(self.expected, got)) if spread else None)
+
+    def _images(self) -> list[np.ndarray]:
+        return [self.pixels[i : i + 1] for i in range(len(self.pixels))]
+
+    def _scores(self, encoder: Session) -> np.ndarray:
+        scores = [
+            self.fusion.run({**encoder.run({"image": image}), "tokens": tokens})["score"]
+            for image, tokens in zip(self._images(), self.tokens, strict=True)
+        ]
+        return np.concatenate(scores).astype(np.float64)
+
+
+def _write(proto: onnx.ModelProto, folder: Path) -> None:
+    """Write both forms of the int8 encoder; they share one file of weights, which no form of activations changes."""
+    file = folder / "encoder.onnx"
+    data = folder / "encoder.onnx.data"
+    data.unlink(missing_ok=True)  # onnx appends to a file that is there
+    onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
+    onnx.checker.check_model(file, full_check=True)
+    light = onnx.load(file, load_external_data=False)
+    onnx.save(with_unsigned_activations(light), cpu_form(file))
+    onnx.checker.check_model(cpu_form(file), full_check=True)
+
+
+def cpu_form(file: Path) -> Path:
+    """Where the form of a graph for ONNX Runtime on the CPU lies, if it has one."""
+    return file.with_name(f"{file.stem}.cpu.onnx")
+
+
+def open_for_cpu(folder: Path, name: GraphName) -> OrtSession:
+    """A graph in a bundle's folder, on ONNX Runtime's CPU provider."""
+    file = folder / f"{name}.onnx"
+    return OrtSession(cpu_form(file) if cpu_form(file).exists() else file)
+
+
+def _time(float_folder: Path, int8_folder: Path, pixels: np.ndarray) -> tuple[Speed, str]:
+    """Time both encoders on OpenVINO where it is installed, which then serves them, else on ONNX Runtime."""
+    slow: Session
+    fast: Session
+    if openvino_session.is_installed():
+        backend = "openvino"
+        slow, fast = (OpenVINOSession(folder / "encoder.onnx") for folder in (float_folder, int8_folder))
+    else:
+        backend = "onnxruntime-cpu"
+        slow, fast = (open_for_cpu(folder, "encoder") for folder in (float_folder, int8_folder))
+    start = time.perf_counter()
+    slow.run({"image": pixels[:1]})
+    # A large model is timed with single images, so that a build does not wait for it; a small one in a batch as served.
+    batch, rounds = (1, 5) if time.perf_counter() - start > 0.2 else (min(16, len(pixels)), 15)
+    feeds = {"image": pixels[:batch]}
+    seconds: dict[str, list[float]] = {"float": [], "int8": []}
+    for _ in range(rounds + 1):  # the first warms up
+        for kind, session in (("float", slow), ("int8", fast)):
+            start = time.perf_counter()
+            session.run(feeds)
+            seconds[kind].append(time.perf_counter() - start)
+    medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
+    return Speed(batch, medians["float"], medians["int8"]), backend
+
+
+def _digest(file: Path) -> str:
+    """One sha256 of a graph and its weights."""
+    data = file.with_name(f"{file.name}.data")
+    return sha256_of(file) if not data.exists() else f"{sha256_of(file)[:32]}{sha256_of(data)[:32]}"
