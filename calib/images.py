@@ -33,7 +33,8 @@ class CalibrationSet:
 
     def take(self, rows: Sequence[int]) -> CalibrationSet:
         """These images only."""
-        return CalibrationSet([self.names[i] for i in rows], self.pixels[list(rows)], self.source, self.skipped)
+        source = f"{len(rows)} of {self.source}"
+        return CalibrationSet([self.names[i] for i in rows], self.pixels[list(rows)], source, self.skipped)
 
 
 def load_set(
@@ -85,15 +86,25 @@ def stratified(ratings: np.ndarray, groups: Sequence[str], count: int, seed: int
     """
     random = np.random.default_rng(seed)
     ratings = np.asarray(ratings)
-    by_stratum: list[tuple[float, int]] = []
-    for group in sorted(set(groups)):
-        members = np.array([i for i, of in enumerate(groups) if of == group])
-        order = members[np.argsort(ratings[members], kind="stable")]
-        for stratum in np.array_split(order, min(_STRATA, len(order))):
-            for place, row in enumerate(random.permutation(stratum)):
-                # The share of the stratum that is taken before this row: taking rows by it fills all strata evenly.
-                by_stratum.append(((place + random.random()) / len(stratum), int(row)))
-    return sorted(row for _, row in sorted(by_stratum)[:count])
+    members = {group: np.array([i for i, of in enumerate(groups) if of == group]) for group in sorted(set(groups))}
+    chosen: list[int] = []
+    for group, share in zip(members, _shares([len(rows) for rows in members.values()], count), strict=True):
+        order = members[group][np.argsort(ratings[members[group]], kind="stable")]
+        strata = np.array_split(order, min(_STRATA, len(order)))
+        for stratum, part in zip(strata, _shares([len(rows) for rows in strata], share), strict=True):
+            chosen += random.permutation(stratum)[:part].tolist()
+    return sorted(chosen)
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[int]:
+    """`count` split in proportion to `sizes` and none above its size: the largest remainders are rounded up."""
+    count = min(count, sum(sizes))
+    exact = [count * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: count - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def k_centre(features: np.ndarray, count: int) -> list[int]:

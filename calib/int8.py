@@ -68,6 +68,8 @@ def to_int8(proto: onnx.ModelProto, thresholds: Mapping[str, float], nodes: Coll
     Raises:
         MDNetError: a range is missing.
     """
+    if not nodes:
+        return proto  # the quantiser would take all it knows
     require("onnxruntime", "cpu")
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData

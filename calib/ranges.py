@@ -33,7 +33,7 @@ BINS = 2048  # of a histogram; a magnitude is then known to 0.1 % of the largest
 LEVELS = 127  # magnitudes that a symmetric int8 value can have, zero apart
 PERCENTILE = 99.99
 _SAMPLES = 2**18  # values that one image adds to a tensor's histogram; the largest is taken from all of them
-_SMALLEST_CUT = 0.1  # no method cuts more than nine tenths of the largest magnitude
+_SMALLEST_CUT = 0.1  # entropy and mse try no range below a tenth of the largest magnitude
 
 
 @dataclass
@@ -50,16 +50,20 @@ class Histogram:
         Raises:
             MDNetError: one of them is not finite.
         """
+        if not values.size:
+            return
         magnitudes = np.abs(values).ravel()
-        largest = float(magnitudes.max(initial=0.0))
+        largest = float(magnitudes.max())
         if not np.isfinite(largest):
             raise MDNetError("a value is not finite")
         self.largest = max(self.largest, largest)
         if largest > self.limit:
             self._widen(largest)
         if self.limit:
-            stride = -(-magnitudes.size // _SAMPLES)
-            self.counts += np.histogram(magnitudes[::stride], BINS, (0.0, self.limit))[0]
+            if magnitudes.size > _SAMPLES:
+                # At random: every so-manieth value would be of the same few channels, or columns of an image.
+                magnitudes = magnitudes[np.random.default_rng(magnitudes.size).integers(magnitudes.size, size=_SAMPLES)]
+            self.counts += np.histogram(magnitudes.astype(np.float64), BINS, (0.0, self.limit))[0]
 
     def _widen(self, largest: float) -> None:
         """Double the range until it holds `largest`; each doubling joins the bins in pairs, which loses no count."""
@@ -145,26 +149,31 @@ def largest_magnitudes(
     *,
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The largest magnitude of every float32 value that a node of the graph gives, over all of `feeds`.
+    """The largest magnitude of every float32 value of the graph, inputs included, over all of `feeds`.
 
     Infinite or NaN values give `inf`. Computed inside the graph, so that no tensor is ever copied out of it.
     """
-    known = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
-    names = [name for node in proto.graph.node for name in node.output if known.get(name) == TensorProto.FLOAT]
+    typed = (*proto.graph.input, *proto.graph.value_info, *proto.graph.output)
+    known = {value.name: value.type.tensor_type.elem_type for value in typed}
+    every = [value.name for value in proto.graph.input] + [name for node in proto.graph.node for name in node.output]
+    names = [name for name in every if known.get(name) == TensorProto.FLOAT]
     probed = onnx.ModelProto()
     probed.CopyFrom(proto)
     for i, name in enumerate(names):
         probed.graph.node.append(helper.make_node("Abs", [name], [f"magnitude_{i}"]))
         probed.graph.node.append(helper.make_node("ReduceMax", [f"magnitude_{i}"], [f"largest_{i}"], keepdims=0))
+        # ONNX Runtime's maximum skips a NaN; a sum does not.
+        probed.graph.node.append(helper.make_node("ReduceSum", [f"magnitude_{i}"], [f"sum_{i}"], keepdims=0))
     del probed.graph.output[:]
     found = dict.fromkeys(names, 0.0)
     with TemporaryDirectory(prefix="mdnet-calib-") as folder:
-        session = OrtSession(_with_outputs(probed, [f"largest_{i}" for i in range(len(names))], Path(folder)))
+        probes = [f"{kind}_{i}" for i in range(len(names)) for kind in ("largest", "sum")]
+        session = OrtSession(_with_outputs(probed, probes, Path(folder)))
         for feed in feeds:
             outputs = session.run(feed)
             for i, name in enumerate(names):
-                value = float(outputs[f"largest_{i}"])
-                found[name] = max(found[name], value if np.isfinite(value) else np.inf)
+                finite = np.isfinite(outputs[f"sum_{i}"])
+                found[name] = max(found[name], float(outputs[f"largest_{i}"]) if finite else np.inf)
             on_progress()
     return found
 

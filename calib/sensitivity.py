@@ -7,6 +7,7 @@ back to float: as few as meet the budget, found by bisection over the blocks in 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def choose(
     for i, (block, members) in enumerate(blocks.items(), 1):
         on_step(f"int8 in block {i} of {len(blocks)} alone: {block}")
         alone[block] = drift_of(members)
-    harmless_first = sorted(blocks, key=lambda block: (alone[block].mean_abs, block))
+    harm = {block: drift.mean_abs if math.isfinite(drift.mean_abs) else math.inf for block, drift in alone.items()}
+    harmless_first = sorted(blocks, key=lambda block: (harm[block], block))
 
     def taken(count: int) -> list[str]:
         chosen = set(harmless_first[:count])

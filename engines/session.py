@@ -62,6 +62,8 @@ class OrtSession:
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or available_cores()
+        # Without VNNI, products of uint8 and int8 would saturate: other scores than on the machine that proved them.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         _register_scan(options)
         try:

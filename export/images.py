@@ -79,12 +79,13 @@ def calibration_images(
         rows = stratified(train.ratings, train.groups, count)
         source = f"{len(rows)} training images of {folder.name}"
         return load_set([train.images[row] for row in rows], size, source, on_progress=on_progress)
-    if is_dataset(folder.resolve().parent):
-        raise UsageError(
-            f"{folder} has test images of the benchmark among them; give the data set's own folder "
-            f"({folder.resolve().parent}), of which only training images are used"
-        )
     files = find_images([folder])
+    for parent in {file.resolve().parent.parent for file in files}:
+        if is_dataset(parent):
+            raise UsageError(
+                f"{folder} has test images of the benchmark among them; give the data set's own folder ({parent}), "
+                "of which only training images are used"
+            )
     chosen = [files[i] for i in _even(len(files), count)]
     return load_set(chosen, size, f"{folder.name or folder}", on_progress=on_progress)
 

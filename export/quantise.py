@@ -129,7 +129,8 @@ def quantise_encoder(
     """
     file = folder / "encoder.onnx"
     proto = onnx.load(file)
-    nodes = int8_nodes(proto)
+    if not (nodes := int8_nodes(proto)):
+        raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
     thresholds = _thresholds(proto, nodes, _digest(file), calibration, on_step)
     with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as name:
         scratch = Path(name)

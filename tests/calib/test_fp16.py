@@ -214,7 +214,6 @@ def test_a_value_that_is_float32_anyway_is_not_named() -> None:
     assert near_overflow(two_products(30000, 1e-4), [ones()], keep=("body/m",)) == ["a"]  # its readers would cast it
 
 
-@pytest.mark.xfail(strict=True, reason="only what a node gives is looked at, and an input is cast to float16 at once")
 def test_an_input_of_the_graph_is_looked_at_too() -> None:
     """The encoder's features are inputs of the fusion graph."""
     assert near_overflow(two_products(1e-4, 1.0), [ones(30000)]) == ["x"]

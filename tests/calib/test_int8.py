@@ -228,7 +228,6 @@ def test_nodes_that_were_not_chosen_are_left_as_they_are() -> None:
     assert sum(node.op_type == "QuantizeLinear" for node in layout.nodes.values()) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="to ONNX Runtime's quantiser, no name of a node means every node")
 def test_no_node_gives_the_float_graph() -> None:
     proto = small_net()
     np.testing.assert_array_equal(run(to_int8(copy(proto), {}, []), X), run(proto, X))

@@ -94,7 +94,6 @@ def test_what_a_budget_allows(drift: Drift, allowed: bool) -> None:
     assert Budget(max_score_drift=0.15, min_pearson=0.995).allows(drift) is allowed
 
 
-@pytest.mark.xfail(strict=True, reason="NaN has no place in an order: what is sorted after it may be lost with it")
 def test_a_block_that_gives_nan_is_the_most_harmful() -> None:
     harm = {"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02, "e": 0.015}
     for broken in harm:

@@ -102,7 +102,6 @@ def test_the_data_sets_pictures_are_refused_without_its_lists(link: bool, faces:
         calibration_images(folder, 64, 16)
 
 
-@pytest.mark.xfail(strict=True, reason="only Images itself is seen, not a folder that it is somewhere below")
 def test_a_folder_around_the_data_set_is_refused(faces: Path) -> None:
     with pytest.raises(UsageError, match="test images of the benchmark"):
         calibration_images(faces.parent, 64, 16)

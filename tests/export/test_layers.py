@@ -63,8 +63,8 @@ def test_the_layers_of_an_fp16_graph_are_those_of_the_float_graph(
 
 
 def test_graphs_of_different_models_are_refused(float_graphs: Path, feed: dict[str, np.ndarray]) -> None:
-    with pytest.raises(MDNetError, match=r"encoder\.onnx and vim\.onnx have no layer in common"):
-        compare_layers(float_graphs / "encoder.onnx", float_graphs / "vim.onnx", feed)
+    with pytest.raises(MDNetError, match=r"encoder\.onnx and fusion\.onnx have no layer in common"):
+        compare_layers(float_graphs / "encoder.onnx", float_graphs / "fusion.onnx", feed)
 
 
 def test_a_value_that_is_not_finite_diverges() -> None:
