@@ -160,7 +160,7 @@ def _print_result(bundle: Bundle) -> None:
     say(f"{bundle.path}: {manifest.preset} {manifest.precision}, {size:.1f} MB")
     say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
     if manifest.precision == "fp16":
-        say("fp16 brings no speed on a CPU, which computes it in float32; it is for GPUs")
+        say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")
 
 

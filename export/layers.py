@@ -61,22 +61,26 @@ def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray])
 
 def _shared_layers(reference: Path, graph: Path) -> dict[str, str]:
     """Layer → its value, for those that both graphs have with a float value, in the order of `reference`."""
-    there, here = (_float_values(onnx.load(file, load_external_data=False)) for file in (reference, graph))
-    # An output's last node may be a cast that the rewrite put behind its layer: layer and value are looked up each.
-    given = set(here.values())
-    return {layer: value for layer, value in there.items() if layer in here and value in given}
+    there, here = (onnx.load(file, load_external_data=False) for file in (reference, graph))
+    layers, values = {_layer(node) for node in here.graph.node} - {""}, set(_floats(there)) & set(_floats(here))
+    # A rewrite may put a cast behind a layer's last node: layer and value are looked up each by itself.
+    shared: dict[str, str] = {}
+    for node in there.graph.node:
+        layer, value = _layer(node), node.output[0]
+        if layer in layers and value in values:
+            shared.pop(layer, None)  # a layer stands where its last value is computed
+            shared[layer] = value
+    return shared
 
 
-def _float_values(proto: onnx.ModelProto) -> dict[str, str]:
+def _layer(node: onnx.NodeProto) -> str:
+    """The module that a node belongs to; empty where its name tells none."""
+    return node.name.rpartition("/")[0]
+
+
+def _floats(proto: onnx.ModelProto) -> list[str]:
     typed = (*proto.graph.value_info, *proto.graph.output)
-    floats = {value.name for value in typed if value.type.tensor_type.elem_type in _FLOATS}
-    found: dict[str, str] = {}
-    for node in proto.graph.node:
-        layer, slash, _ = node.name.rpartition("/")
-        if slash and node.output[0] in floats:
-            found.pop(layer, None)  # a layer stands where its last value is computed
-            found[layer] = node.output[0]
-    return found
+    return [value.name for value in typed if value.type.tensor_type.elem_type in _FLOATS]
 
 
 def _marked(source: Path, values: list[str], file: Path) -> Path:
