@@ -4,7 +4,8 @@ What becomes int8: convolutions and products with a weight, with at least `MIN_C
 inputs, outputs and weights are quantised symmetrically (TensorRT refuses zero-points other than 0), weights for each
 output channel. What stays in float, and why:
 
-- narrow convolutions: an int8 kernel has nothing to win there (the demo's VAE, 8 to 32 channels, was slower in int8);
+- narrow convolutions: an int8 kernel has nothing to win there (the demo's VAE, 8 to 32 channels, was slower in int8),
+  and few channels lose most;
 - products of two activations and the softmax between them: attention loses most and gains least;
 - products with the folded keys and values of the fixed prompt: OpenVINO can't take their per-channel scales;
 - biases: TensorRT takes no int32 Q/DQ;
@@ -30,7 +31,7 @@ from onnx import TensorProto, numpy_helper
 from mdnet_engines.errors import MDNetError, require
 
 OP_TYPES = ("Conv", "MatMul", "Gemm")
-MIN_CHANNELS = 16
+MIN_CHANNELS = 32
 _FLOOR = 1e-8  # of a range, so that a tensor that is always 0 has a scale
 
 

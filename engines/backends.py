@@ -147,4 +147,6 @@ def _open(bundle: Bundle, graph: GraphName, backend: GraphBackend, threads: int)
         return OpenVINOSession(path, threads=threads)
     if backend == "openvino-bf16":
         return OpenVINOSession(path, threads=threads, arithmetic="bf16")
+    if backend == "tensorrt" or backend == "tensorrt-rtx":
+        raise AssertionError("plans are opened all together, by _open_plans")
     return OrtSession(path, backend=backend, threads=threads)

@@ -31,7 +31,7 @@ _OPTIONS = (
     click.option(
         "--range-method",
         type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
-        default="mse",
+        default="percentile",
         show_default=True,
         help="int8: how the range of a value is made of what was seen.",
     ),

@@ -18,6 +18,7 @@ import onnx
 
 from mdnet.metrics import pearson
 from mdnet_calib.cache import histograms
+from mdnet_calib.fuse import fuse_between_layers
 from mdnet_calib.images import CalibrationSet
 from mdnet_calib.int8 import activations, int8_nodes, to_int8, with_unsigned_activations
 from mdnet_calib.ranges import Histogram, RangeMethod, collect
@@ -30,7 +31,7 @@ from mdnet_engines.openvino_session import OpenVINOSession
 from mdnet_engines.session import OrtSession, Session
 from mdnet_export.parity import LIMITS
 
-DRIFT_IMAGES = 32
+DRIFT_IMAGES = 16
 """Calibration images, at most, on which a choice of blocks is scored."""
 _SLOWER = 0.95  # of the float graph's speed: less is refused, with room for the noise of a shared machine
 
@@ -40,7 +41,7 @@ class Calibration:
     """How to calibrate: on what, ranges by which method, within which budget, and where histograms are kept."""
 
     images: CalibrationSet
-    method: RangeMethod = "mse"
+    method: RangeMethod = "percentile"
     budget: Budget = field(default_factory=Budget)
     cache: Path | None = None
 
@@ -225,7 +226,7 @@ def _write(proto: onnx.ModelProto, folder: Path) -> None:
     onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
     onnx.checker.check_model(file, full_check=True)
     light = onnx.load(file, load_external_data=False)
-    onnx.save(with_unsigned_activations(light), cpu_form(file))
+    onnx.save(fuse_between_layers(with_unsigned_activations(light)), cpu_form(file))
     onnx.checker.check_model(cpu_form(file), full_check=True)
 
 

@@ -18,7 +18,7 @@ struct OrtShapeInferContext;
 constexpr uint32_t kOrtApiVersion = 20;
 
 enum OrtErrorCode { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum OrtElementType { ORT_FLOAT = 1, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
+enum OrtElementType { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
 enum OrtCharacteristic { ORT_REQUIRED = 0 };
 enum OrtMemType { ORT_MEM_DEFAULT = 0 };
 
@@ -41,15 +41,18 @@ struct OrtApi {
   OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* dimensions, size_t count);  // 62
   Skip<2> skip4;
   OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** out);  // 65
-  Skip<24> skip5;
+  Skip<19> skip5;
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo* info, const char* name, float* out);    // 85
+  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* out);  // 86
+  Skip<3> skip6;
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** out);  // 90
   OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dimensions,
                                         size_t count, OrtValue** out);  // 91
-  Skip<7> skip6;
+  Skip<7> skip7;
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);  // 99
-  Skip<93> skip7;
+  Skip<93> skip8;
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** out);  // 193
-  Skip<80> skip8;
+  Skip<80> skip9;
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*task)(void* argument, size_t i),
                                           size_t count, size_t batches, void* argument);  // 274
 };
@@ -59,6 +62,7 @@ MDNET_AT(AddCustomOpDomain, 28);
 MDNET_AT(GetTensorMutableData, 51);
 MDNET_AT(GetDimensions, 62);
 MDNET_AT(GetTensorTypeAndShape, 65);
+MDNET_AT(KernelInfoGetAttribute_int64, 86);
 MDNET_AT(KernelContext_GetOutput, 91);
 MDNET_AT(ReleaseTensorTypeAndShapeInfo, 99);
 MDNET_AT(KernelContext_GetGPUComputeStream, 193);

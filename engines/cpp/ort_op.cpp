@@ -3,13 +3,11 @@
 // ONNX Runtime finds RegisterCustomOps by its name. A node of these operators then runs the kernel here, although its
 // file carries a function body too.
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include <initializer_list>
 
-#include "ort_abi.h"
+#include "ort_tensor.h"
 #include "scan.h"
 
 namespace {
@@ -33,15 +31,6 @@ struct Kernel {
   const Operator* op;
 };
 
-struct Shape {
-  int64_t sizes[3];
-  size_t rank;
-
-  bool is(size_t wanted, const int64_t* other) const {
-    return rank == wanted && memcmp(sizes, other, wanted * sizeof *sizes) == 0;
-  }
-};
-
 struct Text {
   char text[64];
 };
@@ -57,25 +46,6 @@ Text text_of(const int64_t* sizes, size_t rank) {
 }
 
 Text text_of(const Shape& shape) { return text_of(shape.sizes, shape.rank); }
-
-#define MDNET_TRY(call) \
-  if (OrtStatus* status = (call)) return status
-
-OrtStatus* read_input(const OrtApi& api, OrtKernelContext* context, size_t index, const void** data, Shape* shape) {
-  const OrtValue* value = nullptr;
-  MDNET_TRY(api.KernelContext_GetInput(context, index, &value));
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  MDNET_TRY(api.GetTensorTypeAndShape(value, &info));
-  OrtStatus* status = api.GetDimensionsCount(info, &shape->rank);
-  const size_t kept = shape->rank < 3 ? shape->rank : 3;
-  if (!status) status = api.GetDimensions(info, shape->sizes, kept);
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  if (status) return status;
-  void* bytes = nullptr;
-  MDNET_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(value), &bytes));  // there is no const form in version 20
-  *data = bytes;
-  return nullptr;
-}
 
 OrtStatus* check_shapes(const OrtApi& api, const Shape (&shapes)[kInputs]) {
   const Shape &u = shapes[kU], &A = shapes[kA];
@@ -110,17 +80,6 @@ OrtStatus* check_shapes(const OrtApi& api, const Shape (&shapes)[kInputs]) {
 MdnetRows contiguous(const void* data, const Shape& shape) {
   return {data, shape.sizes[1] * shape.sizes[2], shape.sizes[2]};
 }
-
-struct Pool {
-  const OrtApi& api;
-  OrtKernelContext* context;
-  OrtStatus* status;
-
-  static void parallel_for(void* host, void (*task)(void*, size_t), void* argument, size_t count) {
-    Pool& pool = *static_cast<Pool*>(host);
-    pool.status = pool.api.KernelContext_ParallelFor(pool.context, task, count, count, argument);
-  }
-};
 
 OrtStatus* compute(void* pointer, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(pointer);
@@ -217,6 +176,7 @@ OrtStatus* make_domain(const OrtApi& api) {
       }
     }
   }
+  MDNET_TRY(mdnet_add_quantised(api, made));
   domain = made;
   return nullptr;
 }

@@ -211,7 +211,6 @@ def test_halves_are_rounded_to_even(isa: str) -> None:
 
 def model(case: Case, inputs: dict[str, np.ndarray], *, silu: bool) -> onnx.ModelProto:
     """One node and its function body."""
-    quantised = "x_scale" in inputs
     operator = GROUP_NORMS["x_scale" in inputs, silu]
     return one_node(operator, inputs, TensorProto.UINT8, groups=case.groups, epsilon=case.epsilon)
 

@@ -1,0 +1,139 @@
+// Group normalisation over some places of an image, and a part of a residual sum. CMake compiles this file once per
+// instruction set. Channels lie side by side: they are the lanes of a vector, and no step sums across lanes.
+#include "quantised.h"
+#include "vector.h"
+
+namespace MDNET_NAMESPACE {
+namespace {
+
+constexpr int W = kWidth<float>;
+using Floats = Vector<float>;
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+
+template <typename T>
+const T* x_at(const MdnetGroupNorm& call, int64_t image, int64_t place) {
+  return static_cast<const T*>(call.x) + (image * call.places + place) * call.channels;
+}
+
+// Sums are short at first: integers that can't overflow, or so few floats that hardly a bit is lost.
+template <typename T>
+struct Short;
+template <>
+struct Short<uint8_t> {
+  using Sum = uint32_t;
+  static constexpr int64_t kPlaces = 65536;  // times 255 * 255 is less than 2^32
+};
+template <>
+struct Short<float> {
+  using Sum = float;
+  static constexpr int64_t kPlaces = 32;
+};
+
+template <typename T>
+void add_up(const MdnetGroupNorm& call, const MdnetPlaces& places, double* sums, double* squares) {
+  using Sum = typename Short<T>::Sum;
+  constexpr int64_t kChannels = 256;
+  for (int64_t c = 0; c < call.channels; ++c) sums[c] = squares[c] = 0;
+  for (int64_t first = 0; first < call.channels; first += kChannels) {
+    const int64_t width = call.channels - first < kChannels ? call.channels - first : kChannels;
+    const T* about = x_at<T>(call, places.image, 0) + first;
+    const T* x = x_at<T>(call, places.image, places.first) + first;
+    for (int64_t done = 0; done < places.count; done += Short<T>::kPlaces) {
+      Sum sum[kChannels] = {}, square[kChannels] = {};
+      const int64_t left = places.count - done;
+      for (int64_t i = left < Short<T>::kPlaces ? left : Short<T>::kPlaces; i > 0; --i, x += call.channels) {
+        for (int64_t c = 0; c < width; ++c) {
+          Sum value = x[c];
+          if constexpr (sizeof(T) == sizeof(float)) value -= about[c];
+          sum[c] += value;
+          square[c] += value * value;
+        }
+      }
+      for (int64_t c = 0; c < width; ++c) {
+        sums[first + c] += sum[c];
+        squares[first + c] += square[c];
+      }
+    }
+  }
+}
+
+// The W values from there on. GCC 12 would convert bytes one lane at a time.
+inline Floats widened(const float* from) { return load<Floats>(from); }
+inline Floats widened(const uint8_t* from) {
+#if MDNET_VECTOR_BYTES == 64
+  const __m512i values = _mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(from));
+  return __builtin_convertvector(Bits<float>(values), Floats);
+#elif MDNET_VECTOR_BYTES == 32
+  const __m256i values = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return __builtin_convertvector(Bits<float>(values), Floats);
+#else
+  return __builtin_convertvector(load<Bytes>(from), Floats);
+#endif
+}
+
+// W integers from 0 to 255 as bytes.
+inline void store_bytes(uint8_t* to, Bits<float> values) {
+#if MDNET_VECTOR_BYTES == 32
+  const __m256i all = __m256i(values);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+  store(to, __builtin_convertvector(values, Bytes));
+#endif
+}
+
+template <bool Silu, typename T>
+void apply(const MdnetGroupNorm& call, const MdnetPlaces& places, const MdnetChannels& channels) {
+  const float *mean = channels.mean, *scale = channels.scale, *offset = channels.offset;
+  const Floats per_unit = splat(1.0f / call.y_scale);
+  const Floats lowest = splat(float(-call.y_zero_point)), highest = splat(float(255 - call.y_zero_point));
+  const Bits<float> zero_point = Bits<float>{} + (call.y_zero_point - int32_t(as_bits(Traits<float>::kMagic)));
+  const auto run = [&](const T* x, int64_t c, uint8_t* y) {
+    Floats v = (widened(x) - load<Floats>(mean + c)) * load<Floats>(scale + c) + load<Floats>(offset + c);
+    if constexpr (Silu) v = silu<float>(v);
+    // The addition rounds half to even, and leaves the integer in the low bits.
+    v = at_most(at_least(v * per_unit, lowest), highest) + Traits<float>::kMagic;
+    Bits<float> bits;
+    memcpy(&bits, &v, sizeof bits);
+    store_bytes(y, bits + zero_point);
+  };
+  const T* x = x_at<T>(call, places.image, places.first);
+  uint8_t* y = call.y + (places.image * call.places + places.first) * call.channels;
+  for (int64_t i = 0; i < places.count; ++i, x += call.channels, y += call.channels) {
+    int64_t c = 0;
+    for (; c + W <= call.channels; c += W) run(x + c, c, y + c);
+    if (c == call.channels) continue;
+    T last[W] = {};
+    uint8_t result[W];
+    memcpy(last, x + c, size_t(call.channels - c) * sizeof(T));
+    run(last, c, result);
+    memcpy(y + c, result, size_t(call.channels - c));
+  }
+}
+
+void sum(const MdnetResidualSum& call, int64_t first, int64_t end) {
+  const Floats scale = splat(call.b_scale), zero_point = splat(float(call.b_zero_point));
+  int64_t i = first;
+  for (; i + W <= end; i += W) {
+    store(call.y + i, load<Floats>(call.a + i) + (widened(call.b + i) - zero_point) * scale);
+  }
+  for (; i < end; ++i) call.y[i] = call.a[i] + float(call.b[i] - call.b_zero_point) * call.b_scale;
+}
+
+void add_up_any(const MdnetGroupNorm& call, const MdnetPlaces& places, double* sums, double* squares) {
+  (call.bytes ? add_up<uint8_t> : add_up<float>)(call, places, sums, squares);
+}
+
+void apply_any(const MdnetGroupNorm& call, const MdnetPlaces& places, const MdnetChannels& channels) {
+  const auto chosen = call.bytes ? (call.silu ? apply<true, uint8_t> : apply<false, uint8_t>)
+                                 : (call.silu ? apply<true, float> : apply<false, float>);
+  chosen(call, places, channels);
+}
+
+}  // namespace
+}  // namespace MDNET_NAMESPACE
+
+#define MDNET_JOIN_(a, b) a##b
+#define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
+extern const MdnetQuantisedKernel MDNET_JOIN(MDNET_NAMESPACE, _quantised) = {
+    MDNET_NAMESPACE::add_up_any, MDNET_NAMESPACE::apply_any, MDNET_NAMESPACE::sum};
