@@ -19,7 +19,7 @@ from mdnet_engines.scan_op import DOMAIN, VERSION
 
 RANDOM = np.random.default_rng(0)
 CHANNELS, GROUPS, SIZE = 32, 4, 12
-X = RANDOM.normal(size=(2, 16, SIZE, SIZE)).astype(np.float32)
+X = RANDOM.normal(size=(2, CHANNELS, SIZE, SIZE)).astype(np.float32)
 
 
 def group_norm(x: str, name: str, *, silu: bool) -> list[NodeProto]:
@@ -69,7 +69,7 @@ def float_net() -> onnx.ModelProto:
         helper.make_node("Conv", ["n3", "w_d"], ["d"], name="conv_d"),
     ]
     weights = {
-        "w_a": RANDOM.normal(size=(CHANNELS, 16, 3, 3)) / 12,
+        "w_a": RANDOM.normal(size=(CHANNELS, CHANNELS, 3, 3)) / 17,
         "w_b": RANDOM.normal(size=(CHANNELS, CHANNELS, 3, 3)) / 17,
         "w_c": RANDOM.normal(size=(CHANNELS, CHANNELS, 1, 1)) / 6,
         "w_d": RANDOM.normal(size=(CHANNELS, CHANNELS, 1, 1)) / 6,
@@ -83,7 +83,7 @@ def float_net() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16, SIZE, SIZE])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", CHANNELS, SIZE, SIZE])],
         [
             image_of("c"),
             image_of("d"),

@@ -19,12 +19,12 @@ from mdnet_engines.errors import MDNetError
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
-    "conv_w": RANDOM.normal(size=(32, 16, 3, 3)),
+    "conv_w": RANDOM.normal(size=(32, 48, 3, 3)),
     "conv_b": RANDOM.normal(size=32),
     "point_w": RANDOM.normal(size=(32, 32, 1, 1)) * np.geomspace(0.5, 2, 32)[:, None, None, None],
-    "matmul_w": RANDOM.normal(size=(32, 24)) * np.geomspace(0.5, 2, 24),
-    "gemm_w": RANDOM.normal(size=(20, 24)) * np.geomspace(0.5, 2, 20)[:, None],
-    "gemm_b": RANDOM.normal(size=20),
+    "matmul_w": RANDOM.normal(size=(32, 40)) * np.geomspace(0.5, 2, 40),
+    "gemm_w": RANDOM.normal(size=(36, 40)) * np.geomspace(0.5, 2, 36)[:, None],
+    "gemm_b": RANDOM.normal(size=36),
 }
 CHANNEL_AXIS = {"conv_w": 0, "point_w": 0, "matmul_w": 1, "gemm_w": 0}  # the axis of the output channels
 NODES = ["a/conv", "b/point", "c/matmul", "d/gemm"]
@@ -37,8 +37,8 @@ def value(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
 def model(
     nodes: list[onnx.NodeProto],
     weights: Mapping[str, np.ndarray],
-    x: Sequence[int | str] = ("n", 16, 8, 8),
-    y: Sequence[int | str] = ("n", 20),
+    x: Sequence[int | str] = ("n", 48, 8, 8),
+    y: Sequence[int | str] = ("n", 36),
 ) -> onnx.ModelProto:
     initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "g", [value("x", x)], [value("y", y)], initializers)
@@ -47,8 +47,8 @@ def model(
 
 
 def small_net() -> onnx.ModelProto:
-    """x → conv 16→32 → a ─┬─ relu ─ 1×1 conv → b ─┐
-    └────────────────────── sum → mean → matmul 32→24 → gemm 24→20 → y"""
+    """x → conv 48→32 → a ─┬─ relu ─ 1×1 conv → b ─┐
+    └────────────────────── sum → mean → matmul 32→40 → gemm 40→36 → y"""
     nodes = [
         helper.make_node("Conv", ["x", "conv_w", "conv_b"], ["a"], name="a/conv", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["a"], ["r"], name="a/relu"),
@@ -62,7 +62,7 @@ def small_net() -> onnx.ModelProto:
     return model(nodes, WEIGHTS)
 
 
-X = RANDOM.normal(size=(3, 16, 8, 8)).astype(np.float32)
+X = RANDOM.normal(size=(3, 48, 8, 8)).astype(np.float32)
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray, outputs: list[str] | None = None) -> np.ndarray:
@@ -174,8 +174,8 @@ def test_products_without_a_weight_on_the_right_stay_in_float() -> None:
         helper.make_node("MatMul", ["w", "s"], ["l"], name="left"),
         helper.make_node("MatMul", ["l", "prompt"], ["y"], name="cross"),
     ]
-    weights = {"w": np.ones((16, 16)), "prompt": np.ones((1, 16, 16))}
-    assert int8_nodes(model(nodes, weights, ("n", 16, 16), ("n", 16, 16))) == ["to_q"]
+    weights = {"w": np.ones((32, 32)), "prompt": np.ones((1, 32, 32))}
+    assert int8_nodes(model(nodes, weights, ("n", 32, 32), ("n", 32, 32))) == ["to_q"]
 
 
 # --- the layout ---
@@ -245,7 +245,7 @@ def test_inputs_and_outputs_of_the_graph_do_not_change() -> None:
 
 def sums(pairs: list[tuple[str, str, str]], convolutions: Mapping[str, str]) -> tuple[onnx.ModelProto, list[str]]:
     """A graph of 1×1 convolutions (output → input) and sums (term, term, output), in the order that they are given."""
-    weight = RANDOM.normal(size=(16, 16, 1, 1)) / 4
+    weight = RANDOM.normal(size=(48, 48, 1, 1)) / 7
     made = {
         name: helper.make_node("Conv", [source, f"w_{name}"], [name], name=name)
         for name, source in convolutions.items()
@@ -257,7 +257,7 @@ def sums(pairs: list[tuple[str, str, str]], convolutions: Mapping[str, str]) -> 
         nodes.append(waiting.pop(ready))
         done.add(ready)
     weights = {f"w_{name}": weight * 3.0**i for i, name in enumerate(convolutions)}  # each term has a range of its own
-    return model(nodes, weights, ("n", 16, 8, 8), ("n", 16, 8, 8)), list(convolutions)
+    return model(nodes, weights, ("n", 48, 8, 8), ("n", 48, 8, 8)), list(convolutions)
 
 
 def test_the_terms_of_a_residual_sum_share_the_larger_range() -> None:
@@ -308,7 +308,7 @@ def both_forms(proto: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
 def test_both_forms_compute_the_product_of_what_was_rounded() -> None:
     """Against the definition of int8 in NumPy. Equal but where a value lies between two steps of the output."""
     weight = WEIGHTS["matmul_w"].astype(np.float32)
-    proto = model([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": weight}, ("n", 32), ("n", 24))
+    proto = model([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": weight}, ("n", 32), ("n", 40))
     x = RANDOM.normal(size=(50, 32)).astype(np.float32)
     ranges = {"x": 2.0, "y": 12.0}  # both cut values
     step = ranges["y"] / 127
