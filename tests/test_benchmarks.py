@@ -33,3 +33,13 @@ def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["images"] == 12
     assert all(figures[name]["ms_per_image"] > 0 for name in ("cached", "recomputed"))
+
+
+@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
+    options = ["--preset", "demo", "--only", "ONNX Runtime, fp32", "--rounds", "1", "-o", "figures.json"]
+    command = [sys.executable, BENCHMARKS / "precision.py", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["contestants"].values()
+    assert all(figures[name] > 0 for name in ("ms", "baseline_ms", "speedup", "peak_gib", "baseline_peak_gib"))
