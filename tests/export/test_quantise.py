@@ -101,7 +101,7 @@ def test_the_manifest_says_how_int8_came_about(int8_bundle: Bundle, float_graphs
     assert calibration is not None
     assert int8 is not None
     images = calibration_images(None, 128, 16)
-    assert (calibration.images, calibration.source, calibration.method) == (16, "16 drawn faces", "mse")
+    assert (calibration.images, calibration.source, calibration.method) == (16, "16 drawn faces", "percentile")
     assert calibration.sha256 == images.digest
     blocks = dict.fromkeys(block_of(node) for node in int8_nodes(onnx.load(float_graphs / "encoder.onnx")))
     assert int8.int8_blocks == list(blocks)
@@ -168,7 +168,11 @@ def test_an_int8_encoder_is_a_third_of_its_float_size(int8_bundle: Bundle, float
 
 def test_an_int8_bundle_says_in_its_report_how_it_was_made(int8_bundle: Bundle) -> None:
     page = (int8_bundle.path / "parity.html").read_text()
-    for part in ("16 images, 16 drawn faces, ranges by mse", "blocks of the encoder", "budget on calibration images"):
+    for part in (
+        "16 images, 16 drawn faces, ranges by percentile",
+        "blocks of the encoder",
+        "budget on calibration images",
+    ):
         assert part in page
 
 
@@ -326,7 +330,10 @@ def test_a_second_build_on_the_same_images_calibrates_nothing(
         written.append((target / "encoder.onnx").read_bytes())
     assert len(calls) == 1
     assert written[0] == written[1]
-    assert [step for step in steps if "ranges" in step] == ["ranges by mse", "ranges by mse, from the cache"]
+    assert [step for step in steps if "ranges" in step] == [
+        "ranges by percentile",
+        "ranges by percentile, from the cache",
+    ]
     other = dataclasses.replace(calibration, images=few.take(list(range(MIN_IMAGES))[::-1]))
     quantise_encoder(Path(shutil.copytree(float_graphs, tmp_path / "third")), other)
     assert len(calls) == 2
