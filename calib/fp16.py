@@ -12,7 +12,7 @@ What stays in float32, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -66,7 +66,6 @@ def near_overflow(
     feeds: Iterable[Mapping[str, np.ndarray]],
     *,
     keep: Collection[str] = (),
-    on_progress: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Names of the values that would be float16 but come within a factor of `HEADROOM` of its largest number, 65504.
 
@@ -79,7 +78,7 @@ def near_overflow(
     """
     stays = float32_nodes(proto, keep)
     half = {name for i, node in enumerate(proto.graph.node) if i not in stays for name in (*node.input, *node.output)}
-    largest = largest_magnitudes(proto, feeds, on_progress=on_progress)
+    largest = largest_magnitudes(proto, feeds)
     if broken := [name for name, value in largest.items() if not np.isfinite(value)]:
         raise MDNetError(f"{broken[0]} is not finite on a calibration image, in float32 already")
     return [name for name, value in largest.items() if name in half and value > _HALF_MAX / HEADROOM]

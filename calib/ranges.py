@@ -17,17 +17,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Literal
+from typing import get_args
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.manifest import RangeMethod
 from mdnet_engines.session import OrtSession
 
-RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
-RANGE_METHODS: Final[tuple[RangeMethod, ...]] = ("minmax", "percentile", "entropy", "mse")
+RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 
 BINS = 2048  # of a histogram; a magnitude is then known to 0.1 % of the largest one, finer than 127 levels can use
 LEVELS = 127  # magnitudes that a symmetric int8 value can have, zero apart
@@ -131,7 +131,9 @@ def collect(
     """
     histograms = {name: Histogram() for name in tensors}
     with TemporaryDirectory(prefix="mdnet-calib-") as folder:
-        session = OrtSession(_with_outputs(proto, tensors, Path(folder)))
+        probed = onnx.ModelProto()
+        probed.CopyFrom(proto)
+        session = OrtSession(_with_outputs(probed, tensors, Path(folder)))
         for feed in feeds:
             outputs = session.run(feed)
             for name, histogram in histograms.items():
@@ -146,8 +148,6 @@ def collect(
 def largest_magnitudes(
     proto: onnx.ModelProto,
     feeds: Iterable[Mapping[str, np.ndarray]],
-    *,
-    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The largest magnitude of every float32 value of the graph, inputs included, over all of `feeds`.
 
@@ -174,18 +174,15 @@ def largest_magnitudes(
             for i, name in enumerate(names):
                 finite = np.isfinite(outputs[f"sum_{i}"])
                 found[name] = max(found[name], float(outputs[f"largest_{i}"]) if finite else np.inf)
-            on_progress()
     return found
 
 
 def _with_outputs(proto: onnx.ModelProto, tensors: Collection[str], folder: Path) -> Path:
-    """Write the graph with `tensors` among its outputs."""
+    """Write the graph with `tensors` among its outputs; `proto` is used up, its weights are in the file alone then."""
     outputs = {value.name for value in proto.graph.output}
-    probed = onnx.ModelProto()
-    probed.CopyFrom(proto)
-    probed.graph.output.extend(
+    proto.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors if name not in outputs
     )
     file = folder / "probed.onnx"
-    onnx.save(probed, file, save_as_external_data=True, location="probed.data", size_threshold=1024)
+    onnx.save(proto, file, save_as_external_data=True, location="probed.data", size_threshold=1024)
     return file

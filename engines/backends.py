@@ -31,7 +31,7 @@ from mdnet_engines.tensorrt_session import TensorRTSessions
 
 if TYPE_CHECKING:
     from mdnet_engines.bundle import Bundle
-    from mdnet_engines.manifest import GraphName
+    from mdnet_engines.manifest import EngineSet, GraphName
 
 GraphBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"]
 Backend = Literal[
@@ -80,18 +80,25 @@ def choose(bundle: Bundle, backend: Backend = "auto") -> dict[GraphName, GraphBa
     Raises:
         UsageError: an unknown backend, or one that is not for this bundle.
     """
+    return _choose(bundle, backend)[0]
+
+
+def _choose(bundle: Bundle, backend: Backend) -> tuple[dict[GraphName, GraphBackend], EngineSet | None]:
+    """As `choose`, with the plans where `auto` has looked for them and found some: their hashes take seconds."""
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     graphs = bundle.manifest.graphs
     if backend == "auto":
-        without = {runtime for runtime in _PLAN_RUNTIMES if not _has_plans(bundle, runtime)}
-        order = [each for each in AUTO_ORDER if each not in without]
-        return {name: next(each for each in order if _can_run(each, name)) for name in graphs}
+        for runtime in _PLAN_RUNTIMES:
+            if plans := _find_plans(bundle, runtime):
+                return dict.fromkeys(graphs, runtime), plans
+        order = [each for each in AUTO_ORDER if each not in _PLAN_RUNTIMES]
+        return {name: next(each for each in order if _can_run(each, name)) for name in graphs}, None
     if backend == "openvino-bf16" and bundle.manifest.precision == "fp32":
         raise UsageError("openvino-bf16 can't hold the gates of an fp32 bundle; take the backend openvino")
     if backend in ("openvino", "openvino-bf16"):
-        return {name: "onnxruntime-cpu" if name in _SCAN_GRAPHS else backend for name in graphs}
-    return dict.fromkeys(graphs, backend)
+        return {name: "onnxruntime-cpu" if name in _SCAN_GRAPHS else backend for name in graphs}, None
+    return dict.fromkeys(graphs, backend), None
 
 
 def open_graphs(bundle: Bundle, *, backend: Backend = "auto", threads: int = 0) -> Graphs:
@@ -104,10 +111,10 @@ def open_graphs(bundle: Bundle, *, backend: Backend = "auto", threads: int = 0) 
         UsageError: as `choose`.
         MDNetError: a backend is missing or can't load a graph.
     """
-    choice = choose(bundle, backend)
+    choice, plans = _choose(bundle, backend)
     for runtime in _PLAN_RUNTIMES:
         if runtime in choice.values():
-            return _open_plans(bundle, runtime)
+            return _open_plans(bundle, plans or usable_plans(bundle, plan_process.probe(runtime)))
     return Graphs({name: _open(bundle, name, chosen, threads) for name, chosen in choice.items()})
 
 
@@ -117,20 +124,18 @@ def describe(choice: Mapping[GraphName, GraphBackend]) -> str:
     return names.pop() if len(names) == 1 else ", ".join(f"{graph} {backend}" for graph, backend in choice.items())
 
 
-def _has_plans(bundle: Bundle, runtime: PlanRuntime) -> bool:
+def _find_plans(bundle: Bundle, runtime: PlanRuntime) -> EngineSet | None:
     if not any(engines.runtime == runtime for engines in bundle.manifest.engines):
-        return False  # before TensorRT is asked, which starts a process
+        return None  # before TensorRT is asked, which starts a process
     try:
-        usable_plans(bundle, plan_process.probe(runtime))
+        return usable_plans(bundle, plan_process.probe(runtime))
     except MDNetError:
-        return False
-    return True
+        return None
 
 
-def _open_plans(bundle: Bundle, runtime: PlanRuntime) -> Graphs:
-    engines = usable_plans(bundle, plan_process.probe(runtime))
+def _open_plans(bundle: Bundle, engines: EngineSet) -> Graphs:
     plans = {name: plan_path(bundle, engines, name) for name in GRAPH_NAMES}
-    return _Plans(TensorRTSessions(plans, runtime=runtime, max_batch=engines.batch.maximum))
+    return _Plans(TensorRTSessions(plans, runtime=engines.runtime, max_batch=engines.batch.maximum))
 
 
 def _can_run(backend: GraphBackend, graph: GraphName) -> bool:

@@ -42,6 +42,7 @@ MAX_MANIFEST_BYTES = 2**20
 
 Precision = Literal["fp32", "fp16", "int8"]
 GraphName = Literal["encoder", "vim", "fusion"]
+RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
@@ -161,8 +162,12 @@ class CalibrationFacts(_Part):
     source: str = Field(max_length=400)
     sha256: Sha256
     """Of all their pixels, preprocessed."""
-    method: Literal["minmax", "percentile", "entropy", "mse"] | None = None
+    method: RangeMethod | None = None
     """How an int8 range was made of the values seen; None where there is no int8."""
+
+    def __str__(self) -> str:
+        """For one line of output."""
+        return f"{self.images} images, {self.source}" + (f", ranges by {self.method}" if self.method else "")
 
 
 class Int8Facts(_Part):

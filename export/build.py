@@ -63,8 +63,7 @@ class PrecisionFacts:
         """For the report's list of facts."""
         facts = {}
         if self.calibration is not None:
-            how = f", ranges by {self.calibration.method}" if self.calibration.method else ""
-            facts["calibration"] = f"{self.calibration.images} images, {self.calibration.source}{how}"
+            facts["calibration"] = str(self.calibration)
         if self.int8 is not None:
             facts |= self.int8.for_people()
         for graph, values in self.float32_values.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError
+from mdnet_engines.manifest import RangeMethod
 
 if TYPE_CHECKING:
     from mdnet_calib.images import CalibrationSet
@@ -30,7 +32,7 @@ _OPTIONS = (
     click.option("--k-centre", is_flag=True, help="int8: choose images that differ in the encoder's features."),
     click.option(
         "--range-method",
-        type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+        type=click.Choice(get_args(RangeMethod)),
         default="percentile",
         show_default=True,
         help="int8: how the range of a value is made of what was seen.",
@@ -71,7 +73,7 @@ def choose_calibration(
     calib: Path | None,
     num_calib: int | None,
     k_centre: bool,
-    range_method: Any,
+    range_method: RangeMethod,
     max_score_drift: float,
     min_pearson: float,
     calib_cache: Path | None,
@@ -93,10 +95,17 @@ def choose_calibration(
     from mdnet_export.quantise import Calibration
 
     count = _NUM_IMAGES[precision] if num_calib is None else num_calib
-    on_step(f"reading calibration images{f' of {calib}' if calib else ''}")
+    wanted = count * (_CANDIDATES if k_centre else 1)
+    done = iter(range(1, wanted + 1))
     images = calibration_images(
-        calib, weights.config.image_size, count * (_CANDIDATES if k_centre else 1), training=weights.training()
+        calib,
+        weights.config.image_size,
+        wanted,
+        training=weights.training(),
+        on_progress=lambda: on_step(f"reading calibration image {next(done)} of {wanted}"),
     )
+    if images.skipped:
+        say(f"note: {images.skipped} calibration images could not be read and are left out")
     if k_centre:
         images = _spread_out(images, count, weights, on_step)
     return Calibration(images, range_method, Budget(max_score_drift, min_pearson), calib_cache)

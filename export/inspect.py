@@ -50,8 +50,7 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     """How the precision came about, where there is anything to say."""
     facts = {}
     if calibration := manifest.calibration:
-        how = f", ranges by {calibration.method}" if calibration.method else ""
-        facts["calibration"] = f"{calibration.images} images, {calibration.source}{how}"
+        facts["calibration"] = str(calibration)
     if int8 := manifest.int8:
         kept = f", in float: {', '.join(int8.float_blocks)}" if int8.float_blocks else ""
         facts["int8"] = f"{len(int8.int8_blocks)} blocks{kept}; {int8.speedup:.2f}× float on {int8.speedup_on}"

@@ -21,12 +21,12 @@ from mdnet_calib.cache import histograms
 from mdnet_calib.fuse import fuse_between_layers
 from mdnet_calib.images import CalibrationSet
 from mdnet_calib.int8 import activations, int8_nodes, to_int8, with_unsigned_activations
-from mdnet_calib.ranges import Histogram, RangeMethod, collect
+from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines import openvino_session
 from mdnet_engines.bundle import sha256_of
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision
+from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
 from mdnet_engines.openvino_session import OpenVINOSession
 from mdnet_engines.session import OrtSession, Session
 from mdnet_export.parity import LIMITS
