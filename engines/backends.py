@@ -17,6 +17,7 @@ other weights is for `mdnet-export verify --backend openvino-bf16` to say.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -115,7 +116,9 @@ def open_graphs(bundle: Bundle, *, backend: Backend = "auto", threads: int = 0) 
     for runtime in _PLAN_RUNTIMES:
         if runtime in choice.values():
             return _open_plans(bundle, plans or usable_plans(bundle, plan_process.probe(runtime)))
-    return Graphs({name: _open(bundle, name, chosen, threads) for name, chosen in choice.items()})
+    with ThreadPoolExecutor(len(choice)) as pool:  # optimising one graph takes one core
+        opening = {name: pool.submit(_open, bundle, name, chosen, threads) for name, chosen in choice.items()}
+    return Graphs({name: each.result() for name, each in opening.items()})
 
 
 def describe(choice: Mapping[GraphName, GraphBackend]) -> str:

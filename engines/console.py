@@ -142,19 +142,27 @@ def explain_os_error(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def progress(shown: bool = True) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Progress bars on a terminal, nothing in a pipe or where `shown` is false.
+def progress(shown: bool = True, unit: str = "") -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
+    """Progress bars on a terminal, nothing in a pipe or where `shown` is false. With a `unit` they show its rate.
 
-    Gives a function that starts a bar (title, total) and returns what to call with the number of items just done.
+    Gives a function that starts a bar (title, total; None where it is not known) and returns what to call with the
+    number of items just done.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} {unit}/s")
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [Rate()] if unit else []
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
+    disable = not (shown and console.is_terminal)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disable) as bars:
 
-        def start(title: str, total: int) -> Callable[[int], None]:
+        def start(title: str, total: int | None) -> Callable[[int], None]:
             return functools.partial(bars.advance, bars.add_task(title, total=total))
 
         yield start

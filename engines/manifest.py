@@ -276,6 +276,11 @@ class Manifest(_Part):
             raise ValueError(f"two sets of plans are in the same folder: {', '.join(sorted(folders))}")
         return self
 
+    def digest(self) -> str:
+        """One sha256 for what decides the scores: graphs, weights included, and preprocessing. Plans don't change it."""
+        parts = [self.graphs[name].digest() for name in GRAPH_NAMES] + [self.preprocessing.model_dump_json()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def files(self) -> list[FileEntry]:
         """Every file the bundle can't do without. Plans are not among them."""
         return [file for graph in self.graphs.values() for file in graph.files()] + self.reports

@@ -19,10 +19,14 @@ from mdnet_engines.session import available_cores
 
 Arithmetic = Literal["f32", "bf16"]
 _SINK = "/sink_port_0"  # OpenVINO's name of a graph's result is the ONNX output's name and this
+_MAX_CACHED_BYTES = 64 * 2**20
+"""Of larger graphs the compiled form is not kept: it has the weights in it again, and such a run is long anyway."""
 
 
 class OpenVINOSession:
     """One graph, ready to run. Safe to call from several threads; their runs share the session's cores.
+
+    The compiled form of a small graph is kept in the user's cache folder (`$XDG_CACHE_HOME/mdnet`).
 
     Args:
         path: the ONNX file; external weights are found beside it.
@@ -47,6 +51,8 @@ class OpenVINOSession:
             # Pinned, the threads of every process that scores would be on the same first cores.
             "ENABLE_CPU_PINNING": False,
         }
+        if cache := _cache_folder(Path(path)):
+            options["CACHE_DIR"] = os.fspath(cache)
         try:
             self._model = core.compile_model(_read(path), "CPU", options)
         except Exception as error:  # RuntimeError or one of the front end's own, which differ between versions
@@ -116,6 +122,23 @@ def is_installed() -> bool:
     except MDNetError:
         return False
     return True
+
+
+def _cache_folder(graph: Path) -> Path | None:
+    """Where OpenVINO keeps the compiled form of a small graph; None for a large one, or where it can't be kept.
+
+    Compiling takes most of a short run's time. OpenVINO finds an entry by graph, options, CPU and its own version, and
+    compiles again where one is damaged.
+    """
+    data = graph.with_name(graph.name + ".data")
+    try:
+        if sum(file.stat().st_size for file in (graph, data) if file.exists()) > _MAX_CACHED_BYTES:
+            return None
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdnet", "openvino")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter: no home
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _read(path: str | os.PathLike[str]) -> Any:

@@ -1,8 +1,9 @@
 """Any image → uint8 `[size, size, 3]` RGB: the one preprocessing of training, calibration, parity and serving.
 
 In order: refuse what is too large to decode, decode (a JPEG at a reduced size that is still at least `JPEG_DRAFT`
-times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, and take the central square in one
-bicubic, antialiased resize. Normalisation is inside the graphs. Colour profiles are not applied.
+times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, and take the central square (or another
+one that is asked for) in one bicubic, antialiased resize. Normalisation is inside the graphs. Colour profiles are not
+applied.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -40,8 +41,25 @@ _UPRIGHT = {
 }
 
 
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right, bottom of a square in an image, in pixels."""
+FindBox: TypeAlias = Callable[[Image.Image], Box]
+"""Which square to take of an upright RGB image. Raises `ImageError` where there is none."""
+
+
 class ImageError(MDNetError):
     """One image that can't be used; the message is a short reason without the image's name."""
+
+    status = "unreadable"
+    """What a result row says of it."""
+
+
+class Decoded(NamedTuple):
+    """An image as the graphs take it, uint8 `[size, size, 3]` RGB, and the width and height that its file declares."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
 
 
 def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int) -> np.ndarray:
@@ -55,14 +73,28 @@ def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int) -> 
     Raises:
         ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS`.
     """
+    return decode(source, size).pixels
+
+
+def decode(source: str | os.PathLike[str] | bytes | BinaryIO, size: int, *, find_box: FindBox | None = None) -> Decoded:
+    """As `load_image`, with the size that the file declares.
+
+    Args:
+        find_box: which square to take in place of the central one. A JPEG is then decoded at its full size.
+
+    Raises:
+        ImageError: as `load_image`, and what `find_box` raises.
+    """
     with _image_errors(), _binary(source) as stream, _open(stream) as image:
-        _check_pixels(*image.size)
-        # Square, so that it holds for both orientations that EXIF may ask for. Does nothing where it is not a JPEG.
-        image.draft(None, (JPEG_DRAFT * size, JPEG_DRAFT * size))
-        return _square(image, size)
+        width, height = image.size
+        _check_pixels(width, height)
+        if find_box is None:
+            # Square, so that it holds for both orientations that EXIF may ask for. Does nothing where it is not a JPEG.
+            image.draft(None, (JPEG_DRAFT * size, JPEG_DRAFT * size))
+        return Decoded(_square(image, size, find_box or _centre), width, height)
 
 
-def preprocess(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+def preprocess(image: Image.Image | np.ndarray, size: int, *, find_box: FindBox | None = None) -> np.ndarray:
     """Preprocess an image in memory: a PIL image of any mode, or uint8 `[H, W, 3]` RGB.
 
     A PIL image is taken at the size it has and is not changed. A JPEG much larger than `size` goes through
@@ -78,21 +110,24 @@ def preprocess(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
         if not isinstance(image, Image.Image):
             image = _from_array(image)
         _check_pixels(*image.size)
-        return _square(image, size)
+        return _square(image, size, find_box or _centre)
 
 
-def _square(image: Image.Image, size: int) -> np.ndarray:
+def _square(image: Image.Image, size: int, find_box: FindBox) -> np.ndarray:
     image.load()  # first, since some formats (PNG, TIFF) learn their orientation only while decoding
     orientation = _orientation(image)
     image = _to_rgb(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
+    # Crop and resize in one: nothing outside the square is resampled, however long the image is.
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=find_box(image)))
+
+
+def _centre(image: Image.Image) -> Box:
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    # Crop and resize in one: nothing outside the square is resampled, however long the image is.
-    box = (left, top, left + side, top + side)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return (left, top, left + side, top + side)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

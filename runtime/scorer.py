@@ -1,13 +1,12 @@
-"""Images → scores: decode in a few threads, run the bundle's three graphs on batches, one `Result` per image."""
+"""Images → scores with a bundle: the graphs, open, and a pipeline that feeds them; one `Result` per image."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -19,18 +18,20 @@ from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.session import Session, available_cores
-from mdnet_rt.preprocess import ImageError, load_image, preprocess
+from mdnet_rt.pipeline import Pipeline, Task
+from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, preprocess
 from mdnet_rt.results import Result
+from mdnet_rt.sources import Entry
 
-Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""An image: its path, its file's bytes, a PIL image, or uint8 `[H, W, 3]` RGB."""
+Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Entry
+"""An image: its path, its file's bytes, a PIL image, uint8 `[H, W, 3]` RGB, or an entry of `mdnet_rt.sources`."""
 
 BUNDLE_VARIABLE = "MDNET_BUNDLE"
 BUNDLE_FOLDER = "mdnet-bundle"
 BATCH_SIZE = 16
 
-_MAX_DECODERS = 4  # each may hold one image of MAX_PIXELS, and decoding shares its cores with the graphs
-_BATCHES_AHEAD = 2
+MAX_DECODERS = 4
+"""By default: each may hold one image of `MAX_PIXELS`, and decoding shares its cores with the graphs."""
 
 
 def find_bundle(bundle: str | os.PathLike[str] | None = None) -> Path:
@@ -94,20 +95,42 @@ class Scorer:
         """Score images (or one); as `stream`, in a list."""
         return list(self.stream(items, batch_size=batch_size))
 
-    def stream(self, items: Iterable[Item] | Item, *, batch_size: int | None = None) -> Iterator[Result]:
+    def stream(
+        self,
+        items: Iterable[Item] | Item,
+        *,
+        batch_size: int | None = None,
+        workers: int = 0,
+        find_box: FindBox | None = None,
+        keep_pixels: bool = False,
+        stop: threading.Event | None = None,
+    ) -> Iterator[Result]:
         """Score images as they are taken from `items`, giving one `Result` for each, in their order.
 
         Two batches are decoded ahead while the graphs run, so memory does not grow with the number of images. An image
-        that can't be used becomes a `Result` with its reason. `Result.path` is the path, a PIL image's own file
-        name, or `item N` (from 0).
+        that can't be used becomes a `Result` with its reason. `Result.path` is the path, an entry's name, a PIL image's
+        own file name, or `item N` (from 0).
+
+        Args:
+            workers: threads that read and decode; by default one for each core, up to four.
+            find_box: which square of an image to score, in place of the central one (`mdnet_rt.faces.FaceFinder`).
+            keep_pixels: fill in `Result.pixels`.
+            stop: when set, the batch in the graphs is finished and the iterator ends.
 
         Raises:
             MDNetError: the graphs could not be run; this concerns no single image.
         """
-        size = self.batch_size if batch_size is None else _at_least(1, "batch_size", batch_size)
-        with closing(self._decoded(_several(items), size)) as batches:
-            for batch in batches:
-                yield from self._results(batch)
+        pipeline = Pipeline(
+            self.score_batch,
+            self.image_size,
+            batch_size=self.batch_size if batch_size is None else _at_least(1, "batch_size", batch_size),
+            workers=_at_least(0, "workers", workers) or min(MAX_DECODERS, available_cores()),
+            keep_pixels=keep_pixels,
+            stop=stop,
+        )
+        tasks = (_task(item, i, self.image_size, find_box) for i, item in enumerate(_several(items)))
+        with closing(pipeline.run(tasks)) as rows:
+            yield from rows
 
     def score_batch(self, images: np.ndarray) -> np.ndarray:
         """Run the graphs once on preprocessed images.
@@ -145,55 +168,29 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decoded(
-        self, items: Iterable[Item], size: int
-    ) -> Generator[list[tuple[str, np.ndarray | ImageError]], None, None]:
-        """Batches of (name, image or what is wrong with it), decoded ahead of the one being scored."""
-        pool = ThreadPoolExecutor(min(_MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
-        source = enumerate(items)
-        batches: deque[list[tuple[str, Future[np.ndarray | ImageError]]]] = deque()
-        try:
-            while True:
-                while len(batches) <= _BATCHES_AHEAD:
-                    batch = [(_name(item, i), self._submit(pool, item)) for i, item in islice(source, size)]
-                    if not batch:
-                        break
-                    batches.append(batch)
-                if not batches:
-                    return
-                yield [(name, future.result()) for name, future in batches.popleft()]
-        finally:
-            pool.shutdown(cancel_futures=True)  # also when the caller stops early or the graphs fail
 
-    def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[np.ndarray | ImageError]:
-        if isinstance(item, (str, os.PathLike, bytes)):
-            return pool.submit(_decode, item, self.image_size)
-        # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL
-        # images load lazily and not thread-safely: done at once, here.
-        done: Future[np.ndarray | ImageError] = Future()
-        done.set_result(_decode(item, self.image_size))
-        return done
-
-    def _results(self, batch: list[tuple[str, np.ndarray | ImageError]]) -> list[Result]:
-        images = [image for _, image in batch if isinstance(image, np.ndarray)]
-        scores = iter(self.score_batch(np.stack(images)) if images else [])
-        return [
-            _result(name, float(next(scores))) if isinstance(image, np.ndarray) else Result(name, None, str(image))
-            for name, image in batch
-        ]
+def _task(item: Item, index: int, size: int, find_box: FindBox | None) -> Task:
+    name, data = (item.name, item.data) if isinstance(item, Entry) else (_name(item, index), item)
+    if isinstance(data, (str, os.PathLike, bytes)):
+        held = len(data) if isinstance(data, bytes) else 0
+        return Task(name, functools.partial(decode, data, size, find_box=find_box), held)
+    if isinstance(data, ImageError):
+        return Task(name, functools.partial(_refuse, data))
+    if callable(data):
+        return Task(name, lambda: decode(data(), size, find_box=find_box))
+    # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL images
+    # load lazily and not thread-safely: done where it is taken.
+    return Task(name, functools.partial(_in_memory, data, size, find_box), at_once=True)
 
 
-def _result(name: str, score: float) -> Result:
-    return Result(name, score) if np.isfinite(score) else Result(name, None, f"score is not finite ({score})")
+def _in_memory(image: Image.Image | np.ndarray, size: int, find_box: FindBox | None) -> Decoded:
+    pixels = preprocess(image, size, find_box=find_box)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    return Decoded(pixels, width, height)
 
 
-def _decode(item: Item, size: int) -> np.ndarray | ImageError:
-    try:
-        if isinstance(item, (str, os.PathLike, bytes)):
-            return load_image(item, size)
-        return preprocess(item, size)
-    except ImageError as error:
-        return error
+def _refuse(error: ImageError) -> Decoded:
+    raise error
 
 
 def _name(item: Item, index: int) -> str:

@@ -1,8 +1,22 @@
-"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU."""
+"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU. None touches the user's cache folder."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = os.fspath(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,7 +16,7 @@ import pytest
 import scan_model
 from onnx import TensorProto, helper, numpy_helper
 
-from mdnet_engines import scan_op
+from mdnet_engines import openvino_session, scan_op
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.openvino_session import OpenVINOSession, is_installed
 from mdnet_engines.session import available_cores
@@ -346,3 +346,54 @@ OpenVINOSession({str(file)!r})
 print(*{{"torch", "onnx", "onnxruntime", "diffusers"}} & set(sys.modules))
 """
     assert run_python(program, tmp_path).split() == ["False"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mdnet" / "openvino"
+
+
+def test_a_small_graphs_compiled_form_is_kept_and_is_the_same_graph(file: Path, cache: Path) -> None:
+    first = OpenVINOSession(file)
+    (kept,) = cache.iterdir()
+    again, given = OpenVINOSession(file), feeds()
+    assert list(cache.iterdir()) == [kept]
+    assert (again.inputs, again.outputs) == (first.inputs, first.outputs)
+    assert_right(again.run(given), given)
+    changed = onnx.load(file)
+    changed.graph.initializer[0].CopyFrom(numpy_helper.from_array(-WEIGHTS, "W"))
+    onnx.save(changed, file)
+    np.testing.assert_allclose(OpenVINOSession(file).run(given)["product"], -given["x"] @ WEIGHTS, rtol=1e-6, atol=1e-6)
+
+
+def test_names_come_back_from_the_cache_where_openvino_merges_them(tmp_path: Path, cache: Path) -> None:
+    nodes = [helper.make_node("Squeeze", ["x", "last"], ["flat"]), helper.make_node("Add", ["flat", "one"], ["score"])]
+    constants = {"last": np.array([1]), "one": np.float32(1)}
+    onnx.save(model(nodes, [value("x", "batch", 1)], [value("score", "batch")], **constants), tmp_path / "fused.onnx")
+    sessions = [OpenVINOSession(tmp_path / "fused.onnx") for _ in range(2)]
+    assert len(list(cache.iterdir())) == 1
+    assert [session.outputs for session in sessions] == [("score",)] * 2
+
+
+@pytest.mark.parametrize("damage", [lambda blob: blob[: len(blob) // 2], lambda blob: bytes(len(blob)), lambda _: b""])
+def test_a_damaged_compiled_form_is_made_again(file: Path, cache: Path, damage: Callable[[bytes], bytes]) -> None:
+    OpenVINOSession(file)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    given = feeds()
+    assert_right(OpenVINOSession(file).run(given), given)
+
+
+def test_a_large_graph_or_a_cache_that_cannot_be_made_goes_without(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_session, "_MAX_CACHED_BYTES", 10)
+    OpenVINOSession(file)
+    assert not cache.exists()
+    monkeypatch.undo()
+    cache.parent.parent.mkdir()
+    cache.parent.touch()  # a file where the folder should be
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
+    given = feeds()
+    assert_right(OpenVINOSession(file).run(given), given)

@@ -11,14 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from mdnet_engines.bundle import Bundle
 from mdnet_engines.manifest import MANIFEST_NAME
 from mdnet_engines.session import OrtSession
 from mdnet_rt.cli import main
@@ -51,12 +54,13 @@ def test_a_pipe_gets_csv_with_every_image_and_the_exit_code_tells_of_failures(
     result = run("score", photos, "--bundle", shared_bundle)
     assert result.exit_code == 1
     header, *body = rows(result.stdout)
-    assert header == ["path", "score", "error"]
+    assert header == ["path", "score", "status", "reason", "width", "height", "model", "bundle"]
     for seed, row in enumerate(body[:3]):
         file = photos / f"img{seed}.png"
-        assert row == [str(file), f"{expected_score(load_image(file, 32)):.4f}", ""]
+        stamp = ["tiny fp32", Bundle.open(shared_bundle).manifest.digest()[:12]]
+        assert row == [str(file), f"{expected_score(load_image(file, 32)):.4f}", "ok", "", "40", "48", *stamp]
     assert [row[:2] for row in body[3:]] == [[str(photos / "text.jpg"), ""], [str(photos / "zero.jpg"), ""]]
-    assert body[4][2] == "empty file"
+    assert body[4][2:6] == ["unreadable", "empty file", "", ""]
     assert result.stderr.startswith("5 images: 3 scored, 2 failed, ")
     assert result.stderr.count("\n") == 1
 
@@ -64,7 +68,7 @@ def test_a_pipe_gets_csv_with_every_image_and_the_exit_code_tells_of_failures(
 def test_all_good_is_exit_code_0(shared_bundle: Path, photo: Photo) -> None:
     result = run("score", photo("a.jpg"), photo("b.webp"), "--bundle", shared_bundle, "--format", "jsonl")
     assert result.exit_code == 0
-    assert all(json.loads(line)["error"] is None for line in result.stdout.splitlines())
+    assert all(json.loads(line)["reason"] is None for line in result.stdout.splitlines())
 
 
 @pytest.mark.usefixtures("deadline")
@@ -90,7 +94,7 @@ def test_bad_files_of_every_kind_are_rows(
     assert result.exit_code == 1
     body = rows(result.stdout)[1:]
     for row, reason in zip(body, bad.values(), strict=False):
-        assert row[2].startswith(reason)
+        assert row[3].startswith(reason)
     assert body[-1][1]
     assert result.stderr.count("\n") == 1  # no warning of Pillow's among it
 
@@ -111,23 +115,33 @@ def test_a_name_that_is_not_utf8_reaches_stdout_as_its_bytes(shared_bundle: Path
 
 
 def test_output_goes_to_the_file_by_its_suffix(shared_bundle: Path, photos: Path, tmp_path: Path) -> None:
-    for name in ("scores.csv", "scores.jsonl"):
+    for name in ("scores.csv", "scores.jsonl", "scores.parquet"):
         result = run("score", photos, "--bundle", shared_bundle, "-o", tmp_path / name)
         assert result.stdout == ""
         assert result.exit_code == 1
     assert len(rows((tmp_path / "scores.csv").read_text())) == 6
-    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 5
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.to_pylist() == [pytest.approx(json.loads(line)) for line in lines]
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["score"], "Missing argument"),
+        (["score"], "give images, folders"),
+        (["score", "photos", "--list", "-"], "one of the two"),
+        (["score", "photos", "--null"], "--null is about --list"),
+        (["score", "--list", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["score", "photos", "--resume"], "name it with -o"),
+        (["score", "photos", "--format", "parquet"], "needs a file"),
+        (["score", "photos", "--format", "table", "-o", "t.txt", "--resume"], "a table can't be continued"),
+        (["score", "photos", "-o", "s3://bucket/a.csv"], "is a URL"),
         (["score", "nowhere"], "nowhere does not exist"),
         (["score", "empty"], "no images in empty"),
         (["score", "x*.jpg"], "no file matches"),
-        (["score", "photos", "-o", "scores.txt"], ".csv or .jsonl"),
+        (["score", "photos", "-o", "scores.txt"], ".csv, .jsonl or .parquet"),
         (["score", "photos", "-o", "missing/scores.csv"], "there is no folder"),
         (["score", "photos", "--batch-size", "0"], "0 is not in the range"),
         (["score", "photos", "--backend", "abacus"], "abacus"),
@@ -274,7 +288,7 @@ def test_a_run_that_ends_early_says_where_its_rows_are(
     result = run("score", photos, "--bundle", shared_bundle, "-o", output, "--batch-size", 2, *one_kind)
     assert result.exit_code == code
     assert result.stderr.startswith(start)
-    assert result.stderr.endswith(f"the 2 rows so far are in {output}.partial\n")
+    assert result.stderr.endswith(f"the 2 rows so far are in {output}.partial; the same command with --resume continues\n")
     assert not output.exists()
     assert len(rows(Path(f"{output}.partial").read_text())) == 3
 
@@ -317,31 +331,86 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(shared_bundle: Path, photo
     assert stderr == b""
 
 
-def test_ctrl_c_leaves_the_rows_so_far(shared_bundle: Path, photo: Photo, tmp_path: Path) -> None:
-    output = tmp_path / "scores.csv"
-    partial = Path(f"{output}.partial")
-    many = " ".join([f"{str(photo(f'{seed}.png'))!r}," for seed in range(3)])
-    # The graphs take for ever after the first batch, so that the signal surely comes in the middle.
-    code = f"""
-import time
+def slowed(photos: list[Path], bundle: Path, output: Path) -> str:
+    """A program that scores one image at a time, and waits in the graphs for the file `go` after the first."""
+    go, names = output.parent / "go", " ".join(f"{str(photo)!r}," for photo in photos)
+    return f"""
+import pathlib, time
 from mdnet_engines.session import OrtSession
 run, runs = OrtSession.run, []
 def slow(self, feeds):
     runs.append(1)
-    if len(runs) > 3:
-        time.sleep(60)
+    while len(runs) > 3 and not pathlib.Path({str(go)!r}).exists():
+        time.sleep(0.01)
     return run(self, feeds)
 OrtSession.run = slow
 from mdnet_rt.cli import main
-main(["score", {many} "--bundle", {str(shared_bundle)!r}, "-o", {str(output)!r}, "--batch-size", "1",
+main(["score", {names} "--bundle", {str(bundle)!r}, "-o", {str(output)!r}, "--batch-size", "1",
       "--backend", "onnxruntime-cpu"])
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_the_first_row(process: subprocess.Popen[str], partial: Path) -> None:
     while process.poll() is None and not (partial.exists() and len(partial.read_text().splitlines()) == 2):
-        pass
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.read().strip() == f"error: interrupted; the 1 row so far is in {partial}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_batch_in_the_graphs_finish_and_says_how_to_go_on(
+    shared_bundle: Path, photo: Photo, tmp_path: Path, number: signal.Signals
+) -> None:
+    output, photos = tmp_path / "scores.csv", [photo(f"{seed}.png") for seed in range(6)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slowed(photos, shared_bundle, output)], stderr=subprocess.PIPE, text=True
+    )
+    partial = Path(f"{output}.partial")
+    wait_for_the_first_row(process, partial)
+    process.send_signal(number)
+    time.sleep(0.2)  # the signal before the graphs go on
+    (tmp_path / "go").touch()
+    message = f"error: interrupted; the 2 rows so far are in {partial}; the same command with --resume continues"
+    assert process.stderr.read().strip() == message
     assert process.wait(timeout=30) == 130
+
+
+def test_a_second_ctrl_c_does_not_wait(shared_bundle: Path, photo: Photo, tmp_path: Path) -> None:
+    output, photos = tmp_path / "scores.csv", [photo(f"{seed}.png") for seed in range(3)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slowed(photos, shared_bundle, output)], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_the_first_row(process, Path(f"{output}.partial"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    (tmp_path / "go").touch()  # what is in the graphs can't be left
+    assert "the 1 row so far is in" in process.stderr.read()
+    assert process.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_run_that_was_killed_is_resumed_and_loses_or_repeats_nothing(
+    shared_bundle: Path, photo: Photo, tmp_path: Path, suffix: str
+) -> None:
+    photos = [photo(f"{seed}.png", seed=seed) for seed in range(12)]
+    whole, output = tmp_path / f"whole.{suffix}", tmp_path / f"scores.{suffix}"
+    arguments = ["score", *photos, "--bundle", shared_bundle, "--backend", "onnxruntime-cpu", "-o"]
+    assert run(*arguments, whole).exit_code == 0
+    process = subprocess.Popen([sys.executable, "-c", slowed(photos, shared_bundle, output)])
+    partial = Path(f"{output}.partial")
+    rows_at_first = 2 if suffix == "csv" else 1
+    while process.poll() is None and not (partial.exists() and len(partial.read_bytes().splitlines()) == rows_at_first):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    partial.write_bytes(partial.read_bytes() + b'"cut in the mi')
+    assert "add --resume" in run(*arguments, output).stderr
+    resumed = run(*arguments, output, "--resume")
+    assert resumed.exit_code == 0
+    assert resumed.stderr.startswith("12 images: 12 scored")
+    assert output.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    assert "not interrupted" in run(*arguments, output, "--resume").stderr
 
 
 def test_version_and_help() -> None:

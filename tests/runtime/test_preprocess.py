@@ -138,7 +138,7 @@ def test_jpeg_is_decoded_small_but_never_under_twice_the_size(
     monkeypatch: pytest.MonkeyPatch, stored: tuple[int, int], decoded: tuple[int, int]
 ) -> None:
     seen = []
-    monkeypatch.setattr(module, "_square", lambda image, size: seen.append(image.size))
+    monkeypatch.setattr(module, "_square", lambda image, size, find_box: seen.append(image.size))
     for oriented in (1, 6):
         exif = Image.Exif()
         exif[ORIENTATION] = oriented

@@ -21,7 +21,7 @@ from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.session import OrtSession
 from mdnet_rt import Result, Scorer
 from mdnet_rt import scorer as module
-from mdnet_rt.preprocess import load_image, preprocess
+from mdnet_rt.preprocess import Decoded, decode, load_image, preprocess
 from mdnet_rt.scorer import find_bundle
 
 SIZE = 32
@@ -141,7 +141,7 @@ def test_a_bad_image_is_a_row_and_the_others_are_scored(
     empty.touch()
     items = [empty, good[0], tmp_path / "gone.jpg", good[1], b"text", np.zeros((2, 2)), *good[2:], None, tmp_path]
     results = scorer.score(items)  # type: ignore[list-item]
-    reasons = [result.error for result in results if not result.ok]
+    reasons = [result.reason for result in results if not result.ok]
     assert [result.ok for result in results] == [item in good if isinstance(item, Path) else False for item in items]
     assert reasons[:2] == ["empty file", "no such file"]
     assert reasons[2].startswith("not an image")
@@ -156,7 +156,7 @@ def test_a_bad_image_is_a_row_and_the_others_are_scored(
 
 def test_only_bad_images_run_no_graph(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OrtSession, "run", None)
-    assert [result.error for result in scorer.score([b"", b""])] == ["empty file"] * 2
+    assert [result.reason for result in scorer.score([b"", b""])] == ["empty file"] * 2
 
 
 def test_nothing_in_nothing_out(scorer: Scorer) -> None:
@@ -169,7 +169,7 @@ def test_a_score_that_is_not_finite_is_an_error_row(scorer: Scorer, expected_sco
     assert not np.isfinite(expected_score(images[1]))
     results = scorer.score(images)
     assert [result.ok for result in results] == [True, False, True]
-    assert results[1] == Result("item 1", None, "score is not finite (-inf)")
+    assert results[1] == Result("item 1", None, "not_finite", "score is not finite (-inf)", SIZE, SIZE)
 
 
 def test_items_are_taken_only_a_few_batches_ahead(scorer: Scorer) -> None:
@@ -267,8 +267,8 @@ def test_decoding_overlaps_with_the_graphs(scorer: Scorer, photo: Photo, monkeyp
     """While batch 0 is in the graphs, the images of batches 1 and 2 are decoded: it waits for them, in vain if not."""
     decoded = threading.Semaphore(0)
 
-    def counted(source: Path, size: int) -> np.ndarray:
-        image = load_image(source, size)
+    def counted(source: Path, size: int, **_: object) -> Decoded:
+        image = decode(source, size)
         decoded.release()
         return image
 
@@ -280,7 +280,7 @@ def test_decoding_overlaps_with_the_graphs(scorer: Scorer, photo: Photo, monkeyp
         return run(self, feeds)
 
     ahead: list[bool] = []
-    monkeypatch.setattr(module, "load_image", counted)
+    monkeypatch.setattr(module, "decode", counted)
     monkeypatch.setattr(OrtSession, "run", wait_then_run)
     scorer.score([photo("a.png")] * 6, batch_size=2)
     assert ahead == [True] * 6

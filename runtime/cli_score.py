@@ -1,0 +1,176 @@
+"""`mdnet-rt score`: images → rows."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mdnet_engines.backends import BACKENDS, Backend
+from mdnet_engines.console import progress, say
+from mdnet_engines.errors import UsageError, printable
+from mdnet_rt.results import Stamp
+from mdnet_rt.writers import FORMATS, Format, check_output, choose_format, is_finished, open_writer
+
+if TYPE_CHECKING:
+    from mdnet_rt.gallery import Gallery
+    from mdnet_rt.preprocess import FindBox
+
+_WEIGHTS_NOTES = {
+    "demo": "note: this bundle has the demo weights; its scores mean nothing for real people",
+    "random": "note: this bundle has random weights; its scores mean nothing",
+}
+_STDIN = Path("-")
+_REMOTE_WORKERS = 16  # which wait more than they decode
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=click.Path())
+@click.option("--list", "list_", type=click.Path(path_type=Path), help="File of paths and URLs, one a line; -: stdin.")
+@click.option("-0", "--null", is_flag=True, help="Names in the list end in NUL bytes, as find -print0 has them.")
+@click.option("--column", help="Of Parquet files: the column that holds the images.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Its folder. Default: $MDNET_BUNDLE, ./mdnet-bundle.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write rows to this .csv, .jsonl or .parquet.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Default: by -o; table on a terminal, else csv.")
+@click.option("--resume", is_flag=True, help="Go on with the rows that an interrupted run has left for -o.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page to look at: histogram, faces, failures.")
+@click.option("--face", type=click.Choice(["crop"]), help="Find the face and score a square around it.")
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
+@click.option("--workers", type=click.IntRange(0, 256), default=0, help="Threads that read. Default: cores, at most 4.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
+def score(
+    paths: tuple[str, ...],
+    list_: Path | None,
+    null: bool,
+    column: str | None,
+    bundle: Path | None,
+    output: Path | None,
+    format_: Format | None,
+    resume: bool,
+    report: Path | None,
+    face: str | None,
+    batch_size: int,
+    threads: int,
+    workers: int,
+    backend: Backend,
+) -> int:
+    """Score images, folders (searched with their subfolders), quoted patterns such as 'a/**/*.jpg', tar archives,
+    Parquet files, and URLs of all these.
+
+    Exit code 0: every image was scored; 1: some were not, and their rows say why.
+    """
+    from mdnet_rt.run import score_all, stop_on_signal
+    from mdnet_rt.scorer import Scorer
+    from mdnet_rt.sources import is_url, read_locations
+
+    _quiet_pillow()
+    locations = _locations(paths, list_, null)
+    rows = choose_format(output, format_, terminal=sys.stdout.isatty())
+    _check(output, rows, resume, report)
+    if output and resume and is_finished(output):
+        say(f"{printable(output)} is of a run that was not interrupted; without --resume it is replaced")
+        return 0
+    # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
+    bar = sys.stderr.isatty() and (rows == "table" or output is not None or not sys.stdout.isatty())
+    find_box = _find_box(face)
+    workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
+    with Scorer.open(bundle, backend=backend, threads=threads, batch_size=batch_size) as scorer:
+        if note := _WEIGHTS_NOTES.get(scorer.manifest.provenance.weights):
+            say(note)
+        gallery = _gallery(report)
+        stamp = Stamp.of(scorer.manifest)
+        start = time.perf_counter()
+        with (
+            open_writer(rows, output, stamp, resume=resume) as writer,
+            progress(shown=bar, unit="images") as start_bar,
+            stop_on_signal() as stop,
+        ):
+            stream = functools.partial(
+                scorer.stream, workers=workers, find_box=find_box, keep_pixels=gallery is not None, stop=stop
+            )
+            images = read_locations(locations(), column=column)
+            advance = start_bar("scoring", _count(locations, list_) if bar else None)
+            summary = score_all(images, stream, writer, gallery=gallery, on_row=advance)
+        say(summary.line(time.perf_counter() - start))
+        if gallery and report:
+            gallery.write(report, stamp)
+    return 1 if summary.failed else 0
+
+
+def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callable[[], Iterator[str]]:
+    """A function that gives the locations to read, from their first."""
+    from mdnet_rt.sources import find_locations, read_list
+
+    if bool(paths) == bool(list_):
+        raise UsageError("give images, folders, patterns or URLs to score, or a --list of them (one of the two)")
+    if null and not list_:
+        raise UsageError("--null is about --list, which is not given")
+    if list_ is None:
+        find_locations(paths)  # so that what is wrong with them is told before a bundle is opened
+        return lambda: find_locations(paths)
+    if list_ == _STDIN:
+        return lambda: read_list(sys.stdin.buffer, null=null)
+    if not list_.is_file():
+        raise UsageError(f"--list {printable(list_)}: no such file")
+
+    def read() -> Iterator[str]:
+        with list_.open("rb") as stream:
+            yield from read_list(stream, null=null)
+
+    return read
+
+
+def _count(locations: Callable[[], Iterator[str]], list_: Path | None) -> int | None:
+    """How many images there are; None where only reading them all tells."""
+    from mdnet_rt.sources import is_archive
+
+    if list_ == _STDIN:
+        return None
+    count = 0
+    for location in locations():
+        if is_archive(location):
+            return None
+        count += 1
+    return count
+
+
+def _check(output: Path | None, rows: Format, resume: bool, report: Path | None) -> None:
+    if output:
+        check_output(output, rows, resume=resume)
+    elif resume:
+        raise UsageError("--resume goes on with a file: name it with -o")
+    if report:
+        from mdnet_rt.gallery import check_report
+
+        check_report(report)
+
+
+def _find_box(face: str | None) -> FindBox | None:
+    if face is None:
+        return None
+    from mdnet_rt.faces import FaceFinder
+
+    return FaceFinder()
+
+
+def _gallery(report: Path | None) -> Gallery | None:
+    if report is None:
+        return None
+    from mdnet_rt.gallery import Gallery
+
+    return Gallery()
+
+
+def _quiet_pillow() -> None:
+    """Keep Pillow's warnings (large image, odd metadata) off the terminal: what matters of them becomes a row."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

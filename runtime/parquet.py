@@ -1,0 +1,102 @@
+"""Rows as a Parquet file, and images out of a Parquet column. Needs pyarrow (extra `parquet`)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mdnet_engines.errors import MDNetError, UsageError, first_line
+
+_ROWS_IN_A_GROUP = 65_536
+_ROWS_READ_AT_ONCE = 16
+"""Few, since each holds the bytes of an image."""
+_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        ("score", pa.float32()),
+        pa.field("status", pa.string(), nullable=False),
+        ("reason", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("bundle", pa.string(), nullable=False),
+    ]
+)
+
+
+def write_parquet(rows: Path, target: Path) -> None:
+    r"""Turn a file of JSON Lines rows into `target`, which appears whole or not at all.
+
+    Parquet's strings are UTF-8: a byte of a name that is not becomes `\udcXX` in letters.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    scratch = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream, rows.open("rb") as lines:
+            with pq.ParquetWriter(stream, _SCHEMA, compression="zstd") as writer:
+                while group := [_row(line) for line in itertools.islice(lines, _ROWS_IN_A_GROUP)]:
+                    writer.write_batch(pa.RecordBatch.from_pylist(group, _SCHEMA))
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.chmod(rows.stat().st_mode & 0o777)
+        scratch.replace(target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            scratch.unlink()
+
+
+def read_images(stream: BinaryIO, column: str | None = None) -> Iterator[bytes | None]:
+    """The cells of an image column, row by row: encoded image files, None where there is none.
+
+    A column is `binary`, or a struct with a field `bytes` (as Hugging Face's data sets have it). Without a name: the
+    one called `image`, else the only one of such a type.
+
+    Raises:
+        UsageError: no such column, or several.
+        MDNetError: the file is damaged.
+    """
+    try:
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+        name = _choose(file.schema_arrow, column)
+        for batch in file.iter_batches(batch_size=_ROWS_READ_AT_ONCE, columns=[name], use_threads=False):
+            for cell in batch.column(0):
+                value = cell.as_py()
+                yield value["bytes"] if isinstance(value, dict) else value
+    except (pa.ArrowException, OSError) as error:
+        raise MDNetError(f"damaged Parquet file ({first_line(error)[:200]})") from error
+
+
+def _choose(schema: pa.Schema, column: str | None) -> str:
+    images = [field.name for field in schema if _holds_images(field.type)]
+    if column is not None:
+        if column in images:
+            return column
+        if column in schema.names:
+            raise UsageError(f"the column {column} is of type {schema.field(column).type}, which holds no images")
+        raise UsageError(f"no column {column}; there are {', '.join(schema.names)}")
+    if "image" in images:
+        return "image"
+    if len(images) != 1:
+        found = f"the columns {', '.join(images)} may all hold images" if images else "no column holds images"
+        raise UsageError(f"{found}; name one with --column (there are {', '.join(schema.names)})")
+    return images[0]
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
+    return {k: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()}

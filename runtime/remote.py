@@ -1,0 +1,87 @@
+"""Images behind URLs, by fsspec: `s3://`, `gs://`, `https://` and what else has a package for it (extra `remote`)."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
+from mdnet_rt.archives import MAX_BYTES, read_archive, too_large
+from mdnet_rt.preprocess import ImageError
+from mdnet_rt.sources import SUFFIXES, Entry, is_archive, natural_key
+
+
+def expand_url(url: str) -> Callable[[], Iterator[str]]:
+    """What a URL means: itself, the images below it where it is a folder, or what matches where it has a `*`.
+
+    Over HTTP a URL is one file, since servers list no folders; a `?` begins its query.
+
+    Raises:
+        UsageError: nothing is there or nothing matches.
+        MDNetError: the package for its scheme is missing, or the other side refuses.
+    """
+    if re.match(r"https?://", url):
+        return lambda: iter([url])
+    system, path = _open_system(url)
+    try:
+        if re.search(r"[*[]", path):
+            found = system.glob(path)
+            if not found:
+                raise UsageError(f"no file matches {printable(url)}")
+        elif system.isdir(path):
+            found = [each for each in system.find(path) if _is_image(each)]
+        elif system.exists(path):
+            return lambda: iter([url])
+        else:
+            raise UsageError(f"{printable(url)} does not exist")
+    except MDNetError:
+        raise
+    except Exception as error:  # each scheme's package has errors of its own
+        raise MDNetError(f"{printable(url)} can't be listed: {first_line(error)}") from error
+    urls = sorted((system.unstrip_protocol(each) for each in found), key=natural_key)
+    return lambda: iter(urls)
+
+
+def read_url(url: str, column: str | None = None) -> Iterator[Entry]:
+    """The image behind a URL, fetched when it is decoded; or those of an archive, read as it arrives."""
+    if is_archive(url.partition("?")[0]):
+        yield from read_archive(url, lambda: _open(url), column)
+    else:
+        yield Entry(url, lambda: _fetch(url))
+
+
+def _is_image(path: str) -> bool:
+    name = posixpath.basename(path)
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with _open(url) as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageError("no such file") from None
+    except MDNetError as error:
+        raise ImageError(str(error)) from error
+    except Exception as error:  # each scheme's package has errors of its own
+        raise ImageError(f"can't be fetched ({first_line(error)[:200]})") from error
+    if len(content) > MAX_BYTES:
+        raise ImageError(too_large(len(content)))
+    return content
+
+
+def _open(url: str) -> BinaryIO:
+    system, path = _open_system(url)
+    return system.open(path, "rb")
+
+
+def _open_system(url: str) -> tuple[Any, str]:
+    require("fsspec", "remote")
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # no package for the scheme, or no such scheme
+        raise MDNetError(f"{printable(url)}: {first_line(error)}") from error
