@@ -16,6 +16,7 @@ from mdnet_engines.errors import MDNetError, require
 from mdnet_engines.manifest import Precision
 from mdnet_export.cli_calibration import calibration_options, choose_calibration
 from mdnet_export.cli_engines import build_unasked, engines
+from mdnet_export.cli_triton import triton
 
 if TYPE_CHECKING:
     from mdnet_engines.backends import Backend
@@ -41,6 +42,7 @@ def main() -> None:
 
 
 main.add_command(engines)
+main.add_command(triton)
 
 
 @main.command()
