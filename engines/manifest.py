@@ -277,7 +277,7 @@ class Manifest(_Part):
         return self
 
     def digest(self) -> str:
-        """One sha256 for what decides the scores: graphs, weights included, and preprocessing. Plans don't change it."""
+        """One sha256 for what decides the scores: the graphs, their weights, preprocessing. Plans don't change it."""
         parts = [self.graphs[name].digest() for name in GRAPH_NAMES] + [self.preprocessing.model_dump_json()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

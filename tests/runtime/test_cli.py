@@ -288,7 +288,9 @@ def test_a_run_that_ends_early_says_where_its_rows_are(
     result = run("score", photos, "--bundle", shared_bundle, "-o", output, "--batch-size", 2, *one_kind)
     assert result.exit_code == code
     assert result.stderr.startswith(start)
-    assert result.stderr.endswith(f"the 2 rows so far are in {output}.partial; the same command with --resume continues\n")
+    assert result.stderr.endswith(
+        f"the 2 rows so far are in {output}.partial; the same command with --resume continues\n"
+    )
     assert not output.exists()
     assert len(rows(Path(f"{output}.partial").read_text())) == 3
 
