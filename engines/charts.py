@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -174,21 +175,8 @@ def histogram(deltas: list[float], *, title: str, x_label: str) -> Markup:
     bins = [math.floor(delta / width + 0.5) for delta in deltas]
     first, last = math.floor(low / width + 0.5), math.floor(high / width + 0.5)
     counts = np.bincount(np.array(bins) - first, minlength=last - first + 1)
-    low, high = (first - 0.5) * width, (last + 0.5) * width
-    x = _Axis(low, high, _nice_step(high - low, 9), _LEFT, _RIGHT)
-    step = max(1.0, _nice_step(float(counts.max()), 6))
-    y = _Axis(0.0, math.ceil(1.02 * counts.max() / step) * step, step, _BOTTOM, _TOP)  # the zero line tops every bar
-
-    bar = Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>')
-    bars = []
-    for index, count in enumerate(counts):
-        if count == 0:
-            continue
-        left, right = x.position(low + index * width), x.position(low + (index + 1) * width)
-        top = min(y.position(float(count)), _BOTTOM - 2)  # one outlier among thousands must not vanish
-        centre = (first + index) * width
-        text = f"{count} with Δ {number(centre - width / 2, 3, '+')} to {number(centre + width / 2, 3, '+')}"
-        bars.append(bar.format(left + 0.5, top, max(right - left - 1, 1), _BOTTOM - top, text))
+    edges = [(first + index - 0.5) * width for index in range(len(counts) + 1)]
+    x, y, bars = _bars(counts, edges, lambda edge: number(edge, 3, "+"), "Δ")
     return _chart(
         "histogram",
         title,
@@ -197,12 +185,65 @@ def histogram(deltas: list[float], *, title: str, x_label: str) -> Markup:
         x,
         y,
         x.unit(x_label),
-        "images",
-        Markup('<g class="bars">{}</g>').format(Markup("\n").join(bars))
+        y.unit("images"),
+        bars
         + Markup('<line class="identity" x1="{0:.2f}" y1="{1}" x2="{0:.2f}" y2="{2}"/>').format(
             x.position(0.0), _BOTTOM, _TOP
         ),
     )
+
+
+def distribution(
+    counts: Mapping[int, int], fine: float, low: float, high: float, *, title: str, x_label: str
+) -> Markup:
+    """Images per score, where the scores are not held any more.
+
+    Args:
+        counts: images with a score in `[k * fine, (k + 1) * fine)`, by k; at least one.
+        fine: a power of ten, so that every width a reader likes is a number of these bins.
+        low: the lowest score.
+        high: the highest.
+    """
+    images, middle = sum(counts.values()), low / 2 + high / 2
+    half = max(high / 2 - low / 2, 5 * fine, abs(middle) / 1000)  # one score is no range to zoom to
+    width = max(fine, _nice_step(2 * half, min(40, max(10, math.isqrt(images)))))
+    each = round(width / fine)
+    first = min(min(counts) // each, math.floor((middle - half) / width))
+    last = max(max(counts) // each, math.ceil((middle + half) / width) - 1)
+    merged = np.zeros(last - first + 1, np.int64)
+    for k, count in counts.items():
+        merged[k // each - first] += count
+    edges = [(first + index) * width for index in range(len(merged) + 1)]
+    x, y, bars = _bars(merged, edges, number, "a score from")
+    return _chart(
+        "histogram",
+        title,
+        f"{images:,} images in bins of {number(width)}; scores from {score_text(low)} to {score_text(high)}.",
+        x,
+        y,
+        x.unit(x_label),
+        y.unit("images"),
+        bars,
+    )
+
+
+def _bars(
+    counts: np.ndarray, edges: Sequence[float], edge_text: Callable[[float], str], what: str
+) -> tuple[_Axis, _Axis, Markup]:
+    """Axes, and a bar for each of `counts` that is not zero, between its two of `edges`."""
+    x = _Axis(edges[0], edges[-1], _nice_step(edges[-1] - edges[0], 9), _LEFT, _RIGHT)
+    step = max(1.0, _nice_step(float(counts.max()), 6))
+    y = _Axis(0.0, math.ceil(1.02 * counts.max() / step) * step, step, _BOTTOM, _TOP)  # the zero line tops every bar
+    bar = Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>')
+    bars = []
+    for count, (low, high) in zip(counts, pairwise(edges), strict=True):
+        if count == 0:
+            continue
+        left, right = x.position(low), x.position(high)
+        top = min(y.position(float(count)), _BOTTOM - 2)  # one outlier among thousands must not vanish
+        text = f"{count} with {what} {edge_text(low)} to {edge_text(high)}"
+        bars.append(bar.format(left + 0.5, top, max(right - left - 1, 1), _BOTTOM - top, text))
+    return x, y, Markup('<g class="bars">{}</g>').format(Markup("\n").join(bars))
 
 
 def _chart(

@@ -1,7 +1,7 @@
 """HTML pages that load nothing else and run nothing: the frame and the look that every report shares.
 
 A report's template extends `page.html.j2`, fills its blocks, and may import from `macros.html.j2`. Needs jinja2, which
-comes with the extras `train` and `export`.
+comes with the extras `report`, `train` and `export`.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class OrtSession:
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or available_cores()
+        # Threads that spin while they wait for the next graph take the cores from those that decode, or run it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not has_vnni():
             # Products of uint8 and int8 saturate there: other scores than on the machine that proved them. On a CPU
             # with VNNI the switch would only double the time.

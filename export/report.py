@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from mdnet_engines.charts import Point, histogram, scatter, thin, worst_first
 from mdnet_engines.errors import BundleError
 from mdnet_engines.numbers import number, number_beside, score_text
 from mdnet_engines.page import render
+from mdnet_engines.thumbnails import thumbnail
 from mdnet_export.parity import LIMITS, Gate, LayerParity, ParityReport, ScorePair, TensorParity, first_diverging
 
 WORST_SHOWN = 10
@@ -159,7 +157,7 @@ def render_html(
         summary=_summary(points, finite),
         worst=[
             (
-                thumbnail(pictures[point.name]) if pictures and point.name in pictures else "",
+                thumbnail(pictures[point.name], THUMBNAIL) if pictures and point.name in pictures else None,
                 point.name,
                 score_text(point.x),
                 score_text(point.y),
@@ -204,16 +202,6 @@ def render_html(
         if finite
         else None,
     )
-
-
-def thumbnail(pixels: np.ndarray) -> Markup:
-    """An image tag with a small JPEG of `pixels`, uint8 (H, W, 3), in it."""
-    stream = io.BytesIO()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(stream, "JPEG", quality=85)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return Markup('<img alt="" width="{}" height="{}" src="data:image/jpeg;base64,{}">').format(*picture.size, encoded)
 
 
 def _bar(snr_db: float) -> Markup:

@@ -250,6 +250,15 @@ def test_worst_images_come_first_and_a_nan_is_the_worst() -> None:
     assert rows[3][1:] == ["3.00000", "2.70312", "−0.297"]
 
 
+def test_worst_images_are_pictured_where_their_pixels_are_given() -> None:
+    pixels = np.full((192, 96, 3), 200, np.uint8)
+    html = render_html(make_report(), title="Parity", facts={}, pictures={"b.jpg": pixels})
+    loads_nothing(html)
+    (image,) = [attributes for tag, attributes in Page(html).elements if tag == "img"]
+    assert (image["alt"], image["width"], image["height"]) == ("", "48", "96")
+    assert [row[0] for row in Page(html).tables["worst"][1:]] == ["a.jpg", "b.jpg"]
+
+
 def test_scatter_dots_sit_at_their_scores() -> None:
     pairs = random_pairs(50, spread=0.5)
     svg = chart(render(make_report(scores=pairs)), "scatter")

@@ -71,10 +71,11 @@ def is_tick(element: ElementTree.Element, name: str) -> bool:
 
 
 def loads_nothing(html: str) -> None:
-    """Assert that the page loads nothing and runs nothing, and forbids itself to."""
+    """Assert that the page loads nothing and runs nothing, and forbids itself to; pictures are in it."""
+    html = re.sub(r' src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"', "", html)
     page = Page(html)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", html.replace("http://www.w3.org/2000/svg", ""))
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags())
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags())
     assert not {name for _, attributes in page.elements for name in attributes if name in ("src", "href", "onload")}
     policy = next(a["content"] for t, a in page.elements if t == "meta" and "http-equiv" in a)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
