@@ -7,6 +7,7 @@ does not expand the operator's function body: Vim stays with ONNX Runtime.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from mdnet_engines.session import available_cores
 
 Arithmetic = Literal["f32", "bf16"]
 _SINK = "/sink_port_0"  # OpenVINO's name of a graph's result is the ONNX output's name and this
+_OPENING = threading.Lock()
+"""One session is opened at a time: OpenVINO's binding, first asked for a type by two threads, lets them wait for each
+other (one has the GIL, the other the lock of a table that both need)."""
 _MAX_CACHED_BYTES = 64 * 2**20
 """Of larger graphs the compiled form is not kept: it has the weights in it again, and such a run is long anyway."""
 
@@ -39,6 +43,10 @@ class OpenVINOSession:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, arithmetic: Arithmetic = "f32"):
+        with _OPENING:
+            self._open(path, threads or available_cores(), arithmetic)
+
+    def _open(self, path: str | os.PathLike[str], threads: int, arithmetic: Arithmetic) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
         if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -47,7 +55,7 @@ class OpenVINOSession:
             "INFERENCE_PRECISION_HINT": arithmetic,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "INFERENCE_NUM_THREADS": threads,
             # Pinned, the threads of every process that scores would be on the same first cores.
             "ENABLE_CPU_PINNING": False,
         }

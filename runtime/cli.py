@@ -5,7 +5,10 @@ from __future__ import annotations
 import click
 
 from mdnet_engines.console import Command
+from mdnet_rt.cli_bench import bench
+from mdnet_rt.cli_compare import compare
 from mdnet_rt.cli_score import score
+from mdnet_rt.cli_serve import serve
 
 
 @click.group(cls=Command)
@@ -15,6 +18,9 @@ def main() -> None:
 
 
 main.add_command(score)
+main.add_command(serve)
+main.add_command(bench)
+main.add_command(compare)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""Requests → outcomes: what is let in, decoding in a small pool, batches through the engine, time-outs.
+
+    admitted ──► decode (threads) ──► batcher ──► engine (one thread) ──► the event loop, once per batch
+
+All bookkeeping is done by the event loop's thread; decoders and engine only hand over what they made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.session import available_cores
+from mdnet_rt.batcher import Batcher, Job, Scores
+from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, load_image
+from mdnet_rt.serve_metrics import Metrics
+from mdnet_rt.serve_settings import Settings
+from mdnet_rt.serve_wire import ClientLeftError, RefusedError, Wire
+
+MAX_DECODERS = 4  # each may hold one image of max_pixels
+_SMOOTHING = 0.2  # of the newest batch in the running mean of seconds per image
+
+Payload: TypeAlias = bytes | np.ndarray | ImageError
+"""An image: its file, preprocessed pixels (uint8 `[S, S, 3]`), or why the request has none in its place."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image; `status` is that of `mdnet_rt.results.Result`."""
+
+    score: float | None
+    status: str = "ok"
+    reason: str | None = None
+
+
+@dataclass(eq=False)
+class _Task:
+    """The images of one request."""
+
+    done: asyncio.Future[None]
+    outcomes: list[Outcome | None]
+    missing: int
+    error: MDNetError | None = None
+    unwanted: bool = False
+
+
+@dataclass(eq=False)
+class _ImageJob:
+    """One image of a task, on its way through decoder and engine."""
+
+    task: _Task
+    index: int
+    payload: Payload
+    image: np.ndarray = field(init=False, repr=False)
+    decoded_at: float = 0.0
+
+    @property
+    def unwanted(self) -> bool:
+        return self.task.unwanted
+
+
+class Work:
+    """The part of the server that turns images into scores. Made inside the event loop that uses it.
+
+    Args:
+        score: uint8 `[n, S, S, 3]` → `[n]` scores.
+        image_size: S.
+    """
+
+    def __init__(
+        self, score: Callable[[np.ndarray], np.ndarray], image_size: int, settings: Settings, metrics: Metrics
+    ):
+        self.image_size = image_size
+        self.load = 0
+        self._settings, self._metrics = settings, metrics
+        self._seconds_per_image = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
+        self._batcher = Batcher(score, self._from_engine, max_batch=settings.max_batch, max_wait=settings.max_wait)
+        metrics.watch("mdnet_queue_images", "Images that are decoded, waiting or in the engine.", lambda: self.load)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._batcher.alive
+
+    def check_room(self, images: int = 1) -> None:
+        """Raise `RefusedError` (429) where the queue has no room, or is so long that the scores would come too late."""
+        backlog = (self.load + images) * self._seconds_per_image
+        if self.load + images > self._settings.max_queue or (self.load and backlog > self._settings.score_timeout):
+            wait = max(1, math.ceil(self.load * self._seconds_per_image))
+            raise RefusedError(429, f"busy: {self.load} images are waiting; come again in {wait} s", retry_after=wait)
+
+    async def in_pool(self, function: Callable[..., T], *args: object) -> T:
+        """Run `function` in a decoder's thread."""
+        return await self._loop.run_in_executor(self._pool, function, *args)
+
+    async def score(self, payloads: Sequence[Payload], wire: Wire) -> list[Outcome]:
+        """Score a request's images: one outcome for each, in their order.
+
+        Raises:
+            RefusedError: no room (429), too many images (413), scoring failed (500), or no scores in time (504).
+            ClientLeftError: the connection was lost.
+        """
+        if len(payloads) > self._settings.max_images:
+            raise RefusedError(
+                413, f"{len(payloads)} images in one request; at most {self._settings.max_images} may be"
+            )
+        self.check_room(len(payloads))
+        self.load += len(payloads)
+        task = _Task(self._loop.create_future(), [None] * len(payloads), len(payloads))
+        for index, payload in enumerate(payloads):
+            self._pool.submit(self._decode, _ImageJob(task, index, payload))
+        seconds = self._settings.score_timeout
+        too_late = RefusedError(504, f"no scores within {seconds:g} s")
+        late = self._loop.call_later(seconds, _give_up, task, too_late)
+        wire.on_lost = lambda: _give_up(task, ClientLeftError())
+        try:
+            await task.done
+        finally:
+            late.cancel()
+            wire.on_lost = None
+            task.unwanted = True
+        if task.error is not None:
+            raise RefusedError(500, f"scoring failed: {first_line(task.error)}")
+        return [outcome for outcome in task.outcomes if outcome is not None]
+
+    def close(self, *, finish: bool = True) -> None:
+        """End the threads, when what was put in is done or, without `finish`, whenever they get to it."""
+        self._pool.shutdown(wait=finish, cancel_futures=not finish)
+        self._batcher.close(wait=finish)
+
+    # In a decoder's thread.
+
+    def _decode(self, job: _ImageJob) -> None:
+        start = time.monotonic()
+        outcome: Outcome | MDNetError | None = None
+        if not job.unwanted:
+            try:
+                job.image = self._pixels(job.payload)
+            except ImageError as error:
+                outcome = Outcome(None, error.status, str(error))
+            except Exception as error:  # the image must leave the queue, whatever a decoder raises
+                outcome = MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")
+            self._metrics.decode_seconds.observe(time.monotonic() - start)
+        job.payload = b""  # frees the file
+        if job.unwanted or outcome is not None:
+            self._call(self._finish, job, outcome)
+            return
+        job.decoded_at = time.monotonic()
+        self._batcher.put(job)
+
+    def _pixels(self, payload: Payload) -> np.ndarray:
+        if isinstance(payload, ImageError):
+            raise payload
+        if isinstance(payload, np.ndarray):
+            return payload
+        if self._settings.max_pixels < MAX_PIXELS:
+            check_pixels(payload, self._settings.max_pixels)
+        return load_image(payload, self.image_size)
+
+    # In the engine's thread.
+
+    def _from_engine(self, jobs: list[Job], scores: Scores, seconds: float) -> None:
+        self._call(self._deliver, jobs, scores, seconds, time.monotonic() - seconds)
+
+    def _call(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop was closed by force: nobody is there to be told
+            return
+
+    # In the event loop.
+
+    def _deliver(self, jobs: list[_ImageJob], scores: Scores, seconds: float, start: float) -> None:
+        if not scores:
+            for job in jobs:
+                self._finish(job, None)
+            return
+        self._metrics.batch_size.observe(len(jobs))
+        self._metrics.engine_seconds.observe(seconds)
+        newest = seconds / len(jobs)
+        self._seconds_per_image += (newest - self._seconds_per_image) * (_SMOOTHING if self._seconds_per_image else 1)
+        for index, job in enumerate(jobs):
+            self._metrics.queue_seconds.observe(start - job.decoded_at)
+            self._finish(job, scores if isinstance(scores, MDNetError) else _outcome(scores[index]))
+
+    def _finish(self, job: _ImageJob, outcome: Outcome | MDNetError | None) -> None:
+        """An image leaves: with its outcome, with an error of ours, or with neither as nobody wants it any more."""
+        self.load -= 1
+        task = job.task
+        if isinstance(outcome, Outcome):
+            self._metrics.images.labels(outcome.status).inc()
+            task.outcomes[job.index] = outcome
+        elif outcome is not None:
+            self._metrics.images.labels("failed").inc()
+            task.error = outcome
+        else:
+            self._metrics.images.labels("abandoned").inc()
+        task.missing -= 1
+        if not task.missing and not task.done.done():
+            task.done.set_result(None)
+
+
+def check_pixels(data: bytes, most: int) -> None:
+    """Raise `ImageError` where an image file declares more than `most` pixels; `load_image` has a limit of its own."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Exception:  # `load_image` meets it too, and has the words for it
+        return
+    if width * height > most:
+        raise ImageError(f"{width}x{height} pixels exceed the limit of {most}")
+
+
+def _give_up(task: _Task, reason: Exception) -> None:
+    if not task.done.done():
+        task.done.set_exception(reason)
+
+
+def _outcome(score: float) -> Outcome:
+    if math.isfinite(score):
+        return Outcome(score)
+    return Outcome(None, "not_finite", f"score is not finite ({score})")

@@ -1,0 +1,264 @@
+"""The server under load it can't take, with an engine that a test can stop: bounded, quick, nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from mdnet_engines.bundle import read_manifest
+from mdnet_engines.errors import MDNetError
+from mdnet_rt.preprocess import load_image
+from mdnet_rt.serve_app import Counted, Service
+from mdnet_rt.serve_metrics import Metrics
+from mdnet_rt.serve_routes import make_app
+from mdnet_rt.serve_settings import Settings
+from mdnet_rt.serve_work import Work
+
+DEADLINE = 10
+SIZE = 32
+
+
+class Engine:
+    """Scores an image by its first value; stops while it is told to, fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.batches: list[int] = []
+        self.failing = False
+        self.seconds = 0.0
+
+    def score(self, images: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images))
+        assert self.go.wait(DEADLINE)
+        time.sleep(self.seconds)
+        if self.failing:
+            raise MDNetError("out of order")
+        return images[:, 0, 0, 0].astype(np.float32)
+
+
+class Lab:
+    """A server without sockets, and its parts."""
+
+    def __init__(self, client: httpx.AsyncClient, engine: Engine, service: Service, work: Work, metrics: Metrics):
+        self.client, self.engine, self.service, self.work, self.metrics = client, engine, service, work, metrics
+
+    async def score(self, image: bytes) -> httpx.Response:
+        return await self.client.post("/score", content=image, headers={"content-type": "image/png"})
+
+    def start(self, image: bytes) -> asyncio.Task[httpx.Response]:
+        return asyncio.create_task(self.score(image))
+
+    async def load(self, images: int) -> None:
+        """Wait until so many images are under way."""
+        end = time.monotonic() + DEADLINE
+        while self.work.load != images:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def run(shared_bundle: Path) -> Callable[..., None]:
+    """Run a test's coroutine with a lab of these settings."""
+    manifest = read_manifest(shared_bundle)
+
+    @contextlib.asynccontextmanager
+    async def lab(settings: Settings) -> AsyncIterator[Lab]:
+        engine, metrics = Engine(), Metrics(max_batch=settings.max_batch)
+        work = Work(engine.score, SIZE, settings, metrics)
+        service = Service(manifest, work, settings, metrics, tell=lambda line: None)
+        transport = httpx.ASGITransport(Counted(make_app(service, metrics), metrics))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
+            yield Lab(client, engine, service, work, metrics)
+        engine.go.set()
+        work.close()
+        await asyncio.sleep(0)  # what the threads have handed over
+        assert work.load == 0
+
+    def start(test: Callable[[Lab], Awaitable[None]], **settings: object) -> None:
+        async def whole() -> None:
+            async with lab(Settings(**settings)) as made:
+                await asyncio.wait_for(test(made), DEADLINE)
+
+        asyncio.run(whole())
+
+    return start
+
+
+@pytest.fixture
+def images(photo: Callable[..., Path]) -> list[bytes]:
+    return [photo(f"{seed}.png", seed=seed).read_bytes() for seed in range(12)]
+
+
+def first_value(image: bytes) -> float:
+    return float(load_image(image, SIZE)[0, 0, 0])
+
+
+def test_a_full_queue_answers_429_at_once_and_what_was_let_in_is_answered(
+    run: Callable[..., None], images: list[bytes]
+) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.go.clear()
+        accepted = [lab.start(image) for image in images[:4]]
+        await lab.load(4)
+        for image in images[4:]:
+            refused = await lab.score(image)  # comes back while the engine stands still
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"].startswith("busy: 4 images")
+        lab.engine.go.set()
+        answers = await asyncio.gather(*accepted)
+        assert [answer.status_code for answer in answers] == [200] * 4
+        scores = [answer.json()["results"][0]["score"] for answer in answers]
+        assert scores == [first_value(image) for image in images[:4]]
+        assert (await lab.score(images[5])).status_code == 200
+
+    run(test, max_queue=4, max_images=4, max_batch=2)
+
+
+def test_a_request_of_several_images_is_let_in_whole_or_not_at_all(
+    run: Callable[..., None], images: list[bytes]
+) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.go.clear()
+        first = lab.start(images[0])
+        await lab.load(1)
+        files = [("images", (str(i), image)) for i, image in enumerate(images[:4])]
+        assert (await lab.client.post("/score", files=files)).status_code == 429
+        assert lab.work.load == 1
+        lab.engine.go.set()
+        assert (await first).status_code == 200
+        assert (await lab.client.post("/score", files=files)).status_code == 200
+
+    run(test, max_queue=4, max_images=4)
+
+
+def test_a_queue_whose_last_score_would_come_too_late_is_full(run: Callable[..., None], images: list[bytes]) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.seconds = 0.2
+        assert (await lab.score(images[0])).status_code == 200  # an image takes 0.2 s, it has learnt
+        lab.engine.go.clear()
+        waiting = [lab.start(image) for image in images[:4]]
+        await lab.load(4)
+        files = [("images", (str(i), image)) for i, image in enumerate(images[4:10])]
+        assert (await lab.client.post("/score", files=files)).status_code == 429  # the tenth would take two seconds
+        lab.engine.go.set()
+        assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 4
+
+    run(test, score_timeout=1.5, max_batch=4)
+
+
+def test_no_scores_in_time_is_504_and_images_not_begun_are_dropped(
+    run: Callable[..., None], images: list[bytes]
+) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.go.clear()
+        late = [lab.start(image) for image in images[:3]]
+        assert [answer.status_code for answer in await asyncio.gather(*late)] == [504] * 3
+        assert lab.work.load == 3  # still counted, as one is in the engine and two in its queue
+        lab.engine.go.set()
+        await lab.load(0)
+        assert lab.engine.batches == [1]
+        assert b'mdnet_images_total{status="abandoned"} 2.0' in lab.metrics.page()
+        assert (await lab.score(images[0])).status_code == 200
+
+    run(test, score_timeout=0.5, max_batch=1)
+
+
+def test_an_engine_that_fails_is_500_and_the_next_request_is_scored(
+    run: Callable[..., None], images: list[bytes]
+) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.failing = True
+        answer = await lab.score(images[0])
+        assert (answer.status_code, answer.json()) == (500, {"error": "scoring failed: out of order"})
+        lab.engine.failing = False
+        assert (await lab.score(images[0])).status_code == 200
+
+    run(test)
+
+
+def test_a_decoder_that_fails_unforeseen_leaves_the_queue_as_it_was(
+    run: Callable[..., None], images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(lab: Lab) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("mdnet_rt.serve_work.load_image", None)
+            answer = await lab.score(images[0])
+        assert answer.status_code == 500
+        assert answer.json()["error"].startswith("scoring failed: unexpected TypeError")
+        assert lab.work.load == 0
+        assert (await lab.score(images[0])).status_code == 200
+
+    run(test)
+
+
+def test_each_request_of_a_batch_gets_its_own_scores(run: Callable[..., None], images: list[bytes]) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.go.clear()
+        first = lab.start(images[0])
+        await lab.load(1)
+        several = [
+            lab.client.post("/score", files=[("x", ("x", each)) for each in images[i : i + 3]]) for i in (1, 4, 7)
+        ]
+        tasks = [asyncio.create_task(each) for each in several]
+        await lab.load(10)
+        lab.engine.go.set()
+        await first
+        for i, answer in zip((1, 4, 7), await asyncio.gather(*tasks), strict=True):
+            scores = [result["score"] for result in answer.json()["results"]]
+            assert scores == [first_value(image) for image in images[i : i + 3]]
+        assert sum(lab.engine.batches) == 10
+        assert len(lab.engine.batches) < 10  # some did share one
+
+    run(test, max_batch=8)
+
+
+def test_bodies_of_all_requests_together_are_bounded(run: Callable[..., None], images: list[bytes]) -> None:
+    async def test(lab: Lab) -> None:
+        lab.engine.go.clear()
+        waiting = [lab.start(image) for image in images[:2]]
+        await lab.load(2)
+        refused = await lab.score(images[2])
+        assert refused.status_code == 429
+        lab.engine.go.set()
+        assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 2
+        assert (await lab.score(images[2])).status_code == 200
+
+    size = len(images[0])
+    run(test, max_body=size + size // 5, max_held=2 * size + size // 2)
+
+
+def test_draining_turns_readiness_off_and_nothing_else(run: Callable[..., None], images: list[bytes]) -> None:
+    async def test(lab: Lab) -> None:
+        paths = ("/readyz", "/v2/health/ready", "/v2/models/mdnet/ready")
+        assert [(await lab.client.get(path)).status_code for path in paths] == [200] * 3
+        lab.service.draining = True
+        assert [(await lab.client.get(path)).status_code for path in paths] == [503] * 3
+        assert [(await lab.client.get(path)).status_code for path in ("/healthz", "/v2/health/live")] == [200] * 2
+        assert (await lab.score(images[0])).status_code == 200
+
+    run(test)
+
+
+def test_what_nobody_thought_of_is_500_and_one_line_to_the_operator(
+    run: Callable[..., None], images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(lab: Lab) -> None:
+        lines: list[str] = []
+        monkeypatch.setattr(lab.service, "_tell", lines.append)
+        monkeypatch.setattr(lab.work, "score", None)
+        answer = await lab.score(images[0])
+        assert (answer.status_code, answer.json()) == (500, {"error": "internal error"})
+        (line,) = lines
+        assert line.startswith("error: unexpected TypeError in /score: ")
+
+    run(test)
