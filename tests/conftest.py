@@ -1,4 +1,4 @@
-"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU. No test uses the user's cache folder."""
+"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU. None touches the user's cache."""
 
 from __future__ import annotations
 
