@@ -13,10 +13,10 @@ PYTEST_ARGS ?=
 NATIVE := $(wildcard engines/cpp/* engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
-.PHONY: help demo test lint typecheck format ptx clean
+.PHONY: help demo test lint typecheck format ptx gpu-check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and score examples/ with it
 	$(BIN)/mdnet-export build
@@ -47,6 +47,10 @@ format: $(VENV)/.installed-test ## let ruff rewrite what it can
 
 ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
 	$(BIN)/python -m mdnet_engines.cuda_kernel
+
+# Installs nothing: a GPU machine may have no package index.
+gpu-check: ## prove on a GPU what takes one, in nine minutes (docs/gpu.md)
+	$(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py
 
 clean: ## remove .venv, build output, caches and the demo bundle
 	rm -rf $(VENV) build dist mdnet-bundle *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

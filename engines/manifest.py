@@ -278,8 +278,8 @@ class Manifest(_Part):
 
     def digest(self) -> str:
         """One sha256 for what decides the scores: the graphs, their weights, preprocessing. Plans don't change it."""
-        parts = [self.graphs[name].digest() for name in GRAPH_NAMES] + [self.preprocessing.model_dump_json()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        parts = [file.sha256 for name in GRAPH_NAMES for file in self.graphs[name].files()]
+        return hashlib.sha256("\n".join([*parts, self.preprocessing.model_dump_json()]).encode()).hexdigest()
 
     def files(self) -> list[FileEntry]:
         """Every file the bundle can't do without. Plans are not among them."""

@@ -2,7 +2,7 @@
 
 Eager, in float32 and channels_last, with the scan that `mdnet.scan` takes here: what a user of the checkpoint would
 have without exporting it. Weights and pixels are random, as much work as others. The runtime, which never imports
-PyTorch, starts this in a process of its own and speaks with it as `mdnet_rt.bench_process` says: a line of JSON when it
+PyTorch, starts this in a process of its own and speaks with it as `mdnet_rt.bench.process` says: a line of JSON when it
 is ready, then a stage's name in, its seconds out.
 """
 

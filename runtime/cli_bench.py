@@ -19,7 +19,7 @@ from mdnet_engines.errors import UsageError, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mdnet_rt.bench import BatchResult
+    from mdnet_rt.bench.run import BatchResult
 
 
 _MAX_JPEG = 65_500  # pixels on a side, libjpeg's limit
@@ -61,8 +61,8 @@ def bench(
     BUNDLE is by default $MDNET_BUNDLE, else ./mdnet-bundle.
     """
     from mdnet_engines.bundle import read_manifest
-    from mdnet_rt.bench import Setup, measure, to_json
-    from mdnet_rt.bench_show import show
+    from mdnet_rt.bench.run import Setup, measure, to_json
+    from mdnet_rt.bench.show import show
     from mdnet_rt.scorer import find_bundle
     from mdnet_rt.sources import find_locations
     from mdnet_rt.writers import check_output

@@ -72,10 +72,9 @@ def compare(
     manifests = [bundle.manifest for bundle in bundles]
     if note := _scales_note(*manifests):
         say(note)
-    options = {"backend": backend, "threads": threads, "batch_size": batch_size}
     with (
-        Scorer(bundles[0], **options) as scorer_a,
-        Scorer(bundles[1], **options) as scorer_b,
+        Scorer(bundles[0], backend=backend, threads=threads, batch_size=batch_size) as scorer_a,
+        Scorer(bundles[1], backend=backend, threads=threads, batch_size=batch_size) as scorer_b,
         progress(unit="images") as start_bar,
     ):
         advance = start_bar("scoring", limit)
@@ -101,7 +100,7 @@ def _scales_note(a: Manifest, b: Manifest) -> str | None:
 
 
 def _print(found: Comparison, worst: int) -> None:
-    from mdnet_rt.bench_show import show
+    from mdnet_rt.bench.show import show
 
     show(_figures(found))
     for title, pairs in (("furthest apart", found.furthest(worst)), ("most places moved", found.most_moved(worst))):

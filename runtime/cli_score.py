@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from mdnet_rt.writers import FORMATS, Format, check_output, choose_format, is_fi
 
 if TYPE_CHECKING:
     from mdnet_rt.gallery import Gallery
-    from mdnet_rt.preprocess import FindBox
+    from mdnet_rt.run import Engine, Settings
 
 _WEIGHTS_NOTES = {
     "demo": "note: this bundle has the demo weights; its scores mean nothing for real people",
@@ -45,6 +46,19 @@ _REMOTE_WORKERS = 16  # which wait more than they decode
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--workers", type=click.IntRange(0, 256), default=0, help="Threads that read. Default: cores, at most 4.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: a Ray cluster, whose nodes all read the bundle and the images at the same paths, or by URL.",
+)
+@click.option(
+    "--ray-address", help="HOST:PORT, or local. Default: $RAY_ADDRESS, this machine's cluster, a new local one."
+)
+@click.option(
+    "--ray-actors", type=click.IntRange(1), help="Scoring processes. Default: one a GPU, else one per 4 CPUs."
+)
 def score(
     paths: tuple[str, ...],
     list_: Path | None,
@@ -60,15 +74,17 @@ def score(
     threads: int,
     workers: int,
     backend: Backend,
+    engine: str,
+    ray_address: str | None,
+    ray_actors: int | None,
 ) -> int:
     """Score images, folders (searched with their subfolders), quoted patterns such as 'a/**/*.jpg', tar archives,
     Parquet files, and URLs of all these.
 
     Exit code 0: every image was scored; 1: some were not, and their rows say why.
     """
-    from mdnet_rt.run import score_all, stop_on_signal
-    from mdnet_rt.scorer import Scorer
-    from mdnet_rt.sources import is_url, read_locations
+    from mdnet_rt.run import Settings, score_all, stop_on_signal
+    from mdnet_rt.sources import is_url
 
     _quiet_pillow()
     locations = _locations(paths, list_, null)
@@ -79,29 +95,40 @@ def score(
         return 0
     # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
     bar = sys.stderr.isatty() and (rows == "table" or output is not None or not sys.stdout.isatty())
-    find_box = _find_box(face)
     workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
-    with Scorer.open(bundle, backend=backend, threads=threads, batch_size=batch_size) as scorer:
-        if note := _WEIGHTS_NOTES.get(scorer.manifest.provenance.weights):
+    settings = Settings(bundle, backend, threads, batch_size, workers, column, face, keep_pixels=report is not None)
+    with _open_engine(engine, settings, ray_address, ray_actors) as (manifest, score_locations):
+        if note := _WEIGHTS_NOTES.get(manifest.provenance.weights):
             say(note)
         gallery = _gallery(report)
-        stamp = Stamp.of(scorer.manifest)
+        stamp = Stamp.of(manifest)
         start = time.perf_counter()
         with (
             open_writer(rows, output, stamp, resume=resume) as writer,
             progress(shown=bar, unit="images") as start_bar,
             stop_on_signal() as stop,
         ):
-            stream = functools.partial(
-                scorer.stream, workers=workers, find_box=find_box, keep_pixels=gallery is not None, stop=stop
-            )
-            images = read_locations(locations(), column=column)
             advance = start_bar("scoring", _count(locations, list_) if bar else None)
-            summary = score_all(images, stream, writer, gallery=gallery, on_row=advance)
+            scored = score_locations(locations(), (row.path for row in writer.earlier()), stop)
+            summary = score_all(scored, writer, gallery=gallery, on_row=advance)
         say(summary.line(time.perf_counter() - start))
         if gallery and report:
             gallery.write(report, stamp)
     return 1 if summary.failed else 0
+
+
+def _open_engine(
+    engine: str, settings: Settings, ray_address: str | None, ray_actors: int | None
+) -> AbstractContextManager[Engine]:
+    if engine == "ray":
+        from mdnet_rt.ray_engine import ray_engine
+
+        return ray_engine(settings, address=ray_address, actors=ray_actors)
+    if ray_address or ray_actors:
+        raise UsageError("--ray-address and --ray-actors are about --engine ray, which is not given")
+    from mdnet_rt.run import local_engine
+
+    return local_engine(settings)
 
 
 def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callable[[], Iterator[str]]:
@@ -149,15 +176,9 @@ def _check(output: Path | None, rows: Format, resume: bool, report: Path | None)
     if report:
         from mdnet_rt.gallery import check_report
 
+        if output and os.path.realpath(output) == os.path.realpath(report):
+            raise UsageError("-o and --report name the same file")
         check_report(report)
-
-
-def _find_box(face: str | None) -> FindBox | None:
-    if face is None:
-        return None
-    from mdnet_rt.faces import FaceFinder
-
-    return FaceFinder()
 
 
 def _gallery(report: Path | None) -> Gallery | None:

@@ -73,8 +73,8 @@ def serve(
         require(module, "serve")
 
     from mdnet_rt.preprocess import MAX_PIXELS
-    from mdnet_rt.serve import serve as run
-    from mdnet_rt.serve_settings import Settings
+    from mdnet_rt.server.run import serve as run
+    from mdnet_rt.server.settings import Settings
 
     settings = Settings(
         model_name=model_name,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnet_engines.session import available_cores
-from mdnet_rt.bench_clock import timed
-from mdnet_rt.bench_facts import describe_bundle, describe_host
-from mdnet_rt.bench_images import decode, fetch
+from mdnet_rt.bench.clock import timed
+from mdnet_rt.bench.facts import describe_bundle, describe_host
+from mdnet_rt.bench.images import decode, fetch
 from mdnet_rt.preprocess import ImageError
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -67,8 +68,10 @@ def read_images(stream: BinaryIO, column: str | None = None) -> Iterator[bytes |
     try:
         file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
         name = _choose(file.schema_arrow, column)
-        for batch in file.iter_batches(batch_size=_ROWS_READ_AT_ONCE, columns=[name], use_threads=False):
-            for cell in batch.column(0):
+        groups = range(file.num_row_groups)  # one at a time, so that a damaged one takes nothing of the one before it
+        read = functools.partial(file.iter_batches, _ROWS_READ_AT_ONCE, columns=[name], use_threads=False)
+        for batch in itertools.chain.from_iterable(read(row_groups=[group]) for group in groups):
+            for cell in batch.column(name):  # not the first: of "image", columns called "image.…" are read too
                 value = cell.as_py()
                 yield value["bytes"] if isinstance(value, dict) else value
     except (pa.ArrowException, OSError) as error:
@@ -93,7 +96,11 @@ def _choose(schema: pa.Schema, column: str | None) -> str:
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 

@@ -24,6 +24,8 @@ from mdnet_engines.errors import MDNetError, first_line
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (where Pillow starts to warn: 256 MiB of 8-bit RGB)."""
+MAX_BYTES = 256 * 2**20
+"""Larger files are refused: some decoders search byte by byte for where an image goes on, or read all of it first."""
 JPEG_DRAFT = 2
 """A JPEG's decoder may drop resolution down to this many times the output size, never below."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -71,7 +73,7 @@ def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int) -> 
         uint8 `[size, size, 3]`, RGB.
 
     Raises:
-        ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS`.
+        ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS` or `MAX_BYTES`.
     """
     return decode(source, size).pixels
 
@@ -173,6 +175,11 @@ def _check_pixels(width: int, height: int) -> None:
         raise ImageError("no pixels")
 
 
+def too_large(size: int, limit: int = MAX_BYTES) -> str:
+    """Why a file of `size` bytes is refused."""
+    return f"{size} bytes exceed the limit of {limit}"
+
+
 @contextlib.contextmanager
 def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[BinaryIO]:
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -188,6 +195,8 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
             raise ImageError("not a regular file")  # to open a FIFO would wait for a writer for ever
         if not status.st_size:
             raise ImageError("empty file")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(too_large(status.st_size))
         with path.open("rb") as stream:
             yield stream
     elif hasattr(source, "read"):

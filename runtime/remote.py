@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
-from mdnet_rt.archives import MAX_BYTES, read_archive, too_large
-from mdnet_rt.preprocess import ImageError
+from mdnet_rt.archives import read_archive
+from mdnet_rt.preprocess import MAX_BYTES, ImageError, too_large
 from mdnet_rt.sources import SUFFIXES, Entry, is_archive, natural_key
 
 
@@ -26,21 +26,21 @@ def expand_url(url: str) -> Callable[[], Iterator[str]]:
         return lambda: iter([url])
     system, path = _open_system(url)
     try:
-        if re.search(r"[*[]", path):
-            found = system.glob(path)
-            if not found:
-                raise UsageError(f"no file matches {printable(url)}")
-        elif system.isdir(path):
-            found = [each for each in system.find(path) if _is_image(each)]
+        if system.isdir(path):
+            found = _images_below(system, path)
         elif system.exists(path):
             return lambda: iter([url])
+        elif re.search(r"[*[]", path):
+            found = _matches(system, path)
+            if not found:
+                raise UsageError(f"no file matches {printable(url)}")
         else:
             raise UsageError(f"{printable(url)} does not exist")
     except MDNetError:
         raise
     except Exception as error:  # each scheme's package has errors of its own
         raise MDNetError(f"{printable(url)} can't be listed: {first_line(error)}") from error
-    urls = sorted((system.unstrip_protocol(each) for each in found), key=natural_key)
+    urls = sorted({system.unstrip_protocol(each) for each in found}, key=natural_key)
     return lambda: iter(urls)
 
 
@@ -50,6 +50,21 @@ def read_url(url: str, column: str | None = None) -> Iterator[Entry]:
         yield from read_archive(url, lambda: _open(url), column)
     else:
         yield Entry(url, lambda: _fetch(url))
+
+
+def _matches(system: Any, pattern: str) -> list[str]:
+    """What matches; in place of a folder, the images below it."""
+    found: list[str] = []
+    hidden = posixpath.basename(pattern).startswith(".")
+    for path, facts in system.glob(pattern, detail=True).items():
+        if posixpath.basename(path).startswith(".") and not hidden:
+            continue
+        found += _images_below(system, path) if facts["type"] == "directory" else [path]
+    return found
+
+
+def _images_below(system: Any, folder: str) -> list[str]:
+    return [path for path in system.find(folder) if _is_image(path)]
 
 
 def _is_image(path: str) -> bool:
@@ -68,13 +83,19 @@ def _fetch(url: str) -> bytes:
     except Exception as error:  # each scheme's package has errors of its own
         raise ImageError(f"can't be fetched ({first_line(error)[:200]})") from error
     if len(content) > MAX_BYTES:
-        raise ImageError(too_large(len(content)))
+        raise ImageError(too_large(len(content), MAX_BYTES))
     return content
 
 
 def _open(url: str) -> BinaryIO:
     system, path = _open_system(url)
-    return system.open(path, "rb")
+    try:
+        return system.open(path, "rb")
+    except FileNotFoundError as error:
+        cause = error.__cause__  # over HTTP every failure has this name
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+            raise
+        raise MDNetError(f"can't be fetched ({first_line(cause)[:200]})") from error
 
 
 def _open_system(url: str) -> tuple[Any, str]:

@@ -68,7 +68,13 @@ def read_rows(format: RowFormat, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _read_csv(stream: BinaryIO) -> Iterator[Row]:
-    end, whole = 0, True
+    first, columns = stream.readline(), header("csv")
+    if first != columns:
+        if not columns.startswith(first):
+            raise _foreign(f"its columns are not {','.join(COLUMNS)}")
+        return
+    end, whole = len(first), True
+    csv.field_size_limit(2**31 - 1)  # of the whole process; a name in a list may be longer than the usual 128 KiB
 
     def lines() -> Iterator[str]:
         nonlocal end, whole
@@ -77,16 +83,12 @@ def _read_csv(stream: BinaryIO) -> Iterator[Row]:
             yield line.decode("utf-8", "surrogateescape")
 
     try:
-        for number, fields in enumerate(csv.reader(lines())):
+        for number, fields in enumerate(csv.reader(lines()), 1):
             # A name with a line break in it may be cut right behind the break; such a row lacks columns.
-            if not whole or len(fields) < len(COLUMNS):
-                if not _at_end(stream):
+            if not whole or len(fields) != len(COLUMNS):
+                if len(fields) > len(COLUMNS) or not _at_end(stream):
                     raise _foreign(f"row {number} has {len(fields)} columns of {len(COLUMNS)}")
                 return
-            if number == 0:
-                if fields != list(COLUMNS):
-                    raise _foreign(f"its columns are not {','.join(COLUMNS)}")
-                continue
             yield _row(dict(zip(COLUMNS, [field or None for field in fields], strict=True)), end)
     except csv.Error as error:
         raise _foreign(first_line(error)) from error
@@ -110,6 +112,8 @@ def _read_jsonl(stream: BinaryIO) -> Iterator[Row]:
 def _row(fields: dict[str, str | None], end: int) -> Row:
     try:
         score, width, height = (fields[name] for name in ("score", "width", "height"))
+        if not isinstance(fields["path"] or "", str):
+            raise TypeError(f"a path is a {type(fields['path']).__name__}")
         result = Result(
             path=fields["path"] or "",
             score=None if score is None else float(score),
@@ -118,7 +122,7 @@ def _row(fields: dict[str, str | None], end: int) -> Row:
             width=None if width is None else int(width),
             height=None if height is None else int(height),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _foreign(first_line(error)) from error
     return Row(result, Stamp(str(fields["model"]), str(fields["bundle"])), end)
 

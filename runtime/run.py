@@ -7,29 +7,83 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdnet_rt.results import Result, Summary
 
 if TYPE_CHECKING:
+    from mdnet_engines.backends import Backend
+    from mdnet_engines.manifest import Manifest
     from mdnet_rt.gallery import Gallery
+    from mdnet_rt.preprocess import FindBox
     from mdnet_rt.sources import Entry
     from mdnet_rt.writers import Writer
 
-Stream = Callable[["Iterable[Entry]"], Iterator[Result]]
-"""Scores images, giving a row for each, in their order."""
+
+@dataclass(frozen=True)
+class Settings:
+    """How images become rows, whichever engine does it; the names are those of `Scorer.open` and `Scorer.stream`.
+
+    `column` is that of Parquet files; `face`, when it is "crop", scores a square around the face.
+    """
+
+    bundle: Path | None = None
+    backend: Backend = "auto"
+    threads: int = 0
+    batch_size: int = 16
+    workers: int = 0
+    column: str | None = None
+    face: str | None = None
+    keep_pixels: bool = False
+
+
+class Engine(NamedTuple):
+    """What scores. `rows` takes locations, the names of the rows that are there, in their order, and an event that ends
+    it early; it gives the other rows of these locations, in order.
+    """
+
+    manifest: Manifest
+    rows: Callable[[Iterable[str], Iterator[str], threading.Event | None], Iterator[Result]]
+
+
+@contextlib.contextmanager
+def local_engine(settings: Settings) -> Iterator[Engine]:
+    """Give an engine that scores in this process.
+
+    Raises:
+        As `Scorer.open` does.
+    """
+    from mdnet_rt.scorer import Scorer
+    from mdnet_rt.sources import read_locations
+
+    find_box = _find_box(settings.face)
+
+    def rows(locations: Iterable[str], done: Iterator[str], stop: threading.Event | None = None) -> Iterator[Result]:
+        return scorer.stream(
+            unfinished(read_locations(locations, column=settings.column), done),
+            workers=settings.workers,
+            find_box=find_box,
+            keep_pixels=settings.keep_pixels,
+            stop=stop,
+        )
+
+    with Scorer.open(
+        settings.bundle, backend=settings.backend, threads=settings.threads, batch_size=settings.batch_size
+    ) as scorer:
+        yield Engine(scorer.manifest, rows)
 
 
 def score_all(
-    images: Iterable[Entry],
-    stream: Stream,
+    rows: Iterable[Result],
     writer: Writer,
     *,
     gallery: Gallery | None = None,
     on_row: Callable[[int], None] = lambda _: None,
 ) -> Summary:
-    """Write a row for each of `images`, but for those that have theirs from an interrupted run.
+    """Write `rows`, after those that an interrupted run has left.
 
     Args:
         gallery: is shown each row, of the interrupted run too.
@@ -44,7 +98,7 @@ def score_all(
         if gallery:
             gallery.add(result)
     on_row(summary.scored + summary.failed)
-    for result in stream(unfinished(images, (row.path for row in writer.earlier()))):
+    for result in rows:
         writer.write(result)
         summary.add(result)
         if gallery:
@@ -76,6 +130,14 @@ def _take(left: Counter[str], name: str) -> bool:
     found = left[name] > 0
     left[name] -= found
     return found
+
+
+def _find_box(face: str | None) -> FindBox | None:
+    if face is None:
+        return None
+    from mdnet_rt.faces import FaceFinder
+
+    return FaceFinder()
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def read_locations(locations: Iterable[str], *, column: str | None = None) -> It
             from mdnet_rt.remote import read_url
 
             yield from read_url(location, column)
-        elif is_archive(location) and not Path(location).is_dir():
+        elif is_archive(location) and not _is_folder(location):
             yield from read_archive(location, functools.partial(_open_file, location), column)
         else:
             yield Entry(location, Path(location))
@@ -159,7 +159,11 @@ def _expand(pattern: str | os.PathLike[str]) -> Callable[[], Iterator[str]]:
 
 
 def _images_at(path: Path) -> Iterator[str]:
-    return _walk(path) if path.is_dir() else iter([os.fspath(path)])
+    return _walk(path) if _is_folder(path) else iter([os.fspath(path)])
+
+
+def _is_folder(path: str | os.PathLike[str]) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 (Path.is_dir() raises where a name is too long or a folder is closed)
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -193,21 +193,18 @@ def open_writer(format: Format, output: Path | None, stamp: Stamp, *, resume: bo
     try:
         with _open_partial(partial) as stream:
             writer = _partial_writer(format, stream, stamp, partial, resume)
-            yield from _finished(writer)
-            os.fsync(stream.fileno())
-            if format == "parquet":
-                from mdnet_rt.parquet import write_parquet
+            with _removed_if_empty(partial, writer):
+                yield from _finished(writer)
+                os.fsync(stream.fileno())
+                if format == "parquet":
+                    from mdnet_rt.parquet import write_parquet
 
-                write_parquet(partial, target)
-                partial.unlink()
-            else:
-                partial.replace(target)
+                    write_parquet(partial, target)
+                    partial.unlink()
+                else:
+                    partial.replace(target)
     except (Exception, KeyboardInterrupt) as error:
-        if writer is None:
-            raise
-        if not writer.rows:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        if writer is None or not writer.rows:
             raise
         raise _with_place(error, partial, writer.rows, resumable=format != "table") from error
 
@@ -220,7 +217,8 @@ def _plain_writer(format: Format, stream: BinaryIO, stamp: Stamp) -> Writer:
 
 def _partial_writer(format: Format, stream: BinaryIO, stamp: Stamp, partial: Path, resume: bool) -> Writer:
     if format == "table":
-        stream.truncate()
+        if stream.read(1):
+            raise UsageError(f"{printable(partial)} is of a run that was interrupted; delete it, or choose another -o")
         return TableWriter(stream)
     rows_format: RowFormat = "jsonl" if format == "parquet" else format
     rows, end = 0, 0
@@ -252,9 +250,27 @@ def _open_partial(partial: Path) -> Iterator[BinaryIO]:
                     f"another run is writing to {printable(partial)}; wait for its end, or choose another -o"
                 )
             # Between the two steps the other run may have ended, and what is locked now be its finished file.
-            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+            if _is_at(descriptor, partial):
                 yield stream
                 return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _removed_if_empty(partial: Path, writer: Writer) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not writer.rows:  # and while it is locked: a moment later it may be another run's
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        raise
 
 
 def _lock(descriptor: int) -> bool:

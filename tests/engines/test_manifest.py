@@ -147,6 +147,53 @@ def test_every_file_is_vouched_for() -> None:
     ]  # of the plans, each set vouches for its own
 
 
+OTHER = "f" * 64
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("engines",), []),
+        (("engines", 0, "plans", "vim", "file", "sha256"), OTHER),
+        (("engines", 0, "version"), "9.9.9"),
+        (("reports",), []),
+        (("parity", "max_abs"), 0.5),
+        (("provenance", "command"), "mdnet-export build --force"),
+        (("provenance", "versions"), {}),
+        (("licenses",), []),
+        (("graphs", "vim", "file", "name"), "renamed.onnx"),
+    ],
+    ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else "",
+)
+def test_the_digest_is_that_of_the_scores_not_of_plans_and_reports(path: tuple[str | int, ...], value: Any) -> None:
+    other = Manifest.model_validate(changed(path, value))
+    assert other != Manifest.model_validate(DOCUMENT)
+    assert other.digest() == Manifest.model_validate(DOCUMENT).digest()
+
+
+def test_the_digest_changes_with_every_graph_its_weights_and_the_preprocessing() -> None:
+    larger = copy.deepcopy(DOCUMENT)
+    larger["preprocessing"]["image_size"] = 96
+    for name in ("encoder", "vim"):
+        larger["graphs"][name]["inputs"][0]["shape"] = ["batch", 96, 96, 3]
+    swapped = copy.deepcopy(DOCUMENT)
+    swapped["graphs"]["vim"]["file"]["sha256"] = OTHER
+    again = copy.deepcopy(DOCUMENT)
+    again["graphs"]["fusion"]["file"]["sha256"] = OTHER  # the same digits in another graph
+    documents = [
+        DOCUMENT,
+        larger,
+        swapped,
+        again,
+        changed(("graphs", "encoder", "file", "sha256"), OTHER),
+        changed(("graphs", "encoder", "data", 0, "sha256"), OTHER),
+        changed(("graphs", "encoder", "data"), []),
+    ]
+    digests = [Manifest.model_validate(document).digest() for document in documents]
+    assert len(set(digests)) == len(documents)
+    assert all(len(digest) == 64 for digest in digests)
+
+
 @pytest.mark.parametrize("place", list(parts(DOCUMENT)), ids=lambda place: ".".join(map(str, place)) or "top")
 def test_an_unknown_field_is_refused_at_every_level(place: tuple[str | int, ...]) -> None:
     with pytest.raises(ValidationError):

@@ -25,9 +25,10 @@ from scipy import stats
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.manifest import Manifest, TensorSpec
-from mdnet_rt import bench, bench_clock
-from mdnet_rt.bench_images import decode, make_jpegs, take_images
-from mdnet_rt.bench_process import Worker
+from mdnet_rt.bench import clock as bench_clock
+from mdnet_rt.bench import run as bench
+from mdnet_rt.bench.images import decode, make_jpegs, take_images
+from mdnet_rt.bench.process import Worker
 from mdnet_rt.cli import main
 from mdnet_rt.results import Stamp
 

@@ -334,10 +334,24 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(shared_bundle: Path, photo
 
 
 def slowed(photos: list[Path], bundle: Path, output: Path) -> str:
-    """A program that scores one image at a time, and waits in the graphs for the file `go` after the first."""
+    """A program that scores one image at a time, and waits in the graphs for the file `go` after the first.
+
+    The folder `signals` has a file for each signal that it has taken notice of.
+    """
     go, names = output.parent / "go", " ".join(f"{str(photo)!r}," for photo in photos)
+    signals = output.parent / "signals"
+    signals.mkdir()
     return f"""
-import pathlib, time
+import pathlib, signal, time
+install = signal.signal
+def install_noted(number, handler):
+    def noted(*arguments):
+        try:
+            handler(*arguments)
+        finally:
+            pathlib.Path({str(signals)!r}, str(time.monotonic_ns())).touch()
+    return install(number, noted if callable(handler) else handler)
+signal.signal = install_noted
 from mdnet_engines.session import OrtSession
 run, runs = OrtSession.run, []
 def slow(self, feeds):
@@ -357,6 +371,14 @@ def wait_for_the_first_row(process: subprocess.Popen[str], partial: Path) -> Non
         time.sleep(0.01)
 
 
+def send(process: subprocess.Popen[str], number: signal.Signals, noted: Path) -> None:
+    """Send a signal and wait until it has been handled."""
+    before = len(list(noted.iterdir()))
+    process.send_signal(number)
+    while process.poll() is None and len(list(noted.iterdir())) == before:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_batch_in_the_graphs_finish_and_says_how_to_go_on(
     shared_bundle: Path, photo: Photo, tmp_path: Path, number: signal.Signals
@@ -367,8 +389,7 @@ def test_a_signal_lets_the_batch_in_the_graphs_finish_and_says_how_to_go_on(
     )
     partial = Path(f"{output}.partial")
     wait_for_the_first_row(process, partial)
-    process.send_signal(number)
-    time.sleep(0.2)  # the signal before the graphs go on
+    send(process, number, tmp_path / "signals")
     (tmp_path / "go").touch()
     message = f"error: interrupted; the 2 rows so far are in {partial}; the same command with --resume continues"
     assert process.stderr.read().strip() == message
@@ -381,10 +402,8 @@ def test_a_second_ctrl_c_does_not_wait(shared_bundle: Path, photo: Photo, tmp_pa
         [sys.executable, "-c", slowed(photos, shared_bundle, output)], stderr=subprocess.PIPE, text=True
     )
     wait_for_the_first_row(process, Path(f"{output}.partial"))
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    send(process, signal.SIGINT, tmp_path / "signals")
+    send(process, signal.SIGINT, tmp_path / "signals")
     (tmp_path / "go").touch()  # what is in the graphs can't be left
     assert "the 1 row so far is in" in process.stderr.read()
     assert process.wait(timeout=30) == 130

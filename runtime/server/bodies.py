@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from mdnet_engines.errors import first_line
 from mdnet_rt.preprocess import ImageError
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_wire import ClientLeftError, RefusedError, Wire
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.wire import ClientLeftError, RefusedError, Wire
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 MAX_NAME = 255

@@ -1,6 +1,6 @@
 """How fast a bundle is on this machine, part by part and as a whole, and against other ways to run the same model.
 
-Each contestant is a process of its own (`bench_process`). In every round each stage is run once by all who know it, one
+Each contestant is a process of its own (`process.py`). In every round each stage is run once by all who know it, one
 right after the other and in turned order every other round, so that what the machine does meanwhile hits all alike; a
 ratio is taken within a round, and what is told of it is the median.
 """
@@ -21,8 +21,8 @@ from mdnet_engines.backends import Backend
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Manifest
 from mdnet_engines.session import available_cores
-from mdnet_rt.bench_facts import describe_bundle, describe_host
-from mdnet_rt.bench_process import Worker
+from mdnet_rt.bench.facts import describe_bundle, describe_host
+from mdnet_rt.bench.process import Worker
 
 PYTORCH = "pytorch"
 STAGES = ("decode", "encoder", "vim", "fusion", "graphs", "end to end")
@@ -178,7 +178,7 @@ def _start(setup: Setup, name: str, what: str, batch_size: int) -> Worker:
         arguments += [f"--images={location}" for location in setup.images]
     else:
         arguments += ["--image-size", "{}x{}".format(*setup.image_size)]
-    return Worker(name, "mdnet_rt.bench_worker", arguments, threads=threads)
+    return Worker(name, "mdnet_rt.bench.worker", arguments, threads=threads)
 
 
 def _check_shapes(name: str, said: dict[str, Any], manifest: Manifest) -> None:

@@ -11,13 +11,13 @@ from fastapi import Request, Response
 
 from mdnet_engines.errors import first_line
 from mdnet_engines.manifest import Manifest
-from mdnet_rt import kserve
 from mdnet_rt.results import Stamp
-from mdnet_rt.serve_bodies import Bodies, Upload, find_uploads
-from mdnet_rt.serve_metrics import Metrics
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_wire import ClientLeftError, RefusedError, wire_of
-from mdnet_rt.serve_work import Outcome, Work
+from mdnet_rt.server import kserve
+from mdnet_rt.server.bodies import Bodies, Upload, find_uploads
+from mdnet_rt.server.metrics import Metrics
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.wire import ClientLeftError, RefusedError, wire_of
+from mdnet_rt.server.work import Outcome, Work
 
 _LEFT = 499  # nginx's number for a client that left; only in the metrics, as nobody sees it
 _ENDPOINTS = {"/score": "score", "/healthz": "health", "/readyz": "health", "/metrics": "metrics"}

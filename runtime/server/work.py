@@ -21,11 +21,11 @@ from PIL import Image
 
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.session import available_cores
-from mdnet_rt.batcher import Batcher, Job, Scores
 from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, load_image
-from mdnet_rt.serve_metrics import Metrics
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_wire import ClientLeftError, RefusedError, Wire
+from mdnet_rt.server.batcher import Batcher, Job, Scores
+from mdnet_rt.server.metrics import Metrics
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.wire import ClientLeftError, RefusedError, Wire
 
 MAX_DECODERS = 4  # each may hold one image of max_pixels
 _SMOOTHING = 0.2  # of the newest batch in the running mean of seconds per image

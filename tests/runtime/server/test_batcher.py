@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mdnet_engines.errors import MDNetError
-from mdnet_rt.batcher import Batcher, Job, Scores
+from mdnet_rt.server.batcher import Batcher, Job, Scores
 
 DEADLINE = 10
 

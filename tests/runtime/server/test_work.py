@@ -16,11 +16,11 @@ import pytest
 from mdnet_engines.bundle import read_manifest
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.preprocess import load_image
-from mdnet_rt.serve_app import Counted, Service
-from mdnet_rt.serve_metrics import Metrics
-from mdnet_rt.serve_routes import make_app
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_work import Work
+from mdnet_rt.server.app import Counted, Service
+from mdnet_rt.server.metrics import Metrics
+from mdnet_rt.server.routes import make_app
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.work import Work
 
 DEADLINE = 10
 SIZE = 32
@@ -191,7 +191,7 @@ def test_a_decoder_that_fails_unforeseen_leaves_the_queue_as_it_was(
 ) -> None:
     async def test(lab: Lab) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("mdnet_rt.serve_work.load_image", None)
+            patch.setattr("mdnet_rt.server.work.load_image", None)
             answer = await lab.score(images[0])
         assert answer.status_code == 500
         assert answer.json()["error"].startswith("scoring failed: unexpected TypeError")

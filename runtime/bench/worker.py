@@ -1,6 +1,6 @@
-"""A bundle on one backend as a contestant of `mdnet-rt bench`: `python -m mdnet_rt.bench_worker`.
+"""A bundle on one backend as a contestant of `mdnet-rt bench`: `python -m mdnet_rt.bench.worker`.
 
-What comes in and goes out is in `bench_process`.
+What comes in and goes out is in `process.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnet_engines.errors import MDNetError, first_line
-from mdnet_rt.bench_clock import timed
+from mdnet_rt.bench.clock import timed
 
 if TYPE_CHECKING:
     from mdnet_rt.sources import Entry
@@ -55,7 +55,7 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
     """
     from mdnet_engines.backends import choose
     from mdnet_engines.bundle import Bundle
-    from mdnet_rt.bench_images import decode
+    from mdnet_rt.bench.images import decode
     from mdnet_rt.scorer import Scorer
 
     n = options.batch_size
@@ -79,7 +79,7 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
 
 
 def _images(options: argparse.Namespace, size: int) -> tuple[list[Entry], dict[str, Any]]:
-    from mdnet_rt.bench_images import make_jpegs, take_images
+    from mdnet_rt.bench.images import make_jpegs, take_images
 
     if options.images:
         entries, skipped = take_images(options.images, STREAM * options.batch_size, size)

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from mdnet_rt.preprocess import ImageError
-from mdnet_rt.serve_bodies import from_base64, parse_json
-from mdnet_rt.serve_wire import RefusedError
-from mdnet_rt.serve_work import Outcome, Payload
+from mdnet_rt.server.bodies import from_base64, parse_json
+from mdnet_rt.server.wire import RefusedError
+from mdnet_rt.server.work import Outcome, Payload
 
 VERSION = "1"
 """The one version of the model that a server has."""

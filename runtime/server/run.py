@@ -30,12 +30,12 @@ from mdnet_engines.console import INTERRUPTED
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_engines.manifest import Manifest
 from mdnet_rt.scorer import Scorer
-from mdnet_rt.serve_app import Counted, Service
-from mdnet_rt.serve_metrics import Metrics
-from mdnet_rt.serve_protocol import Connection
-from mdnet_rt.serve_routes import make_app
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_work import Work
+from mdnet_rt.server.app import Counted, Service
+from mdnet_rt.server.metrics import Metrics
+from mdnet_rt.server.protocol import Connection
+from mdnet_rt.server.routes import make_app
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.work import Work
 
 _BACKLOG = 1024  # connections that the system completes before they are accepted
 

@@ -19,8 +19,8 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from mdnet_rt.serve_settings import Settings
-from mdnet_rt.serve_wire import RefusedError, Wire
+from mdnet_rt.server.settings import Settings
+from mdnet_rt.server.wire import RefusedError, Wire
 
 MAX_HEAD = 64 * 1024
 """Bytes of a request that are not its body."""

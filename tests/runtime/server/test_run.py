@@ -21,7 +21,7 @@ from serving import DEADLINE, Answer, Server, serving
 
 from mdnet_rt.cli import main
 from mdnet_rt.preprocess import load_image
-from mdnet_rt.serve_settings import Settings
+from mdnet_rt.server.settings import Settings
 
 Photo = Callable[..., Path]
 Expected = Callable[[np.ndarray], float]

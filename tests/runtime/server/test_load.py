@@ -171,7 +171,7 @@ def test_more_connections_than_the_limit_get_503_but_health_is_answered(
 
 def test_the_load_generator_counts_what_the_server_counts(shared_bundle: Path, photo: Photo) -> None:
     folder = photo("images/a.png").parent
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_load.py"
+    script = Path(__file__).resolve().parents[3] / "benchmarks" / "serve_load.py"
     with serving(shared_bundle) as server:
         command = [sys.executable, script, server.url, folder, "--clients", 4, "--seconds", 1, "--warmup", 0]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE)
@@ -184,7 +184,7 @@ def test_the_load_generator_counts_what_the_server_counts(shared_bundle: Path, p
 
 
 def test_figures_are_percentiles_of_answers_with_a_score() -> None:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_load.py"
+    path = Path(__file__).resolve().parents[3] / "benchmarks" / "serve_load.py"
     spec = importlib.util.spec_from_file_location("serve_load", path)
     assert spec is not None
     assert spec.loader is not None

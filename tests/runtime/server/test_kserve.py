@@ -15,10 +15,10 @@ from serving import Server, serving
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from mdnet_rt import kserve
 from mdnet_rt.preprocess import ImageError, load_image
-from mdnet_rt.serve_wire import RefusedError
-from mdnet_rt.serve_work import Outcome
+from mdnet_rt.server import kserve
+from mdnet_rt.server.wire import RefusedError
+from mdnet_rt.server.work import Outcome
 
 SIZE = 32
 Expected = Callable[[np.ndarray], float]

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from mdnet_rt import serve_schema
-from mdnet_rt.serve_app import Service, answer_json
-from mdnet_rt.serve_metrics import CONTENT_TYPE, Metrics
-from mdnet_rt.serve_schema import body, errors, schema_of
+from mdnet_rt.server import schema
+from mdnet_rt.server.app import Service, answer_json
+from mdnet_rt.server.metrics import CONTENT_TYPE, Metrics
+from mdnet_rt.server.schema import body, errors, schema_of
 
 _READING = (400, 408, 413, 415, 429, 431, 500, 503, 504)
 
@@ -34,12 +34,12 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    @app.get("/healthz", response_model=serve_schema.Health, responses=errors(503))
+    @app.get("/healthz", response_model=schema.Health, responses=errors(503))
     async def healthz() -> Response:
         """Liveness: whether the engine's thread runs. True while draining."""
         return _health({"status": "alive"}, service.alive)
 
-    @app.get("/readyz", response_model=serve_schema.Health, responses=errors(503))
+    @app.get("/readyz", response_model=schema.Health, responses=errors(503))
     async def readyz() -> Response:
         """Readiness: false from the moment the server is told to stop."""
         return _health({"status": "ready"}, service.ready)
@@ -52,16 +52,16 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 def _add_score(app: FastAPI, service: Service) -> None:
     media_types = {
-        "image/*": serve_schema.FILE,
-        "application/octet-stream": serve_schema.FILE,
-        "multipart/form-data": serve_schema.MULTIPART,
-        "application/json": schema_of(serve_schema.Images),
+        "image/*": schema.FILE,
+        "application/octet-stream": schema.FILE,
+        "multipart/form-data": schema.MULTIPART,
+        "application/json": schema_of(schema.Images),
     }
 
     @app.post(
         "/score",
-        response_model=serve_schema.ScoreAnswer,
-        responses={**errors(*_READING), **errors(422, model=serve_schema.NoScore)},
+        response_model=schema.ScoreAnswer,
+        responses={**errors(*_READING), **errors(422, model=schema.NoScore)},
         openapi_extra=body(media_types),
     )
     @service.watched
@@ -73,17 +73,17 @@ def _add_score(app: FastAPI, service: Service) -> None:
 def _add_protocol(app: FastAPI, service: Service) -> None:
     """The Open Inference Protocol, version 2."""
 
-    @app.get("/v2", response_model=serve_schema.ServerMetadata)
+    @app.get("/v2", response_model=schema.ServerMetadata)
     async def server_metadata() -> Response:
         """What this server is."""
         return answer_json({"name": "mdnet-rt", "version": app.version, "extensions": ["binary_tensor_data"]})
 
-    @app.get("/v2/health/live", response_model=serve_schema.Live, responses=errors(503))
+    @app.get("/v2/health/live", response_model=schema.Live, responses=errors(503))
     async def live() -> Response:
         """Liveness, as /healthz."""
         return _health({"live": True}, service.alive)
 
-    @app.get("/v2/health/ready", response_model=serve_schema.Ready, responses=errors(503))
+    @app.get("/v2/health/ready", response_model=schema.Ready, responses=errors(503))
     async def ready() -> Response:
         """Readiness, as /readyz."""
         return _health({"ready": True}, service.ready)
@@ -102,30 +102,30 @@ def _add_model(app: FastAPI, service: Service, path: str, names: list[str]) -> N
             path + suffix, response_model=model, responses=errors(404, *codes), openapi_extra={"parameters": in_path}
         )
 
-    @get("", serve_schema.ModelMetadata)
+    @get("", schema.ModelMetadata)
     @service.watched
     async def metadata(request: Request) -> Response:
         """The model's inputs and outputs."""
         service.check_model(request)
         return answer_json(service.metadata())
 
-    @get("/ready", serve_schema.ModelReady, 503)
+    @get("/ready", schema.ModelReady, 503)
     @service.watched
     async def ready(request: Request) -> Response:
         """Whether the model can be used: as /readyz."""
         service.check_model(request)
         return _health({"name": request.path_params["name"], "ready": True}, service.ready)
 
-    media_types = {"application/json": schema_of(serve_schema.InferBody), "application/octet-stream": serve_schema.FILE}
+    media_types = {"application/json": schema_of(schema.InferBody), "application/octet-stream": schema.FILE}
 
     @app.post(
         path + "/infer",
-        response_model=serve_schema.InferAnswer,
+        response_model=schema.InferAnswer,
         responses={
-            200: {"content": {"application/octet-stream": {"schema": serve_schema.FILE}}},
+            200: {"content": {"application/octet-stream": {"schema": schema.FILE}}},
             **errors(404, 422, *_READING),
         },
-        openapi_extra={**body(media_types), "parameters": [*in_path, serve_schema.INFER_HEADER]},
+        openapi_extra={**body(media_types), "parameters": [*in_path, schema.INFER_HEADER]},
     )
     @service.watched
     async def infer(request: Request) -> Response:

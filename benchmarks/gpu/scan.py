@@ -1,0 +1,98 @@
+"""`selective_scan.cu` and mamba-ssm's kernel against float64, on fresh random inputs; outputs poisoned before."""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu.context import CheckFailed, Context, NotInstalled
+from gpu.kernels import Kernel, cases_module, double, open_kernel, random_tensors, tensors
+from gpu.results import Figure
+from mdnet import scan_loop, scan_mamba
+from mdnet_engines.scan_shapes import INPUTS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAMBA_TOLERANCE = 2e-4
+"""Of the largest value, in float32. It bounds another project's kernel, whose arithmetic we don't know."""
+
+
+def run(context: Context) -> None:
+    """A row for each type and direction of our kernel, one for mamba-ssm's."""
+    kernel, what = open_kernel(context.device, context.scratch)
+    for dtype in DTYPES:
+        for reverse in (False, True):
+            name = f"{_name(dtype)}, {'reverse' if reverse else 'forward'}"
+            context.attempt(name, functools.partial(check, context, kernel, what, dtype, reverse))
+    context.attempt("mamba-ssm's kernel and its gradient", functools.partial(check_mamba, context))
+
+
+def check(context: Context, kernel: Kernel, what: str, dtype: torch.dtype, reverse: bool) -> dict[str, Figure]:
+    """Run every case of one type and direction; any that is off fails the row, which names it."""
+    seed, wrong, largest, count = secrets.randbelow(2**31), [], 0.0, 0
+    for name, inputs, expected in _cases(context, dtype, reverse, seed):
+        y = torch.full_like(inputs["u"], math.nan)
+        kernel(inputs, y, reverse=reverse)
+        got = y.double().cpu().numpy()
+        count += 1
+        if not np.isfinite(got).all():
+            wrong.append(f"{name} (not finite)")
+            continue
+        try:
+            cases_module().assert_close(got, expected, _name(dtype), cases_module().CUDA_TOLERANCE)
+        except AssertionError as error:
+            wrong.append(f"{name} ({error})")
+        largest = max(largest, float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))))
+    figures: dict[str, Figure] = {"cases": count, "largest error, of the largest output": largest, "seed": seed}
+    if wrong:
+        raise CheckFailed(f"{len(wrong)} of {count} cases are wrong: {'; '.join(wrong)[:200]}", figures)
+    return {**figures, "note": f"run by {what}"}
+
+
+def _cases(
+    context: Context, dtype: torch.dtype, reverse: bool, seed: int
+) -> Iterator[tuple[str, dict[str, Tensor], np.ndarray]]:
+    """Name, inputs and the float64 reference: of the shared table, then of the large shapes."""
+    table, device = cases_module(), context.device
+    for place, case in enumerate(table.EVERY_CASE):
+        if (case.dtype, case.reverse) != (_name(dtype), reverse) or case.elements > context.sizes.case_elements:
+            continue
+        inputs = tensors(table.make_inputs(case, seed + place), dtype, device)
+        arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
+        yield case.name, inputs, table.reference_scan(**arrays, reverse=reverse)
+    for sizes in context.sizes.large_scans:
+        inputs = random_tensors(sizes, dtype, device, seed)
+        wide = double(inputs)
+        expected = scan_loop.scan(*(wide[name] for name in INPUTS), reverse=reverse)
+        yield "×".join(map(str, sizes)), inputs, expected.cpu().numpy()
+
+
+def check_mamba(context: Context) -> dict[str, Figure]:
+    """mamba-ssm's kernel as training runs it, and its gradient, against our loop in float64."""
+    sizes, device = context.sizes.large_scans[-1], context.device
+    given = random_tensors(sizes, torch.float32, device, secrets.randbelow(2**31))
+    if not scan_mamba.available(given["u"], given["A"]):
+        raise NotInstalled("mamba-ssm")
+    inputs, wide = ([each[name] for name in INPUTS] for each in (given, double(given)))
+    grad = torch.randn_like(given["u"])
+    largest = 0.0
+    for reverse in (False, True):
+        found = [scan_mamba.scan(*inputs, reverse=reverse), *scan_mamba.scan_backward(grad, *inputs, reverse=reverse)]
+        expected = [
+            scan_loop.scan(*wide, reverse=reverse),
+            *scan_loop.scan_backward(grad.double(), *wide, reverse=reverse),
+        ]
+        for got, right in zip(found, expected, strict=True):
+            largest = max(largest, float((got.double() - right).abs().max() / right.abs().max()))
+    if not largest <= _MAMBA_TOLERANCE:
+        raise CheckFailed(f"off by {largest:.3g} of the largest value, allowed is {_MAMBA_TOLERANCE:g}")
+    return {"largest error, of the largest value": largest}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

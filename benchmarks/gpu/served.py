@@ -1,0 +1,146 @@
+"""The bundles on what serves them on a GPU: ONNX Runtime's CUDA provider, TensorRT 11, TensorRT-RTX.
+
+In the dry run ONNX Runtime's CPU provider takes the place of CUDA's, and TensorRT-RTX, which needs no GPU for it,
+builds its plans. Images come from the host and scores return to it in every run that is timed, as in production.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import numpy as np
+
+from gpu.bundles import open_bundle
+from gpu.context import CheckFailed, Context, NotInstalled, NotSupported
+from gpu.model import Reference, check_scores, reference, singles, speed
+from gpu.results import Figure
+from mdnet_engines import native, plan_process, session
+from mdnet_engines.backends import Backend, Graphs, open_graphs
+from mdnet_engines.bundle import Bundle
+from mdnet_engines.errors import MDNetError
+from mdnet_engines.manifest import BatchRange, PlanRuntime
+from mdnet_engines.plans import usable_plans
+from mdnet_export.parity import measure
+
+if TYPE_CHECKING:
+    from mdnet_engines.plans import Host
+
+OWN_OP, FUNCTION_BODY = "own op", "function body"
+
+
+def onnxruntime(context: Context) -> None:
+    """fp16: with our operator at every batch, with the function body at one."""
+    backend: Backend = "onnxruntime-cuda" if context.device.is_cuda else "onnxruntime-cpu"
+    held = reference(context)
+    for variant, batches in ((OWN_OP, context.sizes.batches), (FUNCTION_BODY, (context.sizes.goal_batch,))):
+        # Without the library sessions run the function body, as where mdnet was installed without it.
+        with nullcontext() if variant == OWN_OP else patch.object(native, "custom_op_library", lambda: None):
+            _rows(context, f"fp16, {variant}", held, batches, functools.partial(_open_ort, context, backend, variant))
+
+
+def tensorrt(context: Context) -> None:
+    """TensorRT 11, every precision there is a bundle of."""
+    _plans(context, "tensorrt", context.sizes.precisions)
+
+
+def tensorrt_rtx(context: Context) -> None:
+    """TensorRT-RTX, fp16."""
+    _plans(context, "tensorrt-rtx", ("fp16",))
+
+
+def _open_ort(context: Context, backend: Backend, variant: str) -> Graphs:
+    if backend == "onnxruntime-cuda" and not session.has_cuda():
+        raise NotInstalled("onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
+    if variant == OWN_OP and native.custom_op_library() is None:
+        raise NotInstalled("mdnet's native library, which has the operator: it comes with an install")
+    return open_graphs(open_bundle(context, "fp16"), backend=backend)
+
+
+def _plans(context: Context, runtime: PlanRuntime, precisions: tuple[str, ...]) -> None:
+    host = plan_process.probe(runtime)
+    held = reference(context)
+    for precision in precisions:
+        built = context.attempt(f"{precision}, plans", functools.partial(_build, context, host, precision))
+        if built is not None or host.problem:
+            opening = functools.partial(_open_plans, context, host, precision)
+            _rows(context, precision, held, context.sizes.batches, opening)
+
+
+def _build(context: Context, host: Host, precision: str) -> dict[str, Figure]:
+    if host.problem:
+        raise NotInstalled(host.problem)
+    if host.runtime == "tensorrt" and host.gpu is None:
+        raise NotSupported("TensorRT builds only where there is a GPU")
+    sizes = context.sizes
+    batch = BatchRange(minimum=1, optimum=sizes.goal_batch, maximum=max(sizes.batches))
+    built = plan_process.build_plans(open_bundle(context, precision), host, batch=batch)
+    if built.record is None:
+        return {"note": "were there"}
+    graphs = built.record["graphs"].values()
+    return {"layers": sum(g["layers"] for g in graphs), "MB": sum(g["bytes"] for g in graphs) / 1e6}
+
+
+def _open_plans(context: Context, host: Host, precision: str) -> Graphs:
+    if host.problem:
+        raise NotInstalled(host.problem)
+    bundle: Bundle = open_bundle(context, precision)
+    try:
+        usable_plans(bundle, host)
+    except MDNetError as error:  # no GPU, or one that these plans are not for
+        raise NotSupported(str(error).partition("; build plans")[0]) from None
+    return open_graphs(bundle, backend=host.runtime)
+
+
+def _rows(
+    context: Context, name: str, held: Reference, batches: tuple[int, ...], opening: Callable[[], Graphs]
+) -> None:
+    """Open the graphs; a row of the parity gates, then one for each batch. What can't be opened is one row."""
+    before = context.device.memory()
+    opened: list[Graphs] = []
+
+    def gates() -> dict[str, Figure]:
+        opened.append(opening())
+        return _gates(context, opened[0], held, name.partition(",")[0])
+
+    passed = context.attempt(f"{name}, parity", gates)
+    if not opened:
+        return
+    graphs, precision = opened[0], name.partition(",")[0]
+    if passed is not None:
+        known = functools.cache(functools.partial(singles, graphs.score, held))
+        row = functools.partial(_row, context, graphs, held, precision)
+        context.series((f"{name}, batch {n}", functools.partial(row, n, before, known)) for n in batches)
+    graphs.close()
+
+
+def _gates(context: Context, graphs: Graphs, held: Reference, precision: str) -> dict[str, Figure]:
+    """The bundle's own gates, graph by graph and on the score, against PyTorch fp32."""
+    report = measure(graphs, held.outputs, held.images, precision=precision, backend=context.device.kind)
+    figures: dict[str, Figure] = {gate.name: gate.value for gate in report.gates if gate.value is not None}
+    if failed := [gate.name for gate in report.gates if not gate.passed]:
+        raise CheckFailed(f"not within the {precision} limits: {', '.join(failed)}", figures)
+    return figures
+
+
+def _row(
+    context: Context,
+    graphs: Graphs,
+    held: Reference,
+    precision: str,
+    batch: int,
+    before: float,
+    known: Callable[[], np.ndarray],
+) -> dict[str, Figure]:
+    images, _ = held.batch(batch)
+    seconds = context.device.measure_blocking(lambda: graphs.score(images), seconds=context.sizes.seconds)
+    figures = speed(context, seconds, batch, precision)
+    figures["GiB more in use"] = context.device.memory() - before
+    try:
+        figures |= check_scores(graphs.score, held, batch, precision, known())
+    except CheckFailed as error:
+        raise CheckFailed(str(error), {**figures, **error.figures}) from None
+    return figures

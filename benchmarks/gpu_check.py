@@ -1,0 +1,145 @@
+"""Everything that takes a GPU to prove, in one command of nine minutes: python benchmarks/gpu_check.py
+
+Stages stand alone, each in a process of its own and within its time; what is missing is a row "not installed". The
+results are written after each stage, to benchmarks/results/<gpu>-<date>.json. `render` makes the tables of docs/gpu.md
+and README.md from the newest. docs/gpu.md says what each stage does and what counts as verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from gpu.check import BUDGET, STAGES, Setting, Stage, run_stages
+from gpu.render import render
+from gpu.results import BAD, ResultError, Results
+from gpu.rooms import ROOT, import_paths
+
+RESULTS = ROOT / "benchmarks" / "results"
+_PACKAGES = (
+    *("torch", "triton", "diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt", "tensorrt-rtx", "mamba-ssm"),
+)
+
+
+def main() -> None:
+    """Run the stages, or render the newest results; exit 1 where a stage that ran failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=["run", "render"], default="run")
+    parser.add_argument("--dry-run", action="store_true", help="try the script itself, on the CPU and in small")
+    parser.add_argument("--only", action="append", metavar="STAGE", help=f"of: {', '.join(s.name for s in STAGES)}")
+    parser.add_argument("--bundles", type=Path, help="folder that keeps the bundles and plans (built when missing)")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything (%(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="file of the results, in place of benchmarks/results")
+    options = parser.parse_args()
+    if options.command == "render":
+        sys.exit(_render())
+    known = {stage.name: stage for stage in STAGES}
+    if unknown := [name for name in options.only or () if name not in known]:
+        parser.error(f"--only {unknown[0]}: there are: {', '.join(known)}")
+    if options.budget <= 0:
+        parser.error(f"--budget is {options.budget}; expected seconds")
+    if options.dry_run and options.output is None:
+        parser.error("--dry-run needs -o: it is no evidence, and not for benchmarks/results")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"-o {options.output}: there is no folder {options.output.parent}")
+    stages = [stage for stage in STAGES if stage.name in (options.only or known)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage that runs ends too
+    try:
+        results, output = run(options, stages)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    _print(results, output)
+    sys.exit(0 if results.passed else 1)
+
+
+def run(options: argparse.Namespace, stages: list[Stage]) -> tuple[Results, Path]:
+    """Run the stages; gives their results and the file that has them."""
+    with tempfile.TemporaryDirectory(prefix="mdnet-gpu-check-") as name:
+        scratch = Path(name)
+        paths = import_paths(scratch)
+        sys.path += paths
+        bundles = (options.bundles or scratch / "bundles").resolve()
+        bundles.mkdir(parents=True, exist_ok=True)
+        device, sizes = ("cpu", "tiny") if options.dry_run else ("cuda", "full")
+        begin = Results(
+            gpu=f"none ({platform.machine()} CPU)" if options.dry_run else _gpu(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            dry_run=options.dry_run,
+            command=shlex.join(["python", "benchmarks/gpu_check.py", *_told(sys.argv[1:])]),
+            versions=_versions(),
+        )
+        output = (options.output or RESULTS / f"{_slug(begin.gpu)}-{begin.day}.json").resolve()
+        setting = Setting(device, sizes, scratch, bundles, tuple(paths))
+        return run_stages(stages, setting, begin, output, budget=options.budget, tell=_tell), output
+
+
+def _render() -> int:
+    try:
+        changed = render(RESULTS, ROOT / "docs" / "gpu.md", ROOT / "README.md")
+    except ResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"{file.relative_to(ROOT)}: written" for file in changed) or "up to date")
+    return 0
+
+
+def _gpu() -> str:
+    from mdnet_engines.gpu import visible_gpu
+
+    if (gpu := visible_gpu()) is None:
+        sys.exit("error: there is no CUDA GPU here, or no driver; try the script without one: --dry-run -o FILE")
+    return gpu.name
+
+
+def _told(arguments: list[str]) -> list[str]:
+    """The command line without this machine's folders."""
+    return [os.path.basename(word) if os.path.isabs(word) else word for word in arguments]  # noqa: PTH117, PTH119
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        found["commit"] = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "unknown"
+    return found
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _tell(text: str) -> None:
+    """Progress, on a terminal only."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def _print(results: Results, output: Path) -> None:
+    for stage in results.stages:
+        print(f"{stage.status:14}{stage.name:14}{stage.seconds:6.0f} s  {stage.note}".rstrip())
+        for row in stage.rows:
+            if row.status in BAD:
+                print(f"{'':14}  {row.name}: {row.status}, {row.note}")
+    print(f"{results.gpu}: {'passed' if results.passed else 'FAILED'}; {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`mdnet-rt bench`: how fast a bundle is here, against others."""

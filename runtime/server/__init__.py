@@ -1,0 +1,1 @@
+"""`mdnet-rt serve`: scores over HTTP."""

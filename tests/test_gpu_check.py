@@ -1,0 +1,687 @@
+"""`benchmarks/gpu_check.py`: the dry run works, what goes wrong is seen, and the tables say what the results say."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_stub
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "benchmarks" / "gpu_check.py"
+sys.path.append(str(SCRIPT.parent))  # at the end: it has modules of common names
+check, claims, render, results, rooms = (
+    importlib.import_module(f"gpu.{name}") for name in ("check", "claims", "render", "results", "rooms")
+)
+sys.path.remove(str(SCRIPT.parent))
+STAGES = [stage.name for stage in check.STAGES]
+GPU, DAY = "NVIDIA H100", "2026-11-25"
+
+
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=500, **options
+    )
+
+
+# The dry run.
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The answer, and the file's content as text."""
+    folder = tmp_path_factory.mktemp("dry")
+    # Under a busy machine's load a stage may take several times its share of a minute and a half.
+    done = command("--dry-run", "-o", "dry.json", "--budget", "480", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(done=done, text=(folder / "dry.json").read_text(), file=folder / "dry.json")
+
+
+def test_the_dry_run_has_every_stage_with_its_rows(dry_run: Any) -> None:
+    read = results.read(dry_run.file)
+    assert read.dry_run
+    assert [stage.name for stage in read.stages] == STAGES
+    for stage in read.stages:
+        assert stage.rows, stage.name
+        assert all(row.note for row in stage.rows if row.status != results.PASSED), stage.name
+        assert stage.status in (results.PASSED, results.NOT_INSTALLED, results.NOT_SUPPORTED), stage
+
+
+def test_the_dry_run_runs_what_a_cpu_can(dry_run: Any) -> None:
+    stages = {stage.name: stage for stage in results.read(dry_run.file).stages}
+    for name in ("device", "scan", "scan time", "pytorch", "torch.compile", "bundles", "onnxruntime", "end to end"):
+        assert stages[name].status == results.PASSED, stages[name]
+    assert all(row.figures["cases"] > 1 for row in stages["scan"].rows if row.name.startswith(("float", "bfloat")))
+    (batch,) = (row for row in stages["pytorch"].rows if row.name == "fp16, batch 2")
+    assert {"images/s", "max |Δscore|", "batch against singles"} < batch.figures.keys()
+
+
+def test_a_pipe_gets_no_progress_and_the_file_no_places(dry_run: Any) -> None:
+    assert dry_run.done.stderr == ""
+    for place in (REPOSITORY, dry_run.file.parent, Path.home()):
+        assert str(place) + os.sep not in dry_run.text
+
+
+def test_a_dry_run_is_no_evidence(dry_run: Any, tmp_path: Path) -> None:
+    shutil.copy(dry_run.file, tmp_path / "cpu-2026-11-25.json")
+    with pytest.raises(results.ResultError, match="dry run"):
+        results.newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--dry-run"], 2, "needs -o"),
+        (["--only", "nothing"], 2, "there are: device"),
+        (["--budget", "0"], 2, "expected seconds"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(arguments: list[str], code: int, says: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == code
+    assert says in done.stderr.splitlines()[-1]
+
+
+def test_without_a_gpu_the_command_says_so_in_one_line(tmp_path: Path) -> None:
+    done = command("-o", tmp_path / "x.json", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: there is no CUDA GPU here.*\n", done.stderr)
+    assert not (tmp_path / "x.json").exists()
+
+
+# What goes wrong.
+
+HANG_SECONDS = 10  # enough for a process to start on a busy machine
+BROKEN = """
+import os, signal, sys, time
+from gpu.context import CheckFailed
+
+def fine(context):
+    context.attempt("one", lambda: {"figure": 1.5})
+
+def crash(context):
+    fine(context)
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def hang(context):
+    fine(context)
+    time.sleep(600)
+
+def failing(context):
+    def work():
+        raise CheckFailed("off by 3", {"error": 3.0})
+    context.attempt("two", work)
+    fine(context)
+
+def raising(context):
+    fine(context)
+    raise ValueError("unexpected")
+
+def late(context):
+    context.attempt("long", lambda: {}, needs_seconds=10_000)
+    fine(context)
+
+def with_kernel(context, spoil):
+    from unittest.mock import patch
+    import torch
+    from gpu import kernels, scan
+
+    def kernel(inputs, y, *, reverse):
+        kernels._native(inputs, y, reverse=reverse)
+        spoil(y)
+    with patch.object(scan, "DTYPES", (torch.float32,)), patch.object(scan, "open_kernel", lambda *_: (kernel, "")):
+        scan.run(context)
+
+def exact(context):
+    with_kernel(context, lambda y: None)
+
+def wrong(context):
+    with_kernel(context, lambda y: y.view(-1)[-1:].add_(1e-2))
+
+def unwritten(context):
+    with_kernel(context, lambda y: y.view(-1)[-1:].fill_(float("nan")))
+"""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The results of a run whose stages go wrong in all ways, each between others that don't."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "broken.py").write_text(BROKEN)
+    names = ("exact", "crash", "failing", "raising", "late", "wrong", "unwritten")
+    stages = [check.Stage(name, f"broken:{name}", 60, needs=()) for name in names]
+    stages.insert(3, check.Stage("missing", "broken:fine", 60, needs=("json", "no_such_module", "nor_this")))
+    stages.append(check.Stage("fine", "broken:fine", 60, needs=()))
+    (folder / "bundles").mkdir()
+    paths = (*rooms.import_paths(folder), str(folder))
+    setting = check.Setting("cpu", "tiny", folder, folder / "bundles", paths)
+    begin = results.Results("none", f"{DAY}T10:00:00+00:00", True, "command", {})
+    output = folder / "out.json"
+    environment = setting.environment()
+    done = {stage.name: check.run_stage(stage, setting, 120, environment) for stage in stages}
+    done["hang"] = check.run_stage(check.Stage("hang", "broken:hang", 60, needs=()), setting, HANG_SECONDS, environment)
+    run = replace(begin, stages=tuple(done.values()))
+    results.write(run, output)
+    return done, output
+
+
+@pytest.mark.parametrize(
+    ("stage", "status", "note"),
+    [
+        ("exact", "passed", ""),
+        ("crash", "crashed", "SIGSEGV, having said: last words"),
+        ("hang", "timed out", f"stopped after {HANG_SECONDS} s"),
+        ("missing", "not installed", "no_such_module, nor_this"),
+        ("failing", "failed", "off by 3"),
+        ("raising", "failed", "ValueError: unexpected"),
+        ("late", "passed", ""),
+        ("wrong", "failed", "cases are wrong"),
+        ("unwritten", "failed", "not finite"),
+        ("fine", "passed", ""),
+    ],
+)
+def test_what_goes_wrong_in_a_stage_is_that_stages_alone(
+    stage: str, status: str, note: str, broken: tuple[Any, Path]
+) -> None:
+    done = broken[0][stage]
+    assert done.status == status, done
+    assert note in done.note
+
+
+def test_rows_before_a_crash_stay(broken: tuple[Any, Path]) -> None:
+    for name in ("crash", "hang", "raising"):
+        assert broken[0][name].rows[0] == results.Row("one", "passed", "", {"figure": 1.5})
+
+
+def test_figures_of_a_failed_check_are_kept(broken: tuple[Any, Path]) -> None:
+    (row,) = (row for row in broken[0]["failing"].rows if row.status == "failed")
+    assert row.figures == {"error": 3.0}
+
+
+def test_what_has_no_time_left_is_said_and_the_stage_goes_on(broken: tuple[Any, Path]) -> None:
+    assert [row.status for row in broken[0]["late"].rows] == ["no time", "passed"]
+
+
+def test_a_run_with_failures_has_not_passed_and_one_without_packages_has(broken: tuple[Any, Path]) -> None:
+    run = results.read(broken[1])
+    assert not run.passed
+    good = tuple(stage for stage in run.stages if stage.name in ("exact", "missing", "late", "fine"))
+    assert replace(run, stages=good).passed
+
+
+# The time for all.
+
+
+def test_the_shares_fit_into_nine_minutes() -> None:
+    assert check.BUDGET == 540
+    assert sum(check.limits(check.STAGES, check.BUDGET)) <= check.BUDGET
+    assert sum(check.limits(check.STAGES, 60)) <= 60
+
+
+def test_a_stage_gets_what_those_before_it_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock, given, written = [0.0], [], []
+    took = {"a": 1.0, "b": 30.0, "c": 25.0, "d": 5.0}
+
+    def run_stage(stage: Any, _setting: Any, limit: float, _environment: Any) -> Any:
+        given.append(limit)
+        written.append(len(results.read(tmp_path / "out.json").stages))
+        clock[0] += min(took[stage.name], limit)
+        return results.StageResult(stage.name, "passed", took[stage.name], limit, "", (results.Row("x", "passed"),))
+
+    monkeypatch.setattr(check, "run_stage", run_stage)
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    setting = check.Setting("cpu", "tiny", tmp_path, tmp_path, ())
+    begin = results.Results("none", f"{DAY}T10:00:00+00:00", True, "command", {})
+    stages = [check.Stage(name, "", check.BUDGET / 4) for name in took]
+    run = check.run_stages(stages, setting, begin, tmp_path / "out.json", budget=80)
+    assert given == [20, 39, 29, 24]
+    assert written == [0, 1, 2, 3]  # after every stage
+    assert results.read(tmp_path / "out.json") == run
+
+
+def test_no_stage_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    setting = check.Setting("cpu", "tiny", tmp_path, tmp_path, ())
+    done = check.run_stage(check.Stage("a", "broken:fine", 60), setting, 0.5, {})
+    assert (done.status, done.rows) == ("no time", ())
+
+
+# Results and their rendering.
+
+
+def row(name: str, status: str = "passed", note: str = "", **figures: float) -> Any:
+    return results.Row(name, status, note, {key.replace("_", " "): value for key, value in figures.items()})
+
+
+def rate(name: str, value: float, share: float = 0.1) -> Any:
+    return results.Row(name, "passed", "", {"images/s": value, "of the matrix product's rate": share})
+
+
+def scan_row(batch: int, times: float) -> Any:
+    return results.Row(f"selective_scan.cu, float16, batch {batch}", "passed", "", {"× its floor": times})
+
+
+ROWS = {
+    "device": [row("facts")],
+    "scan": [row("float32, forward"), row("bfloat16, reverse"), row("mamba-ssm's kernel and its gradient")],
+    "scan time": [scan_row(64, 1.4), scan_row(1, 7.0)],
+    "sanitizer": [row("memcheck")],
+    "pytorch": [rate("fp16, batch 32", 900)],
+    "torch.compile": [rate("fp16, batch 32", 1000)],
+    "bundles": [row("fp16")],
+    "onnxruntime": [row("fp16, own op, parity"), rate("fp16, own op, batch 32", 1200, 0.4)],
+    "tensorrt": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 32", 1500.4, 0.55)],
+    "tensorrt-rtx": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 32", 1400)],
+    "end to end": [rate("fp16, JPEG files", 1111)],
+    "tests": [row("pytest -m gpu")],
+}
+
+
+def made_up(day: str = DAY, **changes: list[Any]) -> Any:
+    """A run of which everything passed, but for the stages that are given otherwise (`_` for a space or a hyphen)."""
+    changed = {name.replace("_", " "): rows for name, rows in changes.items()}
+    stages = []
+    for name, rows in ROWS.items():
+        found = changed.get(name.replace("-", " ").replace(".", " "), rows)
+        status = results.worst(each.status for each in found)
+        note = next((f"{each.name}: {each.note}" for each in found if each.status == status and each.note), "")
+        stages.append(results.StageResult(name, status, 10.0, 20.0, note, tuple(found)))
+    return results.Results(GPU, f"{day}T10:00:00+00:00", False, "python benchmarks/gpu_check.py", {}, tuple(stages))
+
+
+def lines_of(run: Any) -> dict[str, str]:
+    """README's table: claim → what is said of it."""
+    found = re.findall(r"^\| (.+?) \| (.+) \|$", render.readme_block(run), re.MULTILINE)
+    return {what: said for what, said in found if what not in ("on a GPU", "---")}
+
+
+def test_without_results_every_claim_is_unverified() -> None:
+    said = lines_of(None)
+    assert [*said] == [claim.what for claim in claims.CLAIMS]
+    assert all(text.endswith("*unverified*: no run on a GPU yet") for text in said.values())
+    assert render.docs_block(None).count("*unverified*") == len(claims.GOALS) + 1
+
+
+def test_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    pages = [REPOSITORY / "docs" / "gpu.md", REPOSITORY / "README.md"]
+    copies = [Path(shutil.copy(page, tmp_path)) for page in pages]
+    for copy in copies:
+        text = copy.read_text(encoding="utf-8")
+        copy.write_text(text.replace(render.END, f"a line by hand\n{render.END}"), encoding="utf-8")
+    render.render(REPOSITORY / "benchmarks" / "results", *copies)
+    for page, copy in zip(pages, copies, strict=True):
+        assert copy.read_bytes() == page.read_bytes(), "python benchmarks/gpu_check.py render"
+
+
+def test_a_claim_whose_rows_passed_is_verified_with_gpu_and_day() -> None:
+    said = lines_of(made_up())
+    assert all(text.startswith(f"verified on {GPU}, {DAY}") for text in said.values()), said
+    assert said["TensorRT 11: plans, and the session that runs them"].endswith(": 1500 images/s at batch 32")
+    assert said["selective scan on CUDA: `selective_scan.cu`"].endswith(": 1.40× its floor at batch 64")
+
+
+@pytest.mark.parametrize("status", ["failed", "crashed", "timed out"])
+def test_a_claim_with_a_bad_row_is_told_as_such_and_no_other_is(status: str) -> None:
+    bad = [row("fp16, own op, parity", status, "score max |Δ|"), row("fp16, own op, batch 1")]
+    said = lines_of(made_up(onnxruntime=bad))
+    failed = [what for what, text in said.items() if text.startswith(f"**{status}** on {GPU}, {DAY}: ")]
+    assert failed == [
+        "selective scan on CUDA: ONNX Runtime's operator",
+        "ONNX Runtime CUDA, `--backend onnxruntime-cuda`",
+    ]
+    assert "score max \\|Δ\\|" in said[failed[0]]  # a cell's own lines are not the table's
+
+
+@pytest.mark.parametrize("status", ["not installed", "not supported", "no time"])
+def test_what_could_not_run_stays_unverified_with_the_reason(status: str) -> None:
+    said = lines_of(made_up(tensorrt=[row("fp16, plans", status, "tensorrt"), row("fp16, parity", status, "tensorrt")]))
+    text = said["TensorRT 11: plans, and the session that runs them"]
+    assert text == (f"tested with stand-ins for GPU and builder; *unverified*: {status} on {GPU}, {DAY} (tensorrt)")
+
+
+def test_plans_that_were_only_built_verify_nothing() -> None:
+    rows = [row("fp16, plans"), row("fp16, parity", "not supported", "for RTX GPUs")]
+    said = lines_of(made_up(tensorrt_rtx=rows))
+    (text,) = (text for what, text in said.items() if what.startswith("TensorRT-RTX"))
+    assert "*unverified*: not supported" in text
+
+
+def test_a_claim_of_which_a_part_is_missing_says_which() -> None:
+    rows = [row("fp16, own op, parity"), row("fp16, function body, parity", "no time", "1 s was left")]
+    text = lines_of(made_up(onnxruntime=rows))["ONNX Runtime CUDA, `--backend onnxruntime-cuda`"]
+    assert text == f"verified in part on {GPU}, {DAY}; without fp16, function body, parity (no time)"
+
+
+def test_a_stage_that_crashed_without_a_row_fails_its_claim() -> None:
+    run = made_up()
+    stages = tuple(
+        replace(stage, status="crashed", note="ended by SIGSEGV", rows=()) if stage.name == "tests" else stage
+        for stage in run.stages
+    )
+    assert lines_of(replace(run, stages=stages))["the tests marked `gpu`"] == (
+        f"**crashed** on {GPU}, {DAY}: ended by SIGSEGV"
+    )
+
+
+def test_no_figure_stands_without_gpu_and_day() -> None:
+    for text in lines_of(made_up()).values():
+        if re.search(r"\d images/s|\d×", text):
+            assert f"{GPU}, {DAY}" in text
+    docs = render.docs_block(made_up())
+    goals, _, table = docs.partition(f"\n{GPU}, {DAY}, ")
+    assert all(f"on {GPU}, {DAY}: " in line for line in goals.splitlines()[2:] if line)
+    assert "1500" in table
+
+
+def test_goals_are_met_or_missed_by_the_best_of_ours() -> None:
+    def goals(run: Any) -> list[str]:
+        return [claims.goal_state(goal, run).partition(" on ")[0] for goal in claims.GOALS]
+
+    assert goals(made_up()) == ["met", "met", "met"]  # 1.4×; 1500 / 1000; 0.55
+    slow = [row("fp16, parity"), rate("fp16, batch 32", 1250, 0.45)]
+    assert goals(made_up(tensorrt=slow, tensorrt_rtx=slow, scan_time=[scan_row(64, 1.6)])) == ["missed"] * 3
+    none = [row("fp16, batch 32", "not installed", "triton")]
+    assert claims.goal_state(claims.GOALS[1], made_up(torch_compile=none)).startswith("*unverified*: not measured")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with these runs, and a file of another benchmark."""
+
+    def make(*runs: Any) -> Path:
+        (tmp_path / "scan-cpu.json").write_text('{"results": {}}')
+        for number, run in enumerate(runs):
+            results.write(run, tmp_path / f"{number}.json")
+        return tmp_path
+
+    return make
+
+
+def test_the_newest_run_wins_by_its_own_date(folder: Callable[..., Path]) -> None:
+    assert results.newest(folder(made_up("2026-12-01"), made_up("2026-11-30"))).day == "2026-12-01"
+
+
+def test_a_folder_without_runs_has_none(folder: Callable[..., Path]) -> None:
+    assert results.newest(folder()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schema": 2}, "has the schema 2; this version reads 1"),
+        ({"schema": None}, "has the schema None"),
+        ({"dry_run": True}, "is a dry run"),
+        ({"date": "yesterday"}, "is not as gpu_check.py writes it"),
+        ({"more": 1}, "is not as gpu_check.py writes it"),
+        ({"stages": [{"name": "scan"}]}, "is not as gpu_check.py writes it"),
+        (
+            {"stages": [{"name": "scan", "status": "fine", "seconds": 1, "limit": 2, "note": "", "rows": []}]},
+            "has the status 'fine'",
+        ),
+    ],
+)
+def test_a_file_that_is_not_known_is_refused(change: dict[str, Any], says: str, folder: Callable[..., Path]) -> None:
+    place = folder(made_up())
+    file = place / "0.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(results.ResultError, match=re.escape(says)) as caught:
+        results.newest(place)
+    assert "0.json" in str(caught.value)
+
+
+def test_rendering_writes_between_the_marks_alone(folder: Callable[..., Path]) -> None:
+    place = folder(made_up())
+    pages = [place / "gpu.md", place / "README.md"]
+    for page in pages:
+        page.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    assert render.render(place, *pages) == pages
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith(f"before\n{render.BEGIN}\n")
+        assert text.endswith(f"{render.END}\nafter\n")
+        assert "old" not in text
+        assert GPU in text
+    assert render.render(place, *pages) == []
+    pages[0].write_text("no marks")
+    with pytest.raises(results.ResultError, match=r"gpu\.md has not one place"):
+        render.render(place, *pages)
+
+
+def test_figures_that_are_not_finite_are_written_by_name(tmp_path: Path) -> None:
+    figures = results.plain({"a": float("nan"), "b": float("inf"), "c": 1.23456789, "d": 3, "e": "x"})
+    assert figures == {"a": "nan", "b": "inf", "c": 1.23457, "d": 3, "e": "x"}
+
+
+# What the stages are made of.
+
+
+def test_rooms_are_where_pyproject_maps_them() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[tool.scikit-build.wheel.force-include]\n")[2].partition("\n\n")[0]
+    assert {name: room for room, name in re.findall(r'^(\w+) = "(\w+)"$', section, re.MULTILINE)} == rooms.ROOMS
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda name: None)
+    paths = rooms.import_paths(tmp_path)
+    program = "import mdnet, mdnet_engines.cuda_kernel as k; print(mdnet.__version__, len(k.ptx()), k.__file__)"
+    # -S: no site-packages, so that what is installed here can't help.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    version, length, file = done.stdout.split()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert int(length) > 10_000
+    assert Path(file).is_relative_to(tmp_path)
+
+
+LAUNCH = """
+import json
+from types import SimpleNamespace
+from cuda_stub import Driver
+from gpu.driver import ScanKernel
+from mdnet_engines.cuda_kernel import ARGUMENTS
+def tensor(name, *shape):
+    address = 4096 * (ARGUMENTS.index(name) + 1)
+    return SimpleNamespace(shape=shape, dtype="torch.float16", data_ptr=lambda: address, is_contiguous=lambda: True)
+B, D, L, N = 5, 33, 197, 17
+steps = {name: tensor(name, B, D, L) for name in ("u", "delta", "z")}
+mixes = {name: tensor(name, B, N, L) for name in ("B", "C")}
+others = {"A": tensor("A", D, N), "D": tensor("D", D), "delta_bias": tensor("delta_bias", D)}
+driver = Driver()
+kernel = ScanKernel()
+kernel({**steps, **mixes, **others}, tensor("y", B, D, L), reverse=True, stream=0x57)
+said = ""
+driver.refuse(2)
+try:
+    kernel({**steps, **mixes, **others}, tensor("y", B, D, L), reverse=True, stream=0)
+except Exception as error:
+    said = str(error)
+print(json.dumps({"calls": driver.calls, "image": len(driver.image), "said": said}))
+"""
+
+
+@pytest.mark.skipif(cuda_stub.COMPILER is None, reason="needs a C compiler")
+def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
+    from mdnet_engines import cuda_kernel
+
+    environment = cuda_stub.environment(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), environment["PYTHONPATH"]])
+    done = subprocess.run([sys.executable, "-c", LAUNCH], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["image"] == len(cuda_kernel.ptx())
+    _, call = answer["calls"]
+    assert call["kernel"] == cuda_kernel.kernel_name(reverse=True, dtype="float16", states=17)
+    assert (call["grid"], call["block"], call["shared"], call["stream"]) == ([5, 2, 1], [128, 1, 1], 0, 0x57)
+    sizes = {"channels": 33, "length": 197, "states": 17}
+    assert call["values"] == [sizes.get(name, 4096 * (i + 1)) for i, name in enumerate(cuda_kernel.ARGUMENTS)]
+    assert "cuLaunchKernel: out of memory (2)" in answer["said"]
+
+
+@pytest.fixture(scope="module")
+def module() -> Callable[[str], Any]:
+    """Import a module of the stages, which imports PyTorch."""
+    return lambda name: importlib.import_module(f"gpu.{name}")
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas, of the CUDA toolkit")
+def test_the_kernel_of_exponentials_compiles(tmp_path: Path, module: Callable[[str], Any]) -> None:
+    (tmp_path / "e.ptx").write_text(module("device_facts").exponentials_ptx())
+    done = subprocess.run(
+        ["ptxas", "-arch=sm_90", "e.ptx", "-o", "e.cubin"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_scans_floor_is_its_bytes_and_its_exponentials(tmp_path: Path, module: Callable[[str], Any]) -> None:
+    import torch
+
+    kernels, scan_time = module("kernels"), module("scan_time")
+    inputs = kernels.random_tensors((2, 3, 5, 4), torch.float16, module("clock").Device("cpu"), seed=0)
+    y = torch.empty_like(inputs["u"])
+    context = SimpleNamespace(scratch=tmp_path)
+    assert scan_time.floor(context, inputs, y) == {}  # nothing was measured
+    (tmp_path / "ceilings.json").write_text('{"bytes": 100.0, "exponentials": 10.0}')
+    moved = 2 * (4 * 2 * 3 * 5 + 2 * 2 * 4 * 5) + 4 * (3 * 4 + 3 + 3)  # u, delta, z, y, B, C; A, D, delta_bias
+    assert scan_time.floor(context, inputs, y) == {"bytes": moved / 100, "exponentials": 2 * 3 * 5 * 4 / 10}
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "outcome"),
+    [
+        (0, "18 launches\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
+        (86, "========= Invalid __global__ write of size 4\n========= Error: x\n", "CheckFailed: Error: x"),
+        (1, "Traceback\nValueError: wrong\n", "CheckFailed: ValueError: wrong"),
+        (
+            1,
+            "========= Error: Device not supported.\nRuntimeError: 999\n",
+            "NotSupported: compute-sanitizer: Error: Device",
+        ),
+    ],
+)
+def test_what_the_sanitizer_says_is_read(code: int, text: str, outcome: str, module: Callable[[str], Any]) -> None:
+    try:
+        said = module("sanitizer").read("memcheck", code, text)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    assert said.startswith(outcome)
+
+
+@pytest.mark.parametrize(
+    ("cases", "outcome"),
+    [
+        (["<x/>", "<skipped message='no TensorRT'/>"], {"passed": 1, "skipped": 1, "failed": 0}),
+        (["<x/>", "<failure/>"], "CheckFailed: tests.a: 1"),
+        (["<x/>", "<error/>"], "CheckFailed: tests.a: 1"),
+        (["<skipped message='needs a CUDA GPU'/>"], "NotSupported: needs a CUDA GPU"),
+        ([], "NotSupported: there are none"),
+    ],
+)
+def test_a_report_of_tests_is_read(
+    cases: list[str], outcome: Any, tmp_path: Path, module: Callable[[str], Any]
+) -> None:
+    body = "".join(f'<testcase classname="tests.a" name="{i}">{case}</testcase>' for i, case in enumerate(cases))
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
+    try:
+        said = module("marked_tests").read(tmp_path / "report.xml")
+        said = {name: said[name] for name in outcome}
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    assert said == outcome
+
+
+def test_the_scores_of_a_batch_are_held_to_pytorchs_and_to_single_images(module: Callable[[str], Any]) -> None:
+    import numpy as np
+
+    model = module("model")
+    true = np.array([2.0, 3.0])
+    images = SimpleNamespace(pixels=np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1))
+    held = model.Reference(images, {"score": true})
+
+    def check_with(error: float, in_place: int | None = None) -> None:
+        def score(pixels: Any) -> Any:
+            got = true[pixels.reshape(-1)] + error
+            if in_place is not None and len(got) > in_place:
+                got[in_place] += 0.005
+            return got
+
+        model.check_scores(score, held, 5, "fp16", model.singles(score, held))
+
+    check_with(0.009)
+    with pytest.raises(Exception, match=r"max \|Δscore\| is 0.011, allowed is 0.01"):
+        check_with(0.011)
+    with pytest.raises(Exception, match=r"batch against singles is 0\.005, allowed is 0\.002"):
+        check_with(0.0, in_place=4)
+    with pytest.raises(Exception, match=r"max .* is nan"):
+        check_with(float("nan"))
+
+
+def test_pytorchs_scan_gives_the_kernel_what_it_takes(
+    module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mdnet import scan_loop, scan_mamba
+
+    kernels, pytorch, given = module("kernels"), module("pytorch"), []
+
+    def kernel(inputs: dict[str, torch.Tensor], y: torch.Tensor, *, reverse: bool) -> None:
+        given.append(inputs)
+        kernels._native(inputs, y, reverse=reverse)
+
+    for name in ("available", "scan"):
+        monkeypatch.setattr(scan_mamba, name, None)  # so that they are put back
+    monkeypatch.setattr(pytorch, "open_kernel", lambda *_: (kernel, ""))
+    pytorch.use_kernel(SimpleNamespace(device=SimpleNamespace(is_cuda=True), scratch=None))
+    inputs = kernels.random_tensors((2, 6, 9, 4), torch.float16, module("clock").Device("cpu"), seed=0)
+    # As the model in half precision has them: parts of larger tensors, parameters in half precision too.
+    halves = [value.half().mT.contiguous().mT if value.ndim == 3 else value.half() for value in inputs.values()]
+    for reverse in (False, True):
+        y = scan_mamba.scan(*halves, reverse=reverse)
+        expected = scan_loop.scan(*halves, reverse=reverse)
+        assert y.dtype is torch.float16
+        torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)  # a rounding to half precision
+    for name, value in given[0].items():
+        assert value.is_contiguous()
+        assert value.dtype is (torch.float32 if name in kernels.PARAMETERS else torch.float16), name
+
+
+def test_operations_are_twice_the_multiply_adds(module: Callable[[str], Any]) -> None:
+    # By hand, of SD 1.5's encoder at 256²: 270.6 + 52.8 GFLOP; Vim-Small and fusion add a few per cent.
+    operations = module("model").operations(module("sizes").FULL.config())
+    assert 323e9 < operations < 350e9
+
+
+def test_busy_is_the_mean_of_what_is_read_meanwhile(module: Callable[[str], Any]) -> None:
+    import time
+
+    readings = iter([0.2, 0.4, 0.6] + 1000 * [0.4])
+    assert module("busy").mean_during(lambda: time.sleep(0.5), lambda: next(readings)) == pytest.approx(0.4)
+
+
+def test_without_nvml_busy_is_not_known(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> None:
+    def missing(_name: str) -> None:
+        raise OSError
+
+    busy = module("busy")
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(busy.BusyError, match="libnvidia-ml"):
+        busy.nvml_utilisation("GPU-0")
