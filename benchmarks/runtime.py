@@ -39,7 +39,7 @@ from mdnet_rt.preprocess import load_image
 
 EXPORT = [sys.executable, "-c", "from mdnet_export.cli import main; main()"]
 RUNTIME = [sys.executable, "-m", "mdnet_rt.cli"]
-LOAD = Path(__file__).with_name("serve_load.py")
+LOAD = [sys.executable, Path(__file__).with_name("serve_load.py")]
 DIFFERENT = 24
 """Images that are unlike each other; the rest are links to them."""
 
@@ -109,12 +109,13 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     with _server(options) as (address, _):
         for _ in range(options.rounds):
             rates.append(_rate(_run(score, options)[2]))
-            loads.append(_load(address, folder, options, options.seconds))
-    lost = _drained(options, folder)
+            loads.append(_load(address, folder, options))
     for load, rate in zip(loads, rates, strict=True):
-        load["of_score"] = load["throughput"] / rate
+        load["score_per_second"] = rate
+        load["of_score"] = load["images_per_second"] / rate
+        load["p99_over_p50"] = load["p99_ms"] / load["p50_ms"]
     middle = sorted(loads, key=lambda load: load["of_score"])[len(loads) // 2]
-    return {"score_per_s": statistics.median(rates), **middle, "lost_after_sigterm": lost}
+    return {**middle, "errors_in_all_rounds": sum(load["errors"] for load in loads), **_drained(options, folder)}
 
 
 def start(options: argparse.Namespace) -> dict[str, float]:
@@ -165,8 +166,8 @@ def _server(options: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            if found := re.search(r"http://([\w.]+:\d+)", line):
-                yield found[1], process
+            if found := re.search(r"http://[\w.]+:\d+", line):
+                yield found[0], process
                 break
         else:
             sys.exit("error: the server did not start")
@@ -175,20 +176,21 @@ def _server(options: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen
         process.wait(timeout=60)
 
 
-def _load(address: str, folder: Path, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, LOAD, address, folder, "--clients", options.clients, "--seconds", seconds]
+def _load(address: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    command = [*LOAD, address, folder, "--clients", options.clients, "--seconds", options.seconds]
     return json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout)
 
 
-def _drained(options: argparse.Namespace, folder: Path) -> int:
-    """Requests that the server took and did not answer, when it is told to end in the middle of a load."""
+def _drained(options: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """What becomes of requests when the server is told to end in the middle of a load."""
     with _server(options) as (address, process):
-        command = [sys.executable, LOAD, address, folder, "--clients", options.clients, "--seconds", 10]
+        command = [*LOAD, address, folder, "--clients", options.clients, "--seconds", 8]
         load = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-        time.sleep(4)
+        time.sleep(5)
         process.send_signal(signal.SIGTERM)
-        report = json.loads(load.communicate()[0])
-    return int(report["lost"])
+        statuses = json.loads(load.communicate()[0])["statuses"]
+        code = process.wait(timeout=60)
+    return {"sigterm_answered": statuses.get("200", 0), "sigterm_lost": statuses.get("lost", 0), "sigterm_exit": code}
 
 
 def _run(command: list[Any], options: argparse.Namespace) -> tuple[float, float, str]:

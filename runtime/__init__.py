@@ -4,7 +4,7 @@ from mdnet_rt import Scorer
 
 with Scorer.open("mdnet-bundle") as scorer:
     for result in scorer.stream(paths):
-        print(result.path, result.score, result.error)
+        print(result.path, result.score, result.reason)
 """
 
 from __future__ import annotations
