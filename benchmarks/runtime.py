@@ -40,6 +40,14 @@ from mdnet_rt.preprocess import load_image
 EXPORT = [sys.executable, "-c", "from mdnet_export.cli import main; main()"]
 RUNTIME = [sys.executable, "-m", "mdnet_rt.cli"]
 LOAD = [sys.executable, Path(__file__).with_name("serve_load.py")]
+_SMALL_PARENT = """
+import os, pathlib, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+pathlib.Path(sys.argv[1]).write_text(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A process's peak memory begins with what its parent had at the fork, which here is a whole model."""
 DIFFERENT = 24
 """Images that are unlike each other; the rest are links to them."""
 
@@ -195,18 +203,16 @@ def _drained(options: argparse.Namespace, folder: Path) -> dict[str, int]:
 
 def _run(command: list[Any], options: argparse.Namespace) -> tuple[float, float, str]:
     """Seconds, peak MiB and standard error of a process that ends well."""
-    errors = options.scratch / "stderr"
+    errors, peak = options.scratch / "stderr", options.scratch / "peak"
     begin = time.perf_counter()
     with errors.open("wb") as stream:
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=stream)
-        _, status, usage = os.wait4(process.pid, 0)
+        command = [sys.executable, "-c", _SMALL_PARENT, peak, *command]
+        code = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=stream).returncode
     seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
     text = errors.read_text()
-    if process.returncode:
+    if code:
         sys.exit(f"error: {text}")
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return seconds, usage.ru_maxrss / scale, text
+    return seconds, int(peak.read_text()) / (2**20 if sys.platform == "darwin" else 2**10), text
 
 
 def _rate(summary: str) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import threading
 from pathlib import Path
 
 import mdnet_engines
 from mdnet_engines.errors import MDNetError, first_line
 
 _NAME = "libmdnet_scan.so"
+_SAYING = threading.Lock()
 MISSING = (
     "mdnet was installed without its native library: there was no compiler, or the build failed (pip install -v shows "
     "it); it takes Linux, and GCC 12 or newer or Clang"
@@ -63,9 +65,14 @@ def custom_op_library() -> Path | None:
     return next((file.resolve() for file in candidates if file.is_file()), None)
 
 
-@functools.cache
 def say_it_is_missing() -> None:
     """Log, once in a process, that this install has no native library."""
+    with _SAYING:  # graphs are opened in several threads, and a cache alone lets two of them in
+        _say_it_once()
+
+
+@functools.cache
+def _say_it_once() -> None:
     logging.getLogger("mdnet_engines").warning(
         f"{MISSING} (until then the selective scan runs its portable form, several times slower)"
     )

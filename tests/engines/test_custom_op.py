@@ -136,13 +136,13 @@ def test_our_session_does_without_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("mdnet_engines.__path__", [str(tmp_path)])
-    native.say_it_is_missing.cache_clear()
+    native._say_it_once.cache_clear()
     onnx.save(model(scan_op.FORWARD), tmp_path / "scan.onnx")
     inputs = make_inputs(REFUSED_CASE)
     for _ in range(2):
         assert_close(OrtSession(tmp_path / "scan.onnx").run(inputs)["y"], reference_scan(**inputs))
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once
-    native.say_it_is_missing.cache_clear()
+    native._say_it_once.cache_clear()
 
 
 def test_a_foreign_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,10 +260,10 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder where the library is looked for, empty."""
     monkeypatch.setattr("mdnet_engines.__path__", [str(tmp_path)])
-    for cached in (native.library, native.say_it_is_missing):
+    for cached in (native.library, native._say_it_once):
         cached.cache_clear()
     yield tmp_path
-    for cached in (native.library, native.say_it_is_missing):
+    for cached in (native.library, native._say_it_once):
         cached.cache_clear()
 
 

@@ -305,4 +305,4 @@ def test_int8_products_that_would_saturate_are_computed_exactly(
         OrtSession(file)
     finally:
         has_vnni.cache_clear()
-    assert entries == ({"session.x64quantprecision": "1"} if precise else {})
+    assert entries.get("session.x64quantprecision") == ("1" if precise else None)
