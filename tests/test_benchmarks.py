@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_bundle import write_small_bundle
 
 from mdnet_engines import native
 
@@ -43,3 +44,15 @@ def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (figures,) = json.loads((tmp_path / "figures.json").read_text())["contestants"].values()
     assert all(figures[name] > 0 for name in ("ms", "baseline_ms", "speedup", "peak_gib", "baseline_peak_gib"))
+
+
+def test_runtime_measures_a_start_and_peak_memory(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    options = ["start", "memory", "small", "--files", "1500", "--rounds", "1", "--demo", bundle, "--full", bundle]
+    command = [sys.executable, BENCHMARKS / "runtime.py", *options, "-o", "figures.json"]
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["memory"]["few_mib"] > 0
+    assert figures["start"]["median_s"] > 0
+    assert figures["small"]["ratio"] > 0

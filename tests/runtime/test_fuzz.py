@@ -4,7 +4,7 @@ Seeds are mutated by a seeded generator that knows nothing of the formats (bits,
 extremes), which reaches deeper than arbitrary bytes would. A case that fails is named by its number, and its bytes are
 in the file `case` of the test's folder, where a crash of the process leaves them too.
 
-`MDNET_FUZZ=20` runs twenty times as many cases (the default, 1, takes about half a minute in all), `MDNET_FUZZ_SEED=7`
+`MDNET_FUZZ=20` runs ten times as many cases (the default, 2, takes about a minute in all), `MDNET_FUZZ_SEED=7`
 draws others, `MDNET_FUZZ_ONLY=123` runs just case 123 of each test.
 """
 
@@ -42,7 +42,7 @@ from mdnet_rt.results import Result, Stamp
 from mdnet_rt.rows import RowFormat, encode, header, read_rows
 from mdnet_rt.sources import Entry
 
-FACTOR = float(os.environ.get("MDNET_FUZZ", "1"))
+FACTOR = float(os.environ.get("MDNET_FUZZ", "2"))
 SEED = int(os.environ.get("MDNET_FUZZ_SEED", "0"))
 ONLY = os.environ.get("MDNET_FUZZ_ONLY")
 SIZE = 32
