@@ -5,9 +5,9 @@ A bundle is the only thing that passes from export to runtime:
     mdnet-bundle/
       manifest.json      this schema
       encoder.onnx       (+ encoder.onnx.data when the weights are large)
-      encoder.cpu.onnx   of an int8 encoder: the same with unsigned activations, for ONNX Runtime on the CPU
       vim.onnx
       fusion.onnx
+      encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
       parity.json        the numbers behind `manifest.parity`
       parity.html        the same, for people
       engines/           plans of `mdnet-export engines`, a cache: one folder for each entry of `manifest.engines`

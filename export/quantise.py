@@ -1,7 +1,7 @@
 """The encoder in int8: calibrate, choose the blocks by what they do to the score, write Q/DQ graphs, time them.
 
-Vim and fusion stay in float: the encoder is nine tenths of the work, and Vim's time is in the scan and small products,
-which int8 hardly speeds up.
+Vim and fusion stay in float: the encoder is nine tenths of the work. For ONNX Runtime on the CPU their wide products
+are written in bfloat16 (`mdnet_calib.bfloat16`), which needs no calibration.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import onnx
 
 from mdnet.metrics import pearson
 from mdnet_calib.cache import histograms
-from mdnet_calib.fuse import fuse_between_layers
 from mdnet_calib.images import CalibrationSet
-from mdnet_calib.int8 import activations, int8_nodes, to_int8, with_unsigned_activations
+from mdnet_calib.int8 import activations, int8_nodes, to_int8
 from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines import openvino_session
@@ -29,6 +28,7 @@ from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
 from mdnet_engines.openvino_session import OpenVINOSession
 from mdnet_engines.session import OrtSession, Session
+from mdnet_export.cpu_form import open_for_cpu, write_forms
 from mdnet_export.parity import LIMITS
 
 DRIFT_IMAGES = 16
@@ -119,7 +119,7 @@ def quantise_encoder(
     *,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Int8Result:
-    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write `encoder.cpu.onnx` beside it.
+    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write each graph's form for ONNX Runtime's CPU kernels.
 
     Args:
         folder: with the three float32 graphs.
@@ -133,8 +133,8 @@ def quantise_encoder(
     if not (nodes := int8_nodes(proto)):
         raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
     thresholds = _thresholds(proto, nodes, _digest(file), calibration, on_step)
-    with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as name:
-        scratch = Path(name)
+    with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as temporary:
+        scratch = Path(temporary)
         drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
         choice = choose(nodes, calibration.budget, drift_of, on_step=on_step)
         if not choice.nodes:
@@ -144,7 +144,7 @@ def quantise_encoder(
                 f"is {calibration.budget.max_score_drift:g}; raise --max-score-drift or take --precision fp16"
             )
         if drift_of.written != choice.nodes:
-            _write(to_int8(proto, thresholds, choice.nodes), scratch)
+            write_forms(to_int8(proto, thresholds, choice.nodes), scratch / file.name)
         del proto, drift_of
         on_step("timing int8 against float")
         speed, backend = _time(folder, scratch, calibration.images.pixels)
@@ -152,6 +152,8 @@ def quantise_encoder(
             old.unlink()
         for new in scratch.glob("encoder.*"):
             new.rename(folder / new.name)
+    for name in ("vim", "fusion"):
+        write_forms(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     return Int8Result(choice, calibration.budget, speed, backend)
 
 
@@ -200,7 +202,7 @@ class _Drift:
     def __call__(self, nodes: list[str]) -> Drift:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        _write(to_int8(proto, self.thresholds, nodes), self.scratch)
+        write_forms(to_int8(proto, self.thresholds, nodes), self.scratch / "encoder.onnx")
         self.written = nodes
         got = self._scores(open_for_cpu(self.scratch, "encoder"))
         delta = np.abs(got - self.expected)
@@ -216,29 +218,6 @@ class _Drift:
             for image, tokens in zip(self._images(), self.tokens, strict=True)
         ]
         return np.concatenate(scores).astype(np.float64)
-
-
-def _write(proto: onnx.ModelProto, folder: Path) -> None:
-    """Write both forms of the int8 encoder; they share one file of weights, which no form of activations changes."""
-    file = folder / "encoder.onnx"
-    data = folder / "encoder.onnx.data"
-    data.unlink(missing_ok=True)  # onnx appends to a file that is there
-    onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
-    onnx.checker.check_model(file, full_check=True)
-    light = onnx.load(file, load_external_data=False)
-    onnx.save(fuse_between_layers(with_unsigned_activations(light)), cpu_form(file))
-    onnx.checker.check_model(cpu_form(file), full_check=True)
-
-
-def cpu_form(file: Path) -> Path:
-    """Where the form of a graph for ONNX Runtime on the CPU lies, if it has one."""
-    return file.with_name(f"{file.stem}.cpu.onnx")
-
-
-def open_for_cpu(folder: Path, name: GraphName) -> OrtSession:
-    """A graph in a bundle's folder, on ONNX Runtime's CPU provider."""
-    file = folder / f"{name}.onnx"
-    return OrtSession(cpu_form(file) if cpu_form(file).exists() else file)
 
 
 def _time(float_folder: Path, int8_folder: Path, pixels: np.ndarray) -> tuple[Speed, str]:

@@ -204,7 +204,7 @@ def _library(root: str | None, serving: Serving) -> tuple[Path, str] | None:
 
 
 def _uses_library(bundle: Bundle, graph: GraphName, kind: Kind) -> bool:
-    """Vim has the selective scan; the CPU's form of an int8 encoder has operators of ours between its convolutions."""
+    """Vim has the selective scan; the form for the CPU of any graph has other operators of ours."""
     return graph == "vim" or (kind == "cpu" and bundle.manifest.graphs[graph].cpu is not None)
 
 

@@ -1,19 +1,12 @@
 // Choose the build of the kernel for this processor, and run its tasks on the host's threads.
 #include <atomic>
 
+#include "builds.h"
 #include "kernel.h"
 
 namespace {
 
-const MdnetKernel* kernel_for(int isa) {
-  if (isa == MDNET_BEST) isa = mdnet_isa();
-  if (isa < MDNET_PORTABLE || isa > mdnet_isa()) return nullptr;
-#ifdef MDNET_X86
-  if (isa == MDNET_AVX512) return &mdnet_avx512_kernel;
-  if (isa == MDNET_AVX2) return &mdnet_avx2_kernel;
-#endif
-  return &mdnet_portable_kernel;
-}
+constexpr const MdnetKernel* kBuilds[] = MDNET_BUILDS(kernel);
 
 bool sensible(const MdnetScan& scan) {
   return scan.batch > 0 && scan.channels > 0 && scan.length > 0 && scan.states > 0 && scan.type >= MDNET_FLOAT32 &&
@@ -40,7 +33,7 @@ struct Pass {
 
 int run(const MdnetScan* scan, const MdnetScanGradients* gradients, MdnetParallelFor parallel_for, void* host) {
   if (!scan || !sensible(*scan) || (gradients && scan->type > MDNET_FLOAT64)) return MDNET_BAD_ARGUMENT;
-  const MdnetKernel* kernel = kernel_for(scan->isa);
+  const MdnetKernel* kernel = build_for(scan->isa, kBuilds);
   if (!kernel) return MDNET_NO_ISA;
   Pass pass{*scan, gradients, *kernel};
   parallel_for(

@@ -52,7 +52,10 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);  // 99
   Skip<93> skip8;
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** out);  // 193
-  Skip<80> skip9;
+  Skip<55> skip9;
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
+                                                  const OrtValue** out);  // 249
+  Skip<24> skip10;
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*task)(void* argument, size_t i),
                                           size_t count, size_t batches, void* argument);  // 274
 };
@@ -66,6 +69,7 @@ MDNET_AT(KernelInfoGetAttribute_int64, 86);
 MDNET_AT(KernelContext_GetOutput, 91);
 MDNET_AT(ReleaseTensorTypeAndShapeInfo, 99);
 MDNET_AT(KernelContext_GetGPUComputeStream, 193);
+MDNET_AT(KernelInfoGetConstantInput_tensor, 249);
 MDNET_AT(KernelContext_ParallelFor, 274);
 #undef MDNET_AT
 

@@ -134,10 +134,10 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
 
 Operator describe(MdnetType type, bool reverse, bool cuda) {
   Operator op = {};
+  static_cast<OrtCustomOp&>(op) = plain_operator();
   op.type = type;
   op.reverse = reverse;
   op.cuda = cuda;
-  op.version = kOrtApiVersion;
   op.GetName = [](const OrtCustomOp* op) { return self(op).reverse ? "SelectiveScanReverse" : "SelectiveScan"; };
   op.GetExecutionProviderType = [](const OrtCustomOp* op) {
     return self(op).cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
@@ -146,13 +146,7 @@ Operator describe(MdnetType type, bool reverse, bool cuda) {
   op.GetInputType = [](const OrtCustomOp* op, size_t i) {
     return i == kA || i == kD || i == kDeltaBias ? ORT_FLOAT : element_type(self(op));
   };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
   op.GetOutputType = [](const OrtCustomOp* op, size_t) { return element_type(self(op)); };
-  op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
-  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetStartVersion = op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
   op.KernelDestroy = free;
@@ -177,6 +171,8 @@ OrtStatus* make_domain(const OrtApi& api) {
     }
   }
   MDNET_TRY(mdnet_add_quantised(api, made));
+  MDNET_TRY(mdnet_add_products(api, made));
+  MDNET_TRY(mdnet_add_convs(api, made));
   domain = made;
   return nullptr;
 }

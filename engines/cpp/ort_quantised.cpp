@@ -1,6 +1,8 @@
 // The operators of engines/quantised_ops.py for ONNX Runtime on the CPU.
 #include <stdlib.h>
 
+#include <initializer_list>
+
 #include "ort_tensor.h"
 #include "quantised.h"
 
@@ -60,10 +62,9 @@ OrtStatus* explain(const Kernel& kernel, int status) {
   return refuse(kernel, status == MDNET_NO_MEMORY ? "no memory" : "sizes out of range");
 }
 
-// y, of the shape of the first input.
-OrtStatus* make_output(const Kernel& kernel, OrtKernelContext* context, const Inputs& inputs, void** data) {
+// y, of a shape.
+OrtStatus* make_output(const Kernel& kernel, OrtKernelContext* context, const Shape& shape, void** data) {
   OrtValue* y = nullptr;
-  const Shape& shape = inputs.shapes[0];
   MDNET_TRY(kernel.api->KernelContext_GetOutput(context, 0, shape.sizes, shape.rank, &y));
   return kernel.api->GetTensorMutableData(y, data);
 }
@@ -85,7 +86,7 @@ OrtStatus* group_norm(void* pointer, OrtKernelContext* context) {
     return refuse(kernel, per_channel ? "gamma and beta need an element for each channel of x" : kNotScalar);
   }
   void* y = nullptr;
-  MDNET_TRY(make_output(kernel, context, inputs, &y));
+  MDNET_TRY(make_output(kernel, context, inputs.shapes[0], &y));
   if (!inputs.elements(0)) return nullptr;
 
   MdnetGroupNorm call = {};
@@ -118,7 +119,7 @@ OrtStatus* residual_sum(void* pointer, OrtKernelContext* context) {
   }
   if (inputs.elements(2) != 1 || inputs.elements(3) != 1) return refuse(kernel, kNotScalar);
   void* y = nullptr;
-  MDNET_TRY(make_output(kernel, context, inputs, &y));
+  MDNET_TRY(make_output(kernel, context, inputs.shapes[0], &y));
   if (!inputs.elements(0)) return nullptr;
 
   MdnetResidualSum call = {};
@@ -130,6 +131,39 @@ OrtStatus* residual_sum(void* pointer, OrtKernelContext* context) {
   call.b_zero_point = *inputs.bytes(3);
   Pool pool{*kernel.api, context, nullptr};
   const int status = mdnet_residual_sum(&call, Pool::parallel_for, &pool);
+  return pool.status ? pool.status : explain(kernel, status);
+}
+
+OrtStatus* geglu(void* pointer, OrtKernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(pointer);
+  Inputs inputs;
+  MDNET_TRY(inputs.read(kernel, context));
+  Shape shape = inputs.shapes[0];
+  if (!shape.rank || shape.rank > kMaxRank) return refuse(kernel, "x must have 1 to 8 axes");
+  int64_t& channels = shape.sizes[shape.rank - 1];
+  if (channels % 2 || inputs.elements(3) != channels) {
+    return refuse(kernel, "x must have an even number of channels, and bias as many");
+  }
+  for (size_t i : {1, 2, 4, 5}) {
+    if (inputs.elements(i) != 1) return refuse(kernel, kNotScalar);
+  }
+  channels /= 2;
+  void* y = nullptr;
+  MDNET_TRY(make_output(kernel, context, shape, &y));
+  if (!inputs.elements(0)) return nullptr;
+
+  MdnetGeglu call = {};
+  call.channels = channels;
+  call.rows = inputs.elements(0) / (2 * channels);
+  call.x = inputs.bytes(0);
+  call.bias = inputs.floats(3);
+  call.y = static_cast<uint8_t*>(y);
+  call.x_scale = *inputs.floats(1);
+  call.x_zero_point = *inputs.bytes(2);
+  call.y_scale = *inputs.floats(4);
+  call.y_zero_point = *inputs.bytes(5);
+  Pool pool{*kernel.api, context, nullptr};
+  const int status = mdnet_geglu(&call, Pool::parallel_for, &pool);
   return pool.status ? pool.status : explain(kernel, status);
 }
 
@@ -148,35 +182,28 @@ OrtStatus* create_group_norm(const OrtCustomOp* op, const OrtApi* api, const Ort
   return made.groups < 1 ? refuse(made, "groups must be at least 1") : keep(made, kernel);
 }
 
-OrtStatus* create_residual_sum(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*, void** kernel) {
+OrtStatus* create_plain(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*, void** kernel) {
   return keep({api, &self(op), 0, 0}, kernel);
 }
 
 Operator describe(const char* name, const char* inputs, bool silu) {
   Operator op = {};
+  static_cast<OrtCustomOp&>(op) = plain_operator();
   op.name = name;
   op.inputs = inputs;
   op.output = ORT_UINT8;
   op.silu = silu;
-  op.version = kOrtApiVersion;
   op.GetName = [](const OrtCustomOp* op) { return self(op).name; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).count(); };
   op.GetInputType = [](const OrtCustomOp* op, size_t i) { return self(op).inputs[i] == 'b' ? ORT_UINT8 : ORT_FLOAT; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
   op.GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op).output; };
-  op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
-  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetStartVersion = op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = create_group_norm;
   op.KernelComputeV2 = group_norm;
   op.KernelDestroy = free;
   return op;
 }
 
-Operator operators[5];  // sessions keep pointers to them
+Operator operators[6];  // sessions keep pointers to them
 
 }  // namespace
 
@@ -187,8 +214,11 @@ OrtStatus* mdnet_add_quantised(const OrtApi& api, OrtCustomOpDomain* domain) {
   operators[3] = describe("GroupNormSiluQuantize", "ffffb", true);
   operators[4] = describe("ResidualSum", "fbfb", false);
   operators[4].output = ORT_FLOAT;
-  operators[4].CreateKernelV2 = create_residual_sum;
+  operators[4].CreateKernelV2 = create_plain;
   operators[4].KernelComputeV2 = residual_sum;
+  operators[5] = describe("QLinearGeglu", "bfbffb", false);
+  operators[5].CreateKernelV2 = create_plain;
+  operators[5].KernelComputeV2 = geglu;
   for (Operator& op : operators) MDNET_TRY(api.CustomOpDomain_Add(domain, &op));
   return nullptr;
 }

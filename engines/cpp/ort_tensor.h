@@ -22,10 +22,7 @@ struct Shape {
   }
 };
 
-inline OrtStatus* read_input(const OrtApi& api, OrtKernelContext* context, size_t index, const void** data,
-                             Shape* shape) {
-  const OrtValue* value = nullptr;
-  MDNET_TRY(api.KernelContext_GetInput(context, index, &value));
+inline OrtStatus* read_value(const OrtApi& api, const OrtValue* value, const void** data, Shape* shape) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   MDNET_TRY(api.GetTensorTypeAndShape(value, &info));
   OrtStatus* status = api.GetDimensionsCount(info, &shape->rank);
@@ -39,6 +36,13 @@ inline OrtStatus* read_input(const OrtApi& api, OrtKernelContext* context, size_
   return nullptr;
 }
 
+inline OrtStatus* read_input(const OrtApi& api, OrtKernelContext* context, size_t index, const void** data,
+                             Shape* shape) {
+  const OrtValue* value = nullptr;
+  MDNET_TRY(api.KernelContext_GetInput(context, index, &value));
+  return read_value(api, value, data, shape);
+}
+
 struct Pool {
   const OrtApi& api;
   OrtKernelContext* context;
@@ -50,7 +54,23 @@ struct Pool {
   }
 };
 
+// What the operators have in common: they run on the CPU, have one output, and need all their inputs.
+inline OrtCustomOp plain_operator() {
+  OrtCustomOp op = {};
+  op.version = kOrtApiVersion;
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
+  op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  op.GetStartVersion = op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  return op;
+}
+
 }  // namespace
 
-// Add the operators of ort_quantised.cpp to the domain.
+// Add the operators of ort_quantised.cpp, ort_product.cpp and ort_conv.cpp to the domain.
 OrtStatus* mdnet_add_quantised(const OrtApi& api, OrtCustomOpDomain* domain);
+OrtStatus* mdnet_add_products(const OrtApi& api, OrtCustomOpDomain* domain);
+OrtStatus* mdnet_add_convs(const OrtApi& api, OrtCustomOpDomain* domain);

@@ -1,10 +1,12 @@
 // Group normalisation in two passes over blocks of places, on the host's threads: sums, then, when each group's mean
-// and variance are known, y. The residual sum has one pass. What a block is depends on nothing but the shapes, so no
-// result depends on the number of threads.
+// and variance are known, y. The residual sum and GEGLU have one pass. What a block is depends on nothing but the
+// shapes, so no result depends on the number of threads.
 #include "quantised.h"
 
 #include <math.h>
 #include <stdlib.h>
+
+#include "builds.h"
 
 namespace {
 
@@ -12,15 +14,7 @@ constexpr int64_t kBlock = 32768;  // elements of a block, or more where an imag
 constexpr int64_t kBlocks = 64;
 constexpr int64_t kPadding = 16;  // the widest vector
 
-const MdnetQuantisedKernel* kernel_for(int isa) {
-  if (isa == MDNET_BEST) isa = mdnet_isa();
-  if (isa < MDNET_PORTABLE || isa > mdnet_isa()) return nullptr;
-#ifdef MDNET_X86
-  if (isa == MDNET_AVX512) return &mdnet_avx512_quantised;
-  if (isa == MDNET_AVX2) return &mdnet_avx2_quantised;
-#endif
-  return &mdnet_portable_quantised;
-}
+constexpr const MdnetQuantisedKernel* kBuilds[] = MDNET_BUILDS(quantised);
 
 bool sensible(const MdnetGroupNorm& call) {
   return call.batch > 0 && call.channels > 0 && call.places > 0 && call.groups > 0 && call.channels % call.groups == 0;
@@ -143,8 +137,25 @@ struct Sum {
   }
 };
 
-void in_turn(void*, void (*task)(void*, size_t), void* argument, size_t count) {
-  for (size_t i = 0; i < count; ++i) task(argument, i);
+struct Gate {
+  const MdnetGeglu& call;
+  const MdnetQuantisedKernel& kernel;
+
+  int64_t rows_of_a_task() const { return kBlock / call.channels > 1 ? kBlock / call.channels : 1; }
+  int64_t tasks() const { return (call.rows + rows_of_a_task() - 1) / rows_of_a_task(); }
+
+  void run(int64_t task) const {
+    const int64_t first = task * rows_of_a_task(), end = first + rows_of_a_task();
+    kernel.geglu(call, first, end < call.rows ? end : call.rows);
+  }
+};
+
+// Run the tasks of `pass` on the host's threads.
+template <typename Pass>
+void run_all(const Pass& pass, MdnetParallelFor parallel_for, void* host) {
+  parallel_for(
+      host, [](void* pass, size_t i) { static_cast<const Pass*>(pass)->run(int64_t(i)); }, const_cast<Pass*>(&pass),
+      size_t(pass.tasks()));
 }
 
 }  // namespace
@@ -153,7 +164,7 @@ extern "C" {
 
 int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
-  const MdnetQuantisedKernel* kernel = kernel_for(call->isa);
+  const MdnetQuantisedKernel* kernel = build_for(call->isa, kBuilds);
   if (!kernel) return MDNET_NO_ISA;
   GroupNorm norm(*call, *kernel);
   if (!norm) return MDNET_NO_MEMORY;
@@ -163,16 +174,24 @@ int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, 
 
 int mdnet_residual_sum(const MdnetResidualSum* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || call->count <= 0) return MDNET_BAD_ARGUMENT;
-  const MdnetQuantisedKernel* kernel = kernel_for(call->isa);
+  const MdnetQuantisedKernel* kernel = build_for(call->isa, kBuilds);
   if (!kernel) return MDNET_NO_ISA;
-  Sum sum{*call, *kernel};
-  parallel_for(
-      host, [](void* sum, size_t i) { static_cast<const Sum*>(sum)->run(int64_t(i)); }, &sum, size_t(sum.tasks()));
+  run_all(Sum{*call, *kernel}, parallel_for, host);
+  return MDNET_OK;
+}
+
+int mdnet_geglu(const MdnetGeglu* call, MdnetParallelFor parallel_for, void* host) {
+  if (!call || call->rows <= 0 || call->channels <= 0) return MDNET_BAD_ARGUMENT;
+  const MdnetQuantisedKernel* kernel = build_for(call->isa, kBuilds);
+  if (!kernel) return MDNET_NO_ISA;
+  run_all(Gate{*call, *kernel}, parallel_for, host);
   return MDNET_OK;
 }
 
 int mdnet_group_norm_here(const MdnetGroupNorm* call) { return mdnet_group_norm(call, in_turn, nullptr); }
 
 int mdnet_residual_sum_here(const MdnetResidualSum* call) { return mdnet_residual_sum(call, in_turn, nullptr); }
+
+int mdnet_geglu_here(const MdnetGeglu* call) { return mdnet_geglu(call, in_turn, nullptr); }
 
 }  // extern "C"

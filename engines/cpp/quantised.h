@@ -1,4 +1,4 @@
-// The C interface of what runs natively between two quantised layers: group normalisation, and the residual sum.
+// The C interface of what runs natively between two quantised layers: group normalisation, the residual sum, GEGLU.
 //
 // See engines/quantised_ops.py for the formulas and the operators.
 #pragma once
@@ -33,12 +33,25 @@ typedef struct {
   int32_t isa;  // MdnetIsa
 } MdnetResidualSum;
 
+// y = h * gelu(g), rounded to bytes, where h and g are the halves of each row of (x - x_zero_point) * x_scale + bias.
+typedef struct {
+  int64_t rows, channels;  // x: rows x 2 channels, y: rows x channels; each at least 1
+  const uint8_t* x;
+  const float* bias;  // 2 channels
+  uint8_t* y;
+  float x_scale, y_scale;
+  int32_t x_zero_point, y_zero_point;
+  int32_t isa;  // MdnetIsa
+} MdnetGeglu;
+
 int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, void* host);
 int mdnet_residual_sum(const MdnetResidualSum* call, MdnetParallelFor parallel_for, void* host);
+int mdnet_geglu(const MdnetGeglu* call, MdnetParallelFor parallel_for, void* host);
 
 // The same on the calling thread.
 int mdnet_group_norm_here(const MdnetGroupNorm* call);
 int mdnet_residual_sum_here(const MdnetResidualSum* call);
+int mdnet_geglu_here(const MdnetGeglu* call);
 
 #ifdef __cplusplus
 }
@@ -60,6 +73,8 @@ struct MdnetQuantisedKernel {
   void (*apply)(const MdnetGroupNorm& call, const MdnetPlaces& places, const MdnetChannels& channels);
   // A residual sum's elements from `first` on, before `end`.
   void (*sum)(const MdnetResidualSum& call, int64_t first, int64_t end);
+  // Rows of y from `first` on, before `end`.
+  void (*geglu)(const MdnetGeglu& call, int64_t first, int64_t end);
 };
 
 extern const MdnetQuantisedKernel mdnet_portable_quantised;

@@ -1,5 +1,6 @@
-// Group normalisation over some places of an image, and a part of a residual sum. CMake compiles this file once per
-// instruction set. Channels lie side by side: they are the lanes of a vector, and no step sums across lanes.
+// Group normalisation over some places of an image, a part of a residual sum, some rows of GEGLU. CMake compiles this
+// file once per instruction set. Channels lie side by side: they are the lanes of a vector, and no step sums across
+// lanes.
 #include "quantised.h"
 #include "vector.h"
 
@@ -82,20 +83,36 @@ inline void store_bytes(uint8_t* to, Bits<float> values) {
 #endif
 }
 
+// Rounds floats to bytes.
+class Rounding {
+ public:
+  Rounding(float scale, int32_t zero_point)
+      : per_unit_(splat(1.0f / scale)),
+        lowest_(splat(float(-zero_point))),
+        highest_(splat(float(255 - zero_point))),
+        zero_point_(Bits<float>{} + (zero_point - int32_t(as_bits(Traits<float>::kMagic)))) {}
+
+  void store(uint8_t* to, Floats v) const {
+    // The addition rounds half to even, and leaves the integer in the low bits.
+    v = at_most(at_least(v * per_unit_, lowest_), highest_) + Traits<float>::kMagic;
+    Bits<float> bits;
+    memcpy(&bits, &v, sizeof bits);
+    store_bytes(to, bits + zero_point_);
+  }
+
+ private:
+  Floats per_unit_, lowest_, highest_;
+  Bits<float> zero_point_;
+};
+
 template <bool Silu, typename T>
 void apply(const MdnetGroupNorm& call, const MdnetPlaces& places, const MdnetChannels& channels) {
   const float *mean = channels.mean, *scale = channels.scale, *offset = channels.offset;
-  const Floats per_unit = splat(1.0f / call.y_scale);
-  const Floats lowest = splat(float(-call.y_zero_point)), highest = splat(float(255 - call.y_zero_point));
-  const Bits<float> zero_point = Bits<float>{} + (call.y_zero_point - int32_t(as_bits(Traits<float>::kMagic)));
+  const Rounding rounding(call.y_scale, call.y_zero_point);
   const auto run = [&](const T* x, int64_t c, uint8_t* y) {
     Floats v = (widened(x) - load<Floats>(mean + c)) * load<Floats>(scale + c) + load<Floats>(offset + c);
     if constexpr (Silu) v = silu<float>(v);
-    // The addition rounds half to even, and leaves the integer in the low bits.
-    v = at_most(at_least(v * per_unit, lowest), highest) + Traits<float>::kMagic;
-    Bits<float> bits;
-    memcpy(&bits, &v, sizeof bits);
-    store_bytes(y, bits + zero_point);
+    rounding.store(y, v);
   };
   const T* x = x_at<T>(call, places.image, places.first);
   uint8_t* y = call.y + (places.image * call.places + places.first) * call.channels;
@@ -120,6 +137,45 @@ void sum(const MdnetResidualSum& call, int64_t first, int64_t end) {
   for (; i < end; ++i) call.y[i] = call.a[i] + float(call.b[i] - call.b_zero_point) * call.b_scale;
 }
 
+// x * Phi(x), of which erf's approximation 7.1.26 in Abramowitz and Stegun (1964) has an error of 1.5e-7.
+inline Floats gelu(Floats x) {
+  const Floats distance = at_least(x, -x) * 0.70710678f;
+  const Floats t = reciprocal<float>(distance * 0.3275911f + 1.0f);
+  Floats p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Floats tail = p * t * exp_of<float>(-distance * distance) * 0.5f;  // Phi(-|x|)
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+void geglu(const MdnetGeglu& call, int64_t first, int64_t end) {
+  const Rounding rounding(call.y_scale, call.y_zero_point);
+  const Floats scale = splat(call.x_scale), zero_point = splat(float(call.x_zero_point));
+  const auto run = [&](const uint8_t* h, const uint8_t* g, const float* h_bias, const float* g_bias, uint8_t* y) {
+    const Floats value = (widened(h) - zero_point) * scale + load<Floats>(h_bias);
+    rounding.store(y, value * gelu((widened(g) - zero_point) * scale + load<Floats>(g_bias)));
+  };
+  const int64_t n = call.channels;
+  for (int64_t row = first; row < end; ++row) {
+    const uint8_t *h = call.x + row * 2 * n, *g = h + n;
+    uint8_t* y = call.y + row * n;
+    int64_t c = 0;
+    for (; c + W <= n; c += W) run(h + c, g + c, call.bias + c, call.bias + n + c, y + c);
+    if (c == n) continue;
+    const size_t left = size_t(n - c);
+    uint8_t last_h[W] = {}, last_g[W] = {}, result[W];
+    float h_bias[W] = {}, g_bias[W] = {};
+    memcpy(last_h, h + c, left);
+    memcpy(last_g, g + c, left);
+    memcpy(h_bias, call.bias + c, left * sizeof(float));
+    memcpy(g_bias, call.bias + n + c, left * sizeof(float));
+    run(last_h, last_g, h_bias, g_bias, result);
+    memcpy(y + c, result, left);
+  }
+}
+
 void add_up_any(const MdnetGroupNorm& call, const MdnetPlaces& places, double* sums, double* squares) {
   (call.bytes ? add_up<uint8_t> : add_up<float>)(call, places, sums, squares);
 }
@@ -136,4 +192,4 @@ void apply_any(const MdnetGroupNorm& call, const MdnetPlaces& places, const Mdne
 #define MDNET_JOIN_(a, b) a##b
 #define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
 extern const MdnetQuantisedKernel MDNET_JOIN(MDNET_NAMESPACE, _quantised) = {
-    MDNET_NAMESPACE::add_up_any, MDNET_NAMESPACE::apply_any, MDNET_NAMESPACE::sum};
+    MDNET_NAMESPACE::add_up_any, MDNET_NAMESPACE::apply_any, MDNET_NAMESPACE::sum, MDNET_NAMESPACE::geglu};

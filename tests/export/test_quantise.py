@@ -136,10 +136,10 @@ def test_the_encoder_has_two_forms_on_one_file_of_weights(int8_bundle: Bundle) -
         activations[file] = {tensor.data_type for tensor in light.graph.initializer if tensor.name in zeros}
     assert locations == {"encoder.onnx.data"}
     assert activations == {"encoder.onnx": {onnx.TensorProto.INT8}, "encoder.cpu.onnx": {onnx.TensorProto.UINT8}}
-    # A score moves little by what rounds otherwise here and there.
+    # A score moves little, against int8's own 0.15, by what rounds otherwise here and there: attention to bfloat16.
     pixels = parity_images(None, 128, 6).pixels
     apart = scores(int8_bundle.path, "encoder.onnx", pixels) - scores(int8_bundle.path, "encoder.cpu.onnx", pixels)
-    assert np.abs(apart).max() < 0.01
+    assert np.abs(apart).max() < 0.03
 
 
 def test_the_folder_holds_what_the_manifest_names_and_no_more(int8_bundle: Bundle) -> None:
@@ -220,7 +220,7 @@ def test_both_encoders_are_timed_in_turns_on_the_same_images(
             runs.append((self.name, len(feeds["image"])))
             return super().run(feeds)
 
-    monkeypatch.setattr(quantise, "OrtSession", Timed)
+    monkeypatch.setattr("mdnet_export.cpu_form.OrtSession", Timed)
     monkeypatch.setattr("mdnet_engines.openvino_session.is_installed", lambda: False)
     speed, backend = quantise._time(folder, int8_bundle.path, parity_images(None, 128, 4).pixels)
     assert backend == "onnxruntime-cpu"

@@ -204,7 +204,8 @@ def test_with_the_native_scan_they_are_the_same_scores(bundle: Bundle, tmp_path:
     configs = read(models)
     library = str(models / "mdnet_vim" / "libmdnet_scan.so")
     used = {name for name, config in configs.items() if library in config.model_operations.op_library_filename}
-    assert used == ({"mdnet_vim", "mdnet_encoder"} if bundle.manifest.precision == "int8" else {"mdnet_vim"})
+    graphs = {"mdnet_encoder", "mdnet_vim", "mdnet_fusion"}
+    assert used == (graphs if bundle.manifest.precision == "int8" else {"mdnet_vim"})
     with Scorer.open(bundle.path, backend="onnxruntime-cpu", threads=1) as scorer:
         expected = scorer.score_batch(images)
     np.testing.assert_allclose(run_ensemble(models, images)[:, 0], expected, atol=1e-6, rtol=0)
