@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +99,12 @@ def replace_parts(
     _replace(graph.node, kept[::-1])
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in gone])
     _replace(graph.value_info, [value for value in graph.value_info if value.name not in gone])
-    add_functions(proto, {node.op_type for part in parts for node in part.made if node.domain == DOMAIN}, function)
-    return proto
-
-
-def add_functions(
-    proto: onnx.ModelProto, names: Collection[str], function: Callable[[str], onnx.FunctionProto]
-) -> None:
-    """Give a file the function bodies of operators of the domain "mdnet", where it has them not."""
+    names = {node.op_type for part in parts for node in part.made if node.domain == DOMAIN}
     there = {(body.domain, body.name) for body in proto.functions}
     proto.functions.extend(function(name) for name in sorted(names) if (DOMAIN, name) not in there)
     if names and DOMAIN not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+    return proto
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -172,6 +172,7 @@ OrtStatus* make_domain(const OrtApi& api) {
   }
   MDNET_TRY(mdnet_add_quantised(api, made));
   MDNET_TRY(mdnet_add_products(api, made));
+  MDNET_TRY(mdnet_add_attention(api, made));
   MDNET_TRY(mdnet_add_convs(api, made));
   domain = made;
   return nullptr;

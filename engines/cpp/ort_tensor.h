@@ -70,7 +70,8 @@ inline OrtCustomOp plain_operator() {
 
 }  // namespace
 
-// Add the operators of ort_quantised.cpp, ort_product.cpp and ort_conv.cpp to the domain.
+// Add the operators of ort_quantised.cpp, ort_product.cpp, ort_attention.cpp and ort_conv.cpp to the domain.
 OrtStatus* mdnet_add_quantised(const OrtApi& api, OrtCustomOpDomain* domain);
 OrtStatus* mdnet_add_products(const OrtApi& api, OrtCustomOpDomain* domain);
+OrtStatus* mdnet_add_attention(const OrtApi& api, OrtCustomOpDomain* domain);
 OrtStatus* mdnet_add_convs(const OrtApi& api, OrtCustomOpDomain* domain);

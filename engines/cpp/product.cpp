@@ -2,40 +2,17 @@
 // each task makes a few rows of y. Every element of y is one sum in one order, whatever the batch and the threads are.
 #include "product.h"
 
-#include <stdlib.h>
-
 #include "builds.h"
+#include "packing.h"
 
 namespace {
 
-constexpr int64_t kRows = MdnetProductKernel::kRows, kColumns = MdnetProductKernel::kColumns;
 constexpr int64_t kTasks = 64;      // at most, where more would have less than kWork to do
 constexpr int64_t kWork = 1 << 20;  // multiplications
-
-int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t pairs(const MdnetProduct& call) { return ratio_up(call.inner, 2); }
-int64_t groups(const MdnetProduct& call) { return ratio_up(call.rows, kRows); }
-int64_t panels(const MdnetProduct& call) { return ratio_up(call.columns, kColumns); }
-int64_t packed_a(const MdnetProduct& call) { return groups(call) * kRows * pairs(call); }
-int64_t packed_b(const MdnetProduct& call) {
-  return ratio_up(call.columns, kColumns / 2) * (kColumns / 2) * pairs(call);
-}
-
-const MdnetProductKernel* kernel() {
-#ifdef MDNET_HAS_PRODUCT
-  if (mdnet_has_bfloat16()) return &mdnet_bfloat16_product;
-#endif
-  return nullptr;
-}
 
 bool sensible(const MdnetProduct& call) {
   return call.batch > 0 && call.rows > 0 && call.columns > 0 && call.inner > 0 && call.a_matrices > 0 &&
          call.b_matrices > 0 && call.batch % call.a_matrices == 0 && call.batch % call.b_matrices == 0;
-}
-
-uint32_t* allocate(int64_t count) {
-  void* memory = nullptr;
-  return posix_memalign(&memory, 64, size_t(count) * sizeof(uint32_t)) ? nullptr : static_cast<uint32_t*>(memory);
 }
 
 struct Product {
@@ -43,11 +20,6 @@ struct Product {
   const MdnetProductKernel& kernel;
   uint32_t* own_b;  // null where b came packed
   int64_t groups_per_task;
-
-  void pack_panel(int64_t task) const {
-    const int64_t matrix = task / panels(call), panel = task % panels(call);
-    kernel.pack_panel(call, matrix, panel, own_b + matrix * packed_b(call) + panel * kColumns * pairs(call));
-  }
 
   int64_t tasks_per_image() const { return ratio_up(groups(call), groups_per_task); }
 
@@ -97,7 +69,7 @@ int mdnet_has_bfloat16(void) {
 
 int mdnet_product(const MdnetProduct* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
-  const MdnetProductKernel* chosen = kernel();
+  const MdnetProductKernel* chosen = product_kernel();
   if (!chosen) return MDNET_NO_ISA;
   uint32_t* own_b = call->b_packed ? nullptr : allocate(call->b_matrices * packed_b(*call));
   if (!own_b && !call->b_packed) return MDNET_NO_MEMORY;
@@ -108,8 +80,12 @@ int mdnet_product(const MdnetProduct* call, MdnetParallelFor parallel_for, void*
   Product product{*call, *chosen, own_b, wanted > 1 ? wanted : 1};
   if (own_b) {
     parallel_for(
-        host, [](void* product, size_t i) { static_cast<const Product*>(product)->pack_panel(int64_t(i)); }, &product,
-        size_t(call->b_matrices * panels(*call)));
+        host,
+        [](void* product, size_t i) {
+          const Product& self = *static_cast<const Product*>(product);
+          pack_panel(self.kernel, self.call, int64_t(i), self.own_b);
+        },
+        &product, size_t(call->b_matrices * panels(*call)));
   }
   parallel_for(
       host, [](void* product, size_t i) { static_cast<const Product*>(product)->run(int64_t(i)); }, &product,
@@ -119,18 +95,15 @@ int mdnet_product(const MdnetProduct* call, MdnetParallelFor parallel_for, void*
 }
 
 void* mdnet_product_pack(const MdnetProduct* call, int b) {
-  const MdnetProductKernel* chosen = kernel();
+  const MdnetProductKernel* chosen = product_kernel();
   if (!call || !sensible(*call) || !chosen) return nullptr;
   const int64_t matrices = b ? call->b_matrices : call->a_matrices, size = b ? packed_b(*call) : packed_a(*call);
   uint32_t* packed = allocate(matrices * size);
-  for (int64_t matrix = 0; packed && matrix < matrices; ++matrix) {
-    uint32_t* to = packed + matrix * size;
-    for (int64_t panel = 0; b && panel < panels(*call); ++panel) {
-      chosen->pack_panel(*call, matrix, panel, to + panel * kColumns * pairs(*call));
-    }
-    for (int64_t group = 0; !b && group < groups(*call); ++group) {
-      chosen->pack_rows(*call, matrix, group, 0, pairs(*call), to + group * kRows * pairs(*call));
-    }
+  if (!packed) return nullptr;
+  for (int64_t i = 0; b && i < matrices * panels(*call); ++i) pack_panel(*chosen, *call, i, packed);
+  for (int64_t i = 0; !b && i < matrices * groups(*call); ++i) {
+    uint32_t* to = packed + i * kRows * pairs(*call);
+    chosen->pack_rows(*call, i / groups(*call), i % groups(*call), 0, pairs(*call), to);
   }
   return packed;
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "product.h"
+#include "vector.h"
 
 namespace {
 
@@ -126,6 +127,40 @@ void multiply_any(const MdnetProduct& call, const uint32_t* a, int64_t stride, c
   chosen(a, stride, b, pairs, add, y, call.columns, least(call.rows - row, kRows), columns);
 }
 
+// Of all lanes, in their order.
+template <typename Join>
+float joined(__m512 lanes, Join join) {
+  alignas(64) float values[kWidth];
+  _mm512_store_ps(values, lanes);
+  float result = values[0];
+  for (int i = 1; i < kWidth; ++i) result = join(result, values[i]);
+  return result;
+}
+
+void softmax(float* x, int64_t rows, int64_t columns) {
+  using namespace MDNET_NAMESPACE;
+  for (float* row = x; row < x + rows * columns; row += columns) {
+    __m512 most = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      most = _mm512_mask_max_ps(most, first_lanes(columns - c), most,
+                                _mm512_maskz_loadu_ps(first_lanes(columns - c), row + c));
+    }
+    const __m512 highest = _mm512_set1_ps(joined(most, [](float a, float b) { return a > b ? a : b; }));
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const __mmask16 lanes = first_lanes(columns - c);
+      const __m512 power = exp_of<float>(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, row + c), highest));
+      sums = _mm512_mask_add_ps(sums, lanes, sums, power);
+      _mm512_mask_storeu_ps(row + c, lanes, power);
+    }
+    const __m512 share = _mm512_set1_ps(1.0f / joined(sums, [](float a, float b) { return a + b; }));
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const __mmask16 lanes = first_lanes(columns - c);
+      _mm512_mask_storeu_ps(row + c, lanes, _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, row + c), share));
+    }
+  }
+}
+
 }  // namespace
 
-extern const MdnetProductKernel mdnet_bfloat16_product = {pack_rows, pack_panel, multiply_any};
+extern const MdnetProductKernel mdnet_bfloat16_product = {pack_rows, pack_panel, multiply_any, softmax};
