@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--amp", action="store_true", help="as of mdnet train: Vim and fusion in bfloat16")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     if options.images < 10 or min(options.batch_size, options.rounds, options.threads) < 1:
@@ -77,7 +78,7 @@ def main() -> None:
         parser.error(f"-o {options.output}: there is no folder {options.output.parent}")
     torch.set_num_threads(options.threads)
     model = random_mdnet(preset(options.preset), seed=0)
-    config = TrainConfig(epochs=options.rounds + 1, batch_size=options.batch_size)
+    config = TrainConfig(epochs=options.rounds + 1, batch_size=options.batch_size, amp=options.amp)
     with tempfile.TemporaryDirectory() as scratch:
         write_dataset(Path(scratch) / "faces", round(options.images / 0.6), seed=3)
         (split,) = read_splits(Path(scratch) / "faces", "60-40")
@@ -95,6 +96,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": version("torch"),
             "threads": options.threads,
+            "amp": options.amp,
             "images": len(data),
         }
         options.output.write_text(json.dumps({**facts, **figures, "cached_is_x_faster": ratio}, indent=1) + "\n")

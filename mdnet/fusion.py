@@ -72,11 +72,13 @@ class FusionBlock(nn.Module):
             nn.Linear(dim, config.fusion_mlp * dim), nn.GELU(), nn.Linear(config.fusion_mlp * dim, dim)
         )
 
-    def forward(self, tokens: Tensor, local: Tensor) -> Tensor:
-        """Vim tokens (B, L, d), diffusion tokens (B, T, d) → (B, L, d)."""
+    def forward(self, tokens: Tensor, local: Tensor, only: int | None = None) -> Tensor:
+        """Vim tokens (B, L, d), diffusion tokens (B, T, d) → (B, L, d), or (B, 1, d) where `only` one is asked for."""
         tokens = tokens + self.cross(self.norm_cross(tokens), local)
-        normed = self.norm_self(tokens)
-        tokens = tokens + self.attend(normed, normed)
+        normed = queries = self.norm_self(tokens)
+        if only is not None:
+            tokens, queries = tokens[:, only, None], normed[:, only, None]
+        tokens = tokens + self.attend(queries, normed)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
@@ -126,9 +128,12 @@ class Fusion(nn.Module):
         elif self.only == "diffusion":
             tokens = self.stand_in.expand_as(tokens)
         local = self.norm_local(local)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             tokens = block(tokens, local)
-        return self.head(tokens[:, self.class_index])
+        if self.training:  # a step without the rest of the last block, which no score depends on
+            return self.head(last(tokens, local, self.class_index).squeeze(1))
+        return self.head(last(tokens, local)[:, self.class_index])
 
 
 class Head(nn.Module):

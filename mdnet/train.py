@@ -132,7 +132,10 @@ class _Run:
         self.validation, self.training = order[:held_out], order[held_out:]
         # The frozen encoder is the same object in both.
         self.average = copy.deepcopy(model, memo={id(model.diffusion): model.diffusion})
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate)
+        # Asking a model for them walks through the encoder too.
+        self.weights: list[Tensor] = [*model.trainable_parameters()]
+        self.averages: list[Tensor] = [*self.average.trainable_parameters()]
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, fused=True)
         steps = config.epochs * -(-len(self.training) // config.batch_size)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: _rate(step, steps, config.warmup)
@@ -154,7 +157,7 @@ class _Run:
         result = Epoch(self.number, self.config.epochs, loss, score, float(self.schedule.get_last_lr()[0]))
         if not self.best_weights or score > self.best.validation_pearson:
             self.best = result
-            self.best_weights = [value.detach().clone() for value in self.average.trainable_parameters()]
+            self.best_weights = [value.detach().clone() for value in self.averages]
         return result
 
     def _train(self) -> float:
@@ -169,10 +172,11 @@ class _Run:
             loss = F.mse_loss(scores.float(), ratings)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.clip)
+            torch.nn.utils.clip_grad_norm_(self.weights, config.clip)
             self.optimizer.step()
             self.schedule.step()
-            _update_average(self.average, model, config.ema)
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.weights, 1 - config.ema)
             total += loss.item() * len(chosen)
         if not math.isfinite(total):
             raise MDNetError(f"the loss of epoch {self.number} is not finite; try a lower --learning-rate")
@@ -187,8 +191,8 @@ class _Run:
             "number": self.number,
             "best": dataclasses.asdict(self.best),
             "best_weights": self.best_weights,
-            "weights": [value.detach() for value in self.model.trainable_parameters()],
-            "average": [value.detach() for value in self.average.trainable_parameters()],
+            "weights": [value.detach() for value in self.weights],
+            "average": [value.detach() for value in self.averages],
             "optimizer": self.optimizer.state_dict(),
             "schedule": {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"},
             "generator": self.generator.get_state(),
@@ -199,18 +203,12 @@ class _Run:
         """Go on from what `state_dict` gave."""
         self.number, self.best = state["number"], Epoch(**state["best"])
         self.best_weights = [value.to(self.device) for value in state["best_weights"]]
-        for module, values in ((self.model, state["weights"]), (self.average, state["average"])):
-            for parameter, value in zip(module.trainable_parameters(), values, strict=True):
+        for parameters, values in ((self.weights, state["weights"]), (self.averages, state["average"])):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
         self.generator.set_state(state["generator"])
-
-
-@torch.no_grad()
-def _update_average(average: MDNet, model: MDNet, decay: float) -> None:
-    for mean, value in zip(average.trainable_parameters(), model.trainable_parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
 
 
 def _parameter_groups(model: MDNet, config: TrainConfig) -> list[dict[str, object]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdnet.config import MDNetConfig
 from mdnet.scan import selective_scan
+from mdnet.vim_step import mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -97,8 +98,10 @@ class Mixer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, d) → (B, L, d)."""
-        x, z = (self.in_proj.weight @ tokens.mT).chunk(2, dim=1)  # (B, D, L) each: the layout of the scan
         forward, backward = self.branches()
+        if self.training and torch.is_grad_enabled() and tokens.device.type == "cpu":  # the same, faster
+            return mix(tokens, self.in_proj.weight, self.out_proj.weight, forward, backward)
+        x, z = (self.in_proj.weight @ tokens.mT).chunk(2, dim=1)  # (B, D, L) each: the layout of the scan
         y = (forward.run(x, z, reverse=False) + backward.run(x, z, reverse=True)) / 2
         return self.out_proj(y.mT)
 
@@ -124,7 +127,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.vim_dim, config.vim_patch, stride=config.vim_stride)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).mT  # (B, M, d)
+        """(B, 3, S, S) → (B, M, d)."""
+        if self.training:  # as a product: the gradient of such a convolution is slow, in bfloat16 a hundredfold
+            side, stride = self.proj.kernel_size[0], self.proj.stride[0]
+            patches = image.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5)
+            return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(image).flatten(2).mT
 
 
 class VisionMamba(nn.Module):

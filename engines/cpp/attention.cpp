@@ -48,17 +48,20 @@ class Attention {
     uint32_t* memory = allocate(scores + kRows * longest);
     if (!memory) return status_.store(MDNET_NO_MEMORY);
     float* weights = reinterpret_cast<float*>(memory);
+    uint32_t* scratch = memory + scores;
+    float shares[kRows];
     MdnetProduct product = keys_;
     product.rows = rows;
     product.a = call_.q + (image % call_.q_matrices * call_.rows + first) * call_.inner;
     product.y = weights;
-    multiply(product, packed(own_k_, call_.k_packed, keys_, image % call_.k_matrices), memory + scores);
-    kernel_.softmax(weights, rows, call_.keys);
+    kernel_.pack_rows(product, 0, 0, 0, pairs(product), scratch);
+    multiply(product, scratch, packed(own_k_, call_.k_packed, keys_, image % call_.k_matrices));
+    kernel_.softmax(weights, rows, call_.keys, scratch, shares);
     product = values_;
     product.rows = rows;
-    product.a = weights;
     product.y = call_.y + (image * call_.rows + first) * call_.columns;
-    multiply(product, packed(own_v_, call_.v_packed, values_, image % call_.v_matrices), memory + scores);
+    multiply(product, scratch, packed(own_v_, call_.v_packed, values_, image % call_.v_matrices));
+    kernel_.scale(product.y, rows, call_.columns, shares);
     free(memory);
   }
 
@@ -83,12 +86,11 @@ class Attention {
     return (own ? own : static_cast<const uint32_t*>(given)) + matrix * packed_b(call);
   }
 
-  // At most a group of rows, of which a is the first.
-  void multiply(const MdnetProduct& product, const uint32_t* b, uint32_t* scratch) const {
-    kernel_.pack_rows(product, 0, 0, 0, pairs(product), scratch);
+  // A group of rows, packed, by b.
+  void multiply(const MdnetProduct& product, const uint32_t* rows, const uint32_t* b) const {
     for (int64_t panel = 0; panel < panels(product); ++panel) {
       const uint32_t* columns = b + panel * kColumns * pairs(product);
-      kernel_.multiply(product, scratch, pairs(product), columns, panel, pairs(product), false, 0, 0);
+      kernel_.multiply(product, rows, pairs(product), columns, panel, pairs(product), false, 0, 0);
     }
   }
 

@@ -48,16 +48,24 @@ class ImageConv {
 
   void run(int64_t task) {
     constexpr int64_t kPlaces = MdnetConvKernel::kPlaces;
-    const int64_t image = task / height_, row = task % height_;
-    float* patches = static_cast<float*>(calloc(size_t(kPlaces * taps_), sizeof(float)));
-    if (!patches) return status_.store(MDNET_NO_MEMORY);
+    const int64_t image = task / height_, row = task % height_, channels = call_.channels;
+    // The input lines of a row, with the zeros on both sides, and some behind for places that are not stored.
+    const int64_t line = (call_.width + 2 * call_.pad + kPlaces) * channels;
+    float* inputs = static_cast<float*>(calloc(size_t(call_.kernel_height * line), sizeof(float)));
+    if (!inputs) return status_.store(MDNET_NO_MEMORY);
+    const int64_t length = call_.width * channels;
+    for (int64_t k = 0; k < call_.kernel_height; ++k) {
+      const int64_t from = row - call_.pad + k;
+      if (from < 0 || from >= call_.height) continue;
+      memcpy(inputs + k * line + call_.pad * channels, call_.x + (image * call_.height + from) * length,
+             size_t(length) * sizeof(float));
+    }
     for (int64_t first = 0; first < width_; first += kPlaces) {
       const int64_t count = width_ - first < kPlaces ? width_ - first : kPlaces;
-      for (int64_t p = 0; p < count; ++p) gather(image, row, first + p, patches + p * taps_);
-      float* y = call_.y + ((image * height_ + row) * width_ + first) * call_.outputs;
-      kernel_.places(patches, weights_, taps_, call_.outputs, padded_, y, count);
+      kernel_.places(inputs + first * channels, call_.kernel_height, line, call_.kernel_width * channels, channels,
+                     weights_, call_.outputs, padded_, call_.y + (task * width_ + first) * call_.outputs, count);
     }
-    free(patches);
+    free(inputs);
   }
 
  private:
@@ -73,22 +81,6 @@ class ImageConv {
         }
       }
       weights_[taps_ * padded_ + o] = call_.bias[o];
-    }
-  }
-
-  // The inputs of a place of y.
-  void gather(int64_t image, int64_t row, int64_t column, float* to) const {
-    const int64_t line = call_.kernel_width * call_.channels;
-    const int64_t left = column - call_.pad;
-    const int64_t first = left < 0 ? -left : 0;
-    const int64_t end = call_.width - left < call_.kernel_width ? call_.width - left : call_.kernel_width;
-    for (int64_t k = 0; k < call_.kernel_height; ++k, to += line) {
-      const int64_t y = row - call_.pad + k;
-      const bool inside = y >= 0 && y < call_.height && first < end;
-      if (!inside || end - first < call_.kernel_width) memset(to, 0, size_t(line) * sizeof *to);
-      if (!inside) continue;
-      const float* from = call_.x + ((image * call_.height + y) * call_.width + left + first) * call_.channels;
-      memcpy(to + first * call_.channels, from, size_t((end - first) * call_.channels) * sizeof *to);
     }
   }
 

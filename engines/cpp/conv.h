@@ -41,10 +41,11 @@ struct MdnetConvKernel {
   static constexpr int64_t kPlaces = 6;  // of y that are made at a time
 
   void (*row)(const MdnetConvSilu& call, int64_t row);
-  // The outputs of kPlaces places that lie side by side, of which `count` are stored. `patches` has the inputs of each,
-  // `taps` to a place; `weights` has for each tap all outputs, padded to `padded`, and the biases behind the last tap.
-  void (*places)(const float* patches, const float* weights, int64_t taps, int64_t outputs, int64_t padded, float* y,
-                 int64_t count);
+  // The outputs of kPlaces places that lie side by side, of which `count` are stored. Each takes `taps` inputs of each
+  // of `lines`, which are `stride` apart; the next place's begin `step` further on. `weights` has for each tap all
+  // outputs, padded to `padded`, and the biases behind the last tap.
+  void (*places)(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,
+                 int64_t outputs, int64_t padded, float* y, int64_t count);
 };
 
 extern const MdnetConvKernel mdnet_portable_conv;

@@ -31,21 +31,24 @@ void row(const MdnetConvSilu& call, int64_t row) {
 // Vectors of outputs that are added up at a time: with the places, as many sums as there are registers for.
 constexpr int kVectors = MDNET_VECTOR_BYTES == 64 ? 4 : 2;
 
-void places(const float* patches, const float* weights, int64_t taps, int64_t outputs, int64_t padded, float* y,
-            int64_t count) {
+void places(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,
+            int64_t outputs, int64_t padded, float* y, int64_t count) {
   constexpr int kPlaces = int(MdnetConvKernel::kPlaces);
   for (int64_t first = 0; first < outputs; first += kVectors * W) {
     const float* column = weights + first;
     Floats sums[kPlaces][kVectors];
     for (int p = 0; p < kPlaces; ++p) {
-      for (int v = 0; v < kVectors; ++v) sums[p][v] = load<Floats>(column + taps * padded + v * W);
+      for (int v = 0; v < kVectors; ++v) sums[p][v] = load<Floats>(column + lines * taps * padded + v * W);
     }
-    for (int64_t tap = 0; tap < taps; ++tap, column += padded) {
-      Floats weight[kVectors];
-      for (int v = 0; v < kVectors; ++v) weight[v] = load<Floats>(column + v * W);
-      for (int p = 0; p < kPlaces; ++p) {
-        const Floats x = splat(patches[p * taps + tap]);
-        for (int v = 0; v < kVectors; ++v) sums[p][v] += x * weight[v];
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t tap = 0; tap < taps; ++tap, column += padded) {
+        const float* x = inputs + line * stride + tap;
+        Floats weight[kVectors];
+        for (int v = 0; v < kVectors; ++v) weight[v] = load<Floats>(column + v * W);
+        for (int p = 0; p < kPlaces; ++p) {
+          const Floats value = splat(x[p * step]);
+          for (int v = 0; v < kVectors; ++v) sums[p][v] += value * weight[v];
+        }
       }
     }
     for (int p = 0; p < kPlaces; ++p) {

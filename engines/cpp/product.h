@@ -51,8 +51,10 @@ struct MdnetProductKernel {
   // Add the products of some pairs to a group of y's rows, or set them; a and b begin at the first pair.
   void (*multiply)(const MdnetProduct& call, const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t panel,
                    int64_t pairs, bool add, int64_t image, int64_t group);
-  // exp(x) / (its sum over a row), in place.
-  void (*softmax)(float* x, int64_t rows, int64_t columns);
+  // exp(x - the highest of its row), in pairs as pack_rows gives them; and for each row 1 / its sum.
+  void (*softmax)(const float* x, int64_t rows, int64_t columns, uint32_t* pairs, float* shares);
+  // Multiply each row by its factor, in place.
+  void (*scale)(float* y, int64_t rows, int64_t columns, const float* factors);
 };
 
 extern const MdnetProductKernel mdnet_bfloat16_product;

@@ -98,3 +98,21 @@ def test_a_checkpoint_keeps_its_kind(fusion: str, tmp_path: Path) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(UsageError, match="fusion is 'sum'; there are: cross-attention, concatenation"):
         dataclasses.replace(CONFIG, fusion="sum")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_training_scores_as_evaluation_does(fusion: str) -> None:
+    """In training the last block computes the class token alone."""
+    fused, (features, tokens) = model(fusion).fusion, inputs(0)
+    results = []
+    for training in (False, True):
+        fused.train(training).zero_grad()
+        score = fused(features, tokens)
+        score.sum().backward()
+        results.append(
+            {"score": score.detach(), **{n: p.grad for n, p in fused.named_parameters() if p.grad is not None}}
+        )
+    expected, got = results
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].abs().max() + 1))
