@@ -7,7 +7,7 @@ things are looked for, as they are exported, x of the first with 4 axes:
 
     x → Reshape [0, groups, −1] → InstanceNormalization (ones, zeros) → Reshape to x's shape → Mul gamma → Add beta
       ( → Sigmoid → Mul ) → QuantizeLinear
-    DequantizeLinear → Add of another value of the same shape
+    DequantizeLinear → Add of another value of the same shape, from a DequantizeLinear too or not ( → QuantizeLinear )
     DequantizeLinear → Add bias → Split in two (h, g) → h · GELU(g) → QuantizeLinear
     Conv from fewer than `MIN_CHANNELS` channels to at least as many, steps and dilations 1, one pad all around
 
@@ -23,6 +23,7 @@ value inside.
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import Any
 
 import onnx
@@ -32,7 +33,7 @@ from mdnet_calib.graph_view import GraphView, Part, attribute, replace_parts
 from mdnet_calib.int8 import MIN_CHANNELS
 from mdnet_engines import conv_op
 from mdnet_engines.conv_op import IMAGE_CONV
-from mdnet_engines.quantised_ops import GEGLU, GROUP_NORMS, RESIDUAL_SUM, function
+from mdnet_engines.quantised_ops import GEGLU, GROUP_NORMS, RESIDUAL_SUMS, function
 from mdnet_engines.scan_op import DOMAIN
 
 
@@ -55,22 +56,29 @@ def fuse_between_layers(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _type_of(operator: NodeProto) -> int:
-    return TensorProto.UINT8 if operator.op_type in GROUP_NORMS.values() else TensorProto.FLOAT
+    of_bytes = (*GROUP_NORMS.values(), RESIDUAL_SUMS[False, True], RESIDUAL_SUMS[True, True])
+    return TensorProto.UINT8 if operator.op_type in of_bytes else TensorProto.FLOAT
 
 
 def _channels_last(
-    end: NodeProto, operator: str, tensors: list[str], others: list[str], **attributes: Any
+    end: NodeProto, operator: str, tensors: list[str], others: list[list[str]], **attributes: Any
 ) -> list[NodeProto]:
-    """The operator in place of `end`, with Transposes before it, of `tensors`, and behind it."""
+    """The operator in place of `end`, with Transposes before it, of `tensors`, and behind it.
+
+    Args:
+        others: inputs that follow each tensor; what is behind the last comes last.
+    """
     y, name = end.output[0], _name(end)
     last = f"{y}_channels_last"
     inputs = [f"{last}_{i}" for i in range(len(tensors))]
+    groups = zip_longest(([name] for name in inputs), others, fillvalue=[])
+    arguments = [name for first, rest in groups for name in (*first, *rest)]
     return [
         *(
             helper.make_node("Transpose", [tensor], [moved], name=f"{name}_in_{i}", perm=[0, 2, 3, 1])
             for i, (tensor, moved) in enumerate(zip(tensors, inputs, strict=True))
         ),
-        helper.make_node(operator, [*inputs, *others], [last], name=name, domain=DOMAIN, **attributes),
+        helper.make_node(operator, arguments, [last], name=name, domain=DOMAIN, **attributes),
         helper.make_node("Transpose", [last], [y], name=f"{name}_out", perm=[0, 3, 1, 2]),
     ]
 
@@ -89,11 +97,16 @@ class _View(GraphView):
         shapes = [self.shapes.get(name, []) for name in node.input]
         if shapes[0] != shapes[1] or len(shapes[0]) != 4 or not all(shapes[0]):
             return None
-        for a, b in (node.input, reversed(node.input)):
-            if start := self.bytes_of(b):
-                made = _channels_last(node, RESIDUAL_SUM, [a, start.input[0]], list(start.input[1:]))
-                return Part([start, node], made)
-        return None
+        starts = [self.bytes_of(name) for name in node.input]
+        a, b = (0, 1) if starts[1] else (1, 0)
+        if (of_b := starts[b]) is None:
+            return None
+        of_a, end = starts[a], self.only_reader(node, "QuantizeLinear")
+        end = end if end and self.rounds_to_bytes(end) else None
+        tensors = [of_a.input[0] if of_a else node.input[a], of_b.input[0]]
+        others = [list(start.input[1:]) if start else [] for start in (of_a, of_b, end)]
+        made = _channels_last(end or node, RESIDUAL_SUMS[of_a is not None, end is not None], tensors, others)
+        return Part([*([of_a] if of_a else []), of_b, node, *([end] if end else [])], made)
 
     def chain(self, norm: NodeProto) -> Part | None:
         """The chain around an InstanceNormalization, if it is exactly what this module describes."""
@@ -123,7 +136,7 @@ class _View(GraphView):
             end,
             GROUP_NORMS[start is not None, bool(gate)],
             [start.input[0] if start else x],
-            [*(start.input[1:] if start else []), gamma, beta, *end.input[1:]],
+            [[*(start.input[1:] if start else []), gamma, beta, *end.input[1:]]],
             groups=groups,
             epsilon=attribute(norm, "epsilon", 1e-5),
         )
@@ -168,7 +181,7 @@ class _View(GraphView):
         explicit = attribute(conv, "auto_pad", b"NOTSET") == b"NOTSET"
         if not (plain and explicit) or attribute(conv, "group", 1) != 1 or len(set(pads)) != 1:
             return None
-        return Part([conv], _channels_last(conv, IMAGE_CONV, [conv.input[0]], list(conv.input[1:]), pad=pads[0]))
+        return Part([conv], _channels_last(conv, IMAGE_CONV, [conv.input[0]], [list(conv.input[1:])], pad=pads[0]))
 
     def gelu(self, x: str) -> list[NodeProto]:
         """The nodes of GELU(x) = x · (½ · (1 + erf(x / √2))), if x goes into that and nowhere else."""

@@ -7,13 +7,17 @@ them, the next two floats, as in a residual stream. The sum that makes such a st
     y = QLinearGroupNormSilu (x, x_scale, x_zero_point, gamma, beta, y_scale, y_zero_point)
     y = GroupNormQuantize    (x, gamma, beta, y_scale, y_zero_point)
     y = GroupNormSiluQuantize(x, gamma, beta, y_scale, y_zero_point)
-    y = ResidualSum          (a, b, b_scale, b_zero_point)
+    y = ResidualSum               (a, b, b_scale, b_zero_point)
+    y = ResidualSumQuantize       (a, b, b_scale, b_zero_point, y_scale, y_zero_point)
+    y = QLinearResidualSum        (a, a_scale, a_zero_point, b, b_scale, b_zero_point)
+    y = QLinearResidualSumQuantize(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point)
     y = QLinearGeglu         (x, x_scale, x_zero_point, bias, y_scale, y_zero_point)
 
     x [batch, height, width, C] uint8 or float32   gamma, beta: C elements in any shape   scales, zero-points: scalars
     → y uint8, of x's shape: QuantizeLinear(silu(gamma·(x − mean)/√(variance + epsilon) + beta))
 
-    a float32, b uint8, of one shape → y float32: a + DequantizeLinear(b)
+    a float32 or, with QLinear, uint8; b uint8; of one shape → y float32 or, with Quantize, uint8: a + b, of bytes what
+    DequantizeLinear gives, and rounded by QuantizeLinear
 
     x [..., 2C] uint8   bias [2C] → y [..., C] uint8: QuantizeLinear(h·g·Φ(g)), where h and g are the halves of
     DequantizeLinear(x) + bias and Φ is the normal distribution's
@@ -35,7 +39,13 @@ from onnx import AttributeProto, TensorProto, helper
 
 from mdnet_engines.function_body import body, with_attribute
 
-RESIDUAL_SUM = "ResidualSum"
+RESIDUAL_SUMS = {
+    (False, False): "ResidualSum",
+    (False, True): "ResidualSumQuantize",
+    (True, False): "QLinearResidualSum",
+    (True, True): "QLinearResidualSumQuantize",
+}
+"""By whether a, and y, is in bytes."""
 GEGLU = "QLinearGeglu"
 GROUP_NORMS = {
     (True, False): "QLinearGroupNorm",
@@ -48,21 +58,26 @@ GROUP_NORMS = {
 
 def function(name: str) -> onnx.FunctionProto:
     """The function body of the operator `name`."""
-    if name == RESIDUAL_SUM:
-        return _residual_sum()
+    if name in RESIDUAL_SUMS.values():
+        return _residual_sum(name)
     if name == GEGLU:
         return _geglu()
     quantised, silu = next(kind for kind, operator in GROUP_NORMS.items() if operator == name)
     return _group_norm(quantised=quantised, silu=silu)
 
 
-def _residual_sum() -> onnx.FunctionProto:
-    inputs = ["a", "b", "b_scale", "b_zero_point"]
+def _residual_sum(name: str) -> onnx.FunctionProto:
+    a_in_bytes, y_in_bytes = next(kind for kind, known in RESIDUAL_SUMS.items() if known == name)
+    a = ["a", "a_scale", "a_zero_point"] if a_in_bytes else ["a"]
+    b = ["b", "b_scale", "b_zero_point"]
+    y = ["y_scale", "y_zero_point"] if y_in_bytes else []
     nodes = [
-        helper.make_node("DequantizeLinear", inputs[1:], ["b32"]),
-        helper.make_node("Add", ["a", "b32"], ["y"]),
+        helper.make_node("DequantizeLinear" if a_in_bytes else "Identity", a, ["a32"]),
+        helper.make_node("DequantizeLinear", b, ["b32"]),
+        helper.make_node("Add", ["a32", "b32"], ["sum"]),
+        helper.make_node("QuantizeLinear" if y_in_bytes else "Identity", ["sum", *y], ["y"]),
     ]
-    return body(RESIDUAL_SUM, inputs, nodes)
+    return body(name, [*a, *b, *y], nodes)
 
 
 def _geglu() -> onnx.FunctionProto:

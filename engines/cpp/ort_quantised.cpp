@@ -27,7 +27,7 @@ struct Kernel {
   float epsilon;
 };
 
-constexpr size_t kMaxInputs = 7;
+constexpr size_t kMaxInputs = 8;
 
 // What a kernel is given.
 struct Inputs {
@@ -113,22 +113,32 @@ OrtStatus* residual_sum(void* pointer, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(pointer);
   Inputs inputs;
   MDNET_TRY(inputs.read(kernel, context));
+  const bool a_bytes = kernel.op->bytes(), y_bytes = kernel.op->output == ORT_UINT8;
+  const size_t b = a_bytes ? 3 : 1, end = b + 3 + (y_bytes ? 2 : 0);
   const Shape& a = inputs.shapes[0];
-  if (a.rank > kMaxRank || !a.is(inputs.shapes[1].rank, inputs.shapes[1].sizes)) {
+  if (a.rank > kMaxRank || !a.is(inputs.shapes[b].rank, inputs.shapes[b].sizes)) {
     return refuse(kernel, "a and b must have one shape, of 8 axes at most");
   }
-  if (inputs.elements(2) != 1 || inputs.elements(3) != 1) return refuse(kernel, kNotScalar);
+  for (size_t i = 1; i < end; ++i) {
+    if (i != b && inputs.elements(i) != 1) return refuse(kernel, kNotScalar);
+  }
   void* y = nullptr;
-  MDNET_TRY(make_output(kernel, context, inputs.shapes[0], &y));
+  MDNET_TRY(make_output(kernel, context, a, &y));
   if (!inputs.elements(0)) return nullptr;
 
   MdnetResidualSum call = {};
   call.count = inputs.elements(0);
-  call.a = inputs.floats(0);
-  call.b = inputs.bytes(1);
-  call.y = static_cast<float*>(y);
-  call.b_scale = *inputs.floats(2);
-  call.b_zero_point = *inputs.bytes(3);
+  call.a = inputs.data[0];
+  call.b = inputs.bytes(b);
+  call.y = y;
+  call.a_bytes = a_bytes;
+  call.y_bytes = y_bytes;
+  call.a_scale = a_bytes ? *inputs.floats(1) : 1;
+  call.a_zero_point = a_bytes ? *inputs.bytes(2) : 0;
+  call.b_scale = *inputs.floats(b + 1);
+  call.b_zero_point = *inputs.bytes(b + 2);
+  call.y_scale = y_bytes ? *inputs.floats(b + 3) : 1;
+  call.y_zero_point = y_bytes ? *inputs.bytes(b + 4) : 0;
   Pool pool{*kernel.api, context, nullptr};
   const int status = mdnet_residual_sum(&call, Pool::parallel_for, &pool);
   return pool.status ? pool.status : explain(kernel, status);
@@ -203,7 +213,7 @@ Operator describe(const char* name, const char* inputs, bool silu) {
   return op;
 }
 
-Operator operators[6];  // sessions keep pointers to them
+Operator operators[9];  // sessions keep pointers to them
 
 }  // namespace
 
@@ -213,12 +223,14 @@ OrtStatus* mdnet_add_quantised(const OrtApi& api, OrtCustomOpDomain* domain) {
   operators[2] = describe("GroupNormQuantize", "ffffb", false);
   operators[3] = describe("GroupNormSiluQuantize", "ffffb", true);
   operators[4] = describe("ResidualSum", "fbfb", false);
-  operators[4].output = ORT_FLOAT;
-  operators[4].CreateKernelV2 = create_plain;
-  operators[4].KernelComputeV2 = residual_sum;
-  operators[5] = describe("QLinearGeglu", "bfbffb", false);
-  operators[5].CreateKernelV2 = create_plain;
-  operators[5].KernelComputeV2 = geglu;
+  operators[5] = describe("QLinearResidualSum", "bfbbfb", false);
+  operators[6] = describe("ResidualSumQuantize", "fbfbfb", false);
+  operators[7] = describe("QLinearResidualSumQuantize", "bfbbfbfb", false);
+  operators[8] = describe("QLinearGeglu", "bfbffb", false);
+  for (int i : {4, 5}) operators[i].output = ORT_FLOAT;
+  for (int i : {4, 5, 6, 7, 8}) operators[i].CreateKernelV2 = create_plain;
+  for (int i : {4, 5, 6, 7}) operators[i].KernelComputeV2 = residual_sum;
+  operators[8].KernelComputeV2 = geglu;
   for (Operator& op : operators) MDNET_TRY(api.CustomOpDomain_Add(domain, &op));
   return nullptr;
 }

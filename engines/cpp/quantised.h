@@ -22,15 +22,16 @@ typedef struct {
   int32_t isa;           // MdnetIsa
 } MdnetGroupNorm;
 
-// y = a + (b - b_zero_point) * b_scale
+// y = a + b, where bytes are read as (byte - zero_point) * scale, and y is rounded to bytes if those are wanted.
 typedef struct {
   int64_t count;  // of elements, at least 1
-  const float* a;
+  const void* a;  // float, or uint8_t
   const uint8_t* b;
-  float* y;
-  float b_scale;
-  int32_t b_zero_point;
-  int32_t isa;  // MdnetIsa
+  void* y;                          // float, or uint8_t
+  float a_scale, b_scale, y_scale;  // of bytes
+  int32_t a_zero_point, b_zero_point, y_zero_point;
+  int32_t a_bytes, y_bytes;  // whether a, and y, is uint8_t
+  int32_t isa;               // MdnetIsa
 } MdnetResidualSum;
 
 // y = h * gelu(g), rounded to bytes, where h and g are the halves of each row of (x - x_zero_point) * x_scale + bias.

@@ -144,13 +144,47 @@ void apply(const MdnetGroupNorm& call, const MdnetPlaces& places, const MdnetCha
   }
 }
 
+// What bytes stand for.
+class Reading {
+ public:
+  Reading(float scale, int32_t zero_point) : scale_(splat(scale)), zero_point_(splat(float(zero_point))) {}
+  Floats operator()(const uint8_t* from) const { return (widened(from) - zero_point_) * scale_; }
+  Floats operator()(const float* from) const { return load<Floats>(from); }
+
+ private:
+  Floats scale_, zero_point_;
+};
+
+template <typename A, typename Y>
 void sum(const MdnetResidualSum& call, int64_t first, int64_t end) {
-  const Floats scale = splat(call.b_scale), zero_point = splat(float(call.b_zero_point));
+  const Reading a_of(call.a_scale, call.a_zero_point), b_of(call.b_scale, call.b_zero_point);
+  const Rounding rounding(call.y_scale, call.y_zero_point);
+  const auto run = [&](const A* a, const uint8_t* b, Y* y) {
+    const Floats value = a_of(a) + b_of(b);
+    if constexpr (sizeof(Y) == 1) {
+      rounding.store(y, value);
+    } else {
+      store(y, value);
+    }
+  };
+  const A* a = static_cast<const A*>(call.a);
+  Y* y = static_cast<Y*>(call.y);
   int64_t i = first;
-  for (; i + W <= end; i += W) {
-    store(call.y + i, load<Floats>(call.a + i) + (widened(call.b + i) - zero_point) * scale);
-  }
-  for (; i < end; ++i) call.y[i] = call.a[i] + float(call.b[i] - call.b_zero_point) * call.b_scale;
+  for (; i + W <= end; i += W) run(a + i, call.b + i, y + i);
+  if (i == end) return;
+  A last_a[W] = {};
+  uint8_t last_b[W] = {};
+  Y result[W];
+  memcpy(last_a, a + i, size_t(end - i) * sizeof(A));
+  memcpy(last_b, call.b + i, size_t(end - i));
+  run(last_a, last_b, result);
+  memcpy(y + i, result, size_t(end - i) * sizeof(Y));
+}
+
+void sum_any(const MdnetResidualSum& call, int64_t first, int64_t end) {
+  const auto chosen = call.a_bytes ? (call.y_bytes ? sum<uint8_t, uint8_t> : sum<uint8_t, float>)
+                                   : (call.y_bytes ? sum<float, uint8_t> : sum<float, float>);
+  chosen(call, first, end);
 }
 
 // x * Phi(x), of which erf's approximation 7.1.26 in Abramowitz and Stegun (1964) has an error of 1.5e-7.
@@ -168,10 +202,9 @@ inline Floats gelu(Floats x) {
 
 void geglu(const MdnetGeglu& call, int64_t first, int64_t end) {
   const Rounding rounding(call.y_scale, call.y_zero_point);
-  const Floats scale = splat(call.x_scale), zero_point = splat(float(call.x_zero_point));
+  const Reading x_of(call.x_scale, call.x_zero_point);
   const auto run = [&](const uint8_t* h, const uint8_t* g, const float* h_bias, const float* g_bias, uint8_t* y) {
-    const Floats value = (widened(h) - zero_point) * scale + load<Floats>(h_bias);
-    rounding.store(y, value * gelu((widened(g) - zero_point) * scale + load<Floats>(g_bias)));
+    rounding.store(y, (x_of(h) + load<Floats>(h_bias)) * gelu(x_of(g) + load<Floats>(g_bias)));
   };
   const int64_t n = call.channels;
   for (int64_t row = first; row < end; ++row) {
@@ -208,4 +241,4 @@ void apply_any(const MdnetGroupNorm& call, const MdnetPlaces& places, const Mdne
 #define MDNET_JOIN_(a, b) a##b
 #define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
 extern const MdnetQuantisedKernel MDNET_JOIN(MDNET_NAMESPACE, _quantised) = {
-    MDNET_NAMESPACE::add_up_any, MDNET_NAMESPACE::apply_any, MDNET_NAMESPACE::sum, MDNET_NAMESPACE::geglu};
+    MDNET_NAMESPACE::add_up_any, MDNET_NAMESPACE::apply_any, MDNET_NAMESPACE::sum_any, MDNET_NAMESPACE::geglu};

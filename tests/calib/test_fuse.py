@@ -153,7 +153,7 @@ def close(got: np.ndarray, expected: np.ndarray) -> bool:
     return np.linalg.norm(got - expected) < 0.01 * np.linalg.norm(expected)
 
 
-ALL = ["GroupNormQuantize", "GroupNormSiluQuantize", "QLinearGroupNormSilu", "ResidualSum"]
+ALL = ["GroupNormQuantize", "GroupNormSiluQuantize", "QLinearGroupNormSilu", "QLinearResidualSum"]
 OTHERS = [name for name in ALL if name != "QLinearGroupNormSilu"]
 
 
@@ -177,7 +177,7 @@ def test_bytes_are_read_where_a_layer_leaves_bytes(net: onnx.ModelProto) -> None
             sources[node.op_type] = [producer[transpose.input[0]].op_type for transpose in moved]
     assert sources == {
         "QLinearGroupNormSilu": ["QuantizeLinear"],
-        "ResidualSum": ["DequantizeLinear", "QuantizeLinear"],
+        "QLinearResidualSum": ["QuantizeLinear", "QuantizeLinear"],
         "GroupNormQuantize": ["Transpose"],  # of the sum
         "GroupNormSiluQuantize": ["Transpose"],
     }
@@ -251,7 +251,7 @@ def test_onnx_runtime_moves_nothing_between_convolutions(net: onnx.ModelProto, t
     producer = {output: node for node in made.graph.node for output in node.output}
     for node in made.graph.node:
         if node.domain == DOMAIN:
-            assert producer[node.input[0]].op_type in ("QLinearConv", "DequantizeLinear", "ResidualSum")
+            assert producer[node.input[0]].op_type in ("QLinearConv", "QLinearResidualSum")
     assert kinds(made)["Transpose"] == 3
 
 
@@ -393,10 +393,17 @@ def test_a_sum_of_two_shapes_is_left(spoil: Callable[[onnx.ModelProto], None], n
         assert close(got, expected)
 
 
-def test_other_readers_of_x_keep_their_floats(net: onnx.ModelProto) -> None:
-    """a's DequantizeLinear is read by the chain and by the residual sum."""
+def test_bytes_that_the_chain_and_the_sum_read_need_no_floats(net: onnx.ModelProto) -> None:
     start = node(net, "n1/grouped").input[0]
     assert start in node(net, "sum").input
+    assert not any(start in node.output for node in fused(net).graph.node)
+
+
+def test_other_readers_of_x_keep_their_floats(net: onnx.ModelProto) -> None:
+    """a's DequantizeLinear is read by the chain, by the residual sum, and by a node of another kind."""
+    start = node(net, "n1/grouped").input[0]
+    net.graph.node.append(helper.make_node("Neg", [start], ["negative"], name="other"))
+    net.graph.output.append(image_of("negative"))
     made = fused(net)
     assert any(start in node.output for node in made.graph.node)
     assert sum(start in node.input for node in made.graph.node) == 1

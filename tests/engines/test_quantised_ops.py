@@ -18,7 +18,7 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from mdnet_engines import native
-from mdnet_engines.quantised_ops import GROUP_NORMS, RESIDUAL_SUM, function
+from mdnet_engines.quantised_ops import GROUP_NORMS, RESIDUAL_SUMS, function
 from mdnet_engines.scan_op import DOMAIN, OPSET, VERSION
 
 needs_library = pytest.mark.skipif(
@@ -347,38 +347,54 @@ class ResidualSum(ctypes.Structure):
 
     _fields_ = [
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("a", "b", "y")),
-        ("b_scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("b_zero_point", "isa")),
+        *((name, ctypes.c_void_p) for name in "aby"),
+        *((f"{name}_scale", ctypes.c_float) for name in "aby"),
+        *((f"{name}_zero_point", ctypes.c_int32) for name in "aby"),
+        *((name, ctypes.c_int32) for name in ("a_bytes", "y_bytes", "isa")),
     ]
 
 
-def terms(*shape: int) -> dict[str, np.ndarray]:
+def terms(*shape: int, a_bytes: bool = False, y_bytes: bool = False) -> dict[str, np.ndarray]:
+    """Inputs in the operator's order."""
     rng = np.random.default_rng(shape[-1])
-    return {
-        "a": rng.normal(size=shape).astype(np.float32),
+    made = {"a": rng.normal(size=shape).astype(np.float32)}
+    if a_bytes:
+        made = {
+            "a": rng.integers(0, 256, shape, np.uint8),
+            "a_scale": np.array(0.03, np.float32),
+            "a_zero_point": np.array(140, np.uint8),
+        }
+    made |= {
         "b": rng.integers(0, 256, shape, np.uint8),
         "b_scale": np.array(X_SCALE),
         "b_zero_point": np.array(X_ZERO_POINT),
     }
+    return made | ({"y_scale": np.array(0.04, np.float32), "y_zero_point": np.array(99, np.uint8)} if y_bytes else {})
 
 
 def assert_sum(y: np.ndarray, inputs: dict[str, np.ndarray]) -> None:
-    """Two roundings of float32, of terms of 7 at most."""
+    """Two roundings of float32, of terms of 7 at most; then that to a byte."""
     wide = {name: array.astype(np.float64) for name, array in inputs.items()}
-    exact = wide["a"] + (wide["b"] - wide["b_zero_point"]) * wide["b_scale"]
+    a = (wide["a"] - wide["a_zero_point"]) * wide["a_scale"] if "a_scale" in wide else wide["a"]
+    exact = a + (wide["b"] - wide["b_zero_point"]) * wide["b_scale"]
+    if "y_scale" in wide:
+        return assert_rounded(y, np.clip(exact / wide["y_scale"] + wide["y_zero_point"], 0, 255))
     assert y.dtype == np.float32
     assert np.abs(y - exact).max() < 2e-6
+    return None
 
 
 @needs_library
 @pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize(("a_bytes", "y_bytes"), RESIDUAL_SUMS)
 @pytest.mark.parametrize("count", [1, 15, 64, 1000, 100_001])
-def test_every_build_sums(count: int, isa: str) -> None:
-    inputs = terms(count)
-    y = np.full(count + 16, 7, np.float32)
+def test_every_build_sums(count: int, a_bytes: bool, y_bytes: bool, isa: str) -> None:
+    inputs = terms(count, a_bytes=a_bytes, y_bytes=y_bytes)
+    y = np.full(count + 16, 7, np.uint8 if y_bytes else np.float32)
     pointers = (inputs["a"].ctypes.data, inputs["b"].ctypes.data, y.ctypes.data)
-    call = ResidualSum(count, *pointers, X_SCALE, X_ZERO_POINT, native.ISAS[isa])
+    scales = (float(inputs.get(f"{name}_scale", 0)) for name in "aby")
+    zero_points = (int(inputs.get(f"{name}_zero_point", 0)) for name in "aby")
+    call = ResidualSum(count, *pointers, *scales, *zero_points, a_bytes, y_bytes, native.ISAS[isa])
     loaded = native.library()
     assert loaded is not None
     assert loaded.mdnet_residual_sum_here(ctypes.byref(call)) == 0
@@ -387,10 +403,11 @@ def test_every_build_sums(count: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_library)])
+@pytest.mark.parametrize(("a_bytes", "y_bytes"), RESIDUAL_SUMS)
 @pytest.mark.parametrize("shape", [(3, 7, 5, 11), (1, 200, 200, 8), (33,), (0, 4)])
-def test_the_operator_sums(shape: tuple[int, ...], registered: bool) -> None:
-    inputs = terms(*shape)
-    proto = one_node(RESIDUAL_SUM, inputs, TensorProto.FLOAT)
+def test_the_operator_sums(shape: tuple[int, ...], a_bytes: bool, y_bytes: bool, registered: bool) -> None:
+    inputs = terms(*shape, a_bytes=a_bytes, y_bytes=y_bytes)
+    proto = one_node(RESIDUAL_SUMS[a_bytes, y_bytes], inputs, TensorProto.UINT8 if y_bytes else TensorProto.FLOAT)
     onnx.checker.check_model(proto, full_check=True)
     y = run(proto, inputs, registered=registered)
     assert y.shape == shape
@@ -402,14 +419,15 @@ def test_the_operator_sums(shape: tuple[int, ...], registered: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"a": np.zeros((2, 1, 5), np.float32)}, "ResidualSum: a and b must have one shape"),
-        ({"b": np.zeros((2, 3), np.uint8)}, "ResidualSum: a and b must have one shape"),
-        ({"b_scale": np.ones(5, np.float32)}, "ResidualSum: scales and zero-points must be scalars"),
+        ({"a": np.zeros((2, 1, 5), np.float32)}, "ResidualSumQuantize: a and b must have one shape"),
+        ({"b": np.zeros((2, 3), np.uint8)}, "ResidualSumQuantize: a and b must have one shape"),
+        ({"b_scale": np.ones(5, np.float32)}, "ResidualSumQuantize: scales and zero-points must be scalars"),
+        ({"y_scale": np.ones(2, np.float32)}, "ResidualSumQuantize: scales and zero-points must be scalars"),
     ],
 )
 def test_a_sum_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray], says: str) -> None:
-    inputs = {**terms(2, 3, 5), **changes}
-    proto = one_node(RESIDUAL_SUM, inputs, TensorProto.FLOAT)
+    inputs = {**terms(2, 3, 5, y_bytes=True), **changes}
+    proto = one_node(RESIDUAL_SUMS[False, True], inputs, TensorProto.UINT8)
     del proto.functions[:]
     with pytest.raises(Exception, match=says):
         run(proto, inputs)
