@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from mdnet_engines import native
-from mdnet_engines.quantised_ops import GROUP_NORMS, RESIDUAL_SUMS, function
+from mdnet_engines.quantised_ops import GEGLU, GROUP_NORMS, RESIDUAL_SUMS, function
 from mdnet_engines.scan_op import DOMAIN, OPSET, VERSION
 
 needs_library = pytest.mark.skipif(
@@ -428,6 +429,85 @@ def test_the_operator_sums(shape: tuple[int, ...], a_bytes: bool, y_bytes: bool,
 def test_a_sum_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray], says: str) -> None:
     inputs = {**terms(2, 3, 5, y_bytes=True), **changes}
     proto = one_node(RESIDUAL_SUMS[False, True], inputs, TensorProto.UINT8)
+    del proto.functions[:]
+    with pytest.raises(Exception, match=says):
+        run(proto, inputs)
+
+
+# --- GEGLU ---
+
+
+class Geglu(ctypes.Structure):
+    """`MdnetGeglu` of `engines/cpp/quantised.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "channels")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        *((name, ctypes.c_float) for name in ("x_scale", "y_scale")),
+        *((name, ctypes.c_int32) for name in ("x_zero_point", "y_zero_point", "isa")),
+    ]
+
+
+def halves(*shape: int) -> dict[str, np.ndarray]:
+    """x [..., 2C] and what goes with it, in the operator's order."""
+    rng = np.random.default_rng(shape[-1])
+    return {
+        "x": rng.integers(0, 256, (*shape[:-1], 2 * shape[-1]), np.uint8),
+        "x_scale": np.array(X_SCALE),
+        "x_zero_point": np.array(X_ZERO_POINT),
+        "bias": rng.normal(size=2 * shape[-1]).astype(np.float32),
+        "y_scale": np.array(0.1, np.float32),
+        "y_zero_point": np.array(99, np.uint8),
+    }
+
+
+def exact_geglu(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """y in steps, before it is rounded, in float64."""
+    wide = {name: array.astype(np.float64) for name, array in inputs.items()}
+    h, g = np.split((wide["x"] - wide["x_zero_point"]) * wide["x_scale"] + wide["bias"], 2, axis=-1)
+    probability = np.vectorize(math.erfc)(-g / math.sqrt(2)) / 2
+    return np.clip(h * g * probability / wide["y_scale"] + wide["y_zero_point"], 0, 255)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("channels", [1, 7, 16, 33, 1280])
+def test_every_build_gates(channels: int, isa: str) -> None:
+    inputs = halves(37, channels)
+    y = np.full(37 * channels + 16, 7, np.uint8)
+    pointers = (inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data)
+    call = Geglu(37, channels, *pointers, X_SCALE, 0.1, X_ZERO_POINT, 99, native.ISAS[isa])
+    loaded = native.library()
+    assert loaded is not None
+    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 0
+    assert_rounded(y[: 37 * channels].reshape(37, channels), exact_geglu(inputs))
+    assert (y[37 * channels :] == 7).all()  # nothing is written behind the end
+
+
+@pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_library)])
+@pytest.mark.parametrize("shape", [(2, 30, 24), (5,), (0, 8)])
+def test_the_operator_gates(shape: tuple[int, ...], registered: bool) -> None:
+    inputs = halves(*shape)
+    proto = one_node(GEGLU, inputs, TensorProto.UINT8)
+    onnx.checker.check_model(proto, full_check=True)
+    y = run(proto, inputs, registered=registered)
+    assert y.shape == shape
+    if y.size:
+        assert_rounded(y, exact_geglu(inputs))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x": np.zeros((2, 7), np.uint8)}, "QLinearGeglu: x must have an even number of channels"),
+        ({"bias": np.zeros(3, np.float32)}, "QLinearGeglu: x must have an even number of channels"),
+        ({"y_scale": np.ones(2, np.float32)}, "QLinearGeglu: scales and zero-points must be scalars"),
+    ],
+)
+def test_a_gate_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray], says: str) -> None:
+    inputs = {**halves(2, 4), **changes}
+    proto = one_node(GEGLU, inputs, TensorProto.UINT8)
     del proto.functions[:]
     with pytest.raises(Exception, match=says):
         run(proto, inputs)
