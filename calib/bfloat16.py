@@ -8,8 +8,6 @@ costs what bfloat16 saves, and the scan's step sizes come from them.
 
 from __future__ import annotations
 
-from functools import partial
-
 import onnx
 from onnx import NodeProto, helper
 
@@ -36,12 +34,12 @@ def _attention(view: GraphView, softmax: NodeProto) -> Part | None:
     last = attribute(softmax, "axis", -1) in (-1, rank - 1)
     if first is None or second is None or first.op_type != "MatMul" or view.only_reader(first) is not softmax:
         return None
-    q, k, v = *first.input, second.input[1]
-    if not last or second.input[0] != softmax.output[0] or not all(map(partial(_is_float, view), (q, k, v))):
+    inputs = [*first.input, second.input[1]]  # q, k, v
+    if not last or second.input[0] != softmax.output[0] or not all(_is_float(view, name) for name in inputs):
         return None
     name = f"{second.name or second.output[0]}_attention"
     return Part(
-        [first, softmax, second], [helper.make_node(ATTENTION, [q, k, v], second.output, name=name, domain=DOMAIN)]
+        [first, softmax, second], [helper.make_node(ATTENTION, inputs, second.output, name=name, domain=DOMAIN)]
     )
 
 

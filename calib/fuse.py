@@ -23,7 +23,6 @@ value inside.
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 from typing import Any
 
 import onnx
@@ -71,8 +70,9 @@ def _channels_last(
     y, name = end.output[0], _name(end)
     last = f"{y}_channels_last"
     inputs = [f"{last}_{i}" for i in range(len(tensors))]
-    groups = zip_longest(([name] for name in inputs), others, fillvalue=[])
-    arguments = [name for first, rest in groups for name in (*first, *rest)]
+    arguments: list[str] = []
+    for i, more in enumerate(others):
+        arguments += [*inputs[i : i + 1], *more]
     return [
         *(
             helper.make_node("Transpose", [tensor], [moved], name=f"{name}_in_{i}", perm=[0, 2, 3, 1])
@@ -203,7 +203,9 @@ class _View(GraphView):
     def has_number(self, node: NodeProto, other: str, number: float) -> bool:
         """Whether a node of two operands computes with `other` and a constant that is that number, as a float."""
         arrays = [self.array(name) for name in node.input if name != other]
-        return len(arrays) == 1 and arrays[0] is not None and arrays[0].size == 1 and abs(arrays[0] - number) < 1e-6
+        if len(arrays) != 1 or arrays[0] is None or arrays[0].size != 1:
+            return False
+        return abs(float(arrays[0].item()) - number) < 1e-6
 
     def bytes_of(self, name: str) -> NodeProto | None:
         """The DequantizeLinear that gives a value, if it reads uint8 with one scale."""
