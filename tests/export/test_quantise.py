@@ -136,10 +136,11 @@ def test_the_encoder_has_two_forms_on_one_file_of_weights(int8_bundle: Bundle) -
         activations[file] = {tensor.data_type for tensor in light.graph.initializer if tensor.name in zeros}
     assert locations == {"encoder.onnx.data"}
     assert activations == {"encoder.onnx": {onnx.TensorProto.INT8}, "encoder.cpu.onnx": {onnx.TensorProto.UINT8}}
-    # A score moves little, against int8's own 0.15, by what rounds otherwise here and there: attention to bfloat16.
+    # What rounds otherwise here and there, attention to bfloat16, moves other values over the edge of a step: two forms
+    # differ about as much as each does from float32.
     pixels = parity_images(None, 128, 6).pixels
     apart = scores(int8_bundle.path, "encoder.onnx", pixels) - scores(int8_bundle.path, "encoder.cpu.onnx", pixels)
-    assert np.abs(apart).max() < 0.03
+    assert np.abs(apart).max() < 0.1
 
 
 def test_the_folder_holds_what_the_manifest_names_and_no_more(int8_bundle: Bundle) -> None:
@@ -244,7 +245,7 @@ def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
     )
     assert loose.manifest.int8 is not None
     assert loose.manifest.int8.float_blocks == []
-    limit = 0.8 * loose.manifest.int8.drift_max_abs
+    limit = 0.9 * loose.manifest.int8.drift_max_abs
     steps: list[str] = []
     bundle = build_bundle(
         weights,

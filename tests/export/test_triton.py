@@ -190,9 +190,9 @@ def test_its_ensemble_gives_the_scores_of_the_bundle(bundle: Bundle, tmp_path: P
         expected = scorer.score_batch(images)
     scores = run_ensemble(made.path, images)
     assert scores.shape == (5, 1)
-    # Here the operators run their function bodies, there the native kernels: other roundings in fp16, and one step of
-    # an 8-bit value where int8 lies between two.
-    tolerance = {"fp32": 1e-5, "fp16": 1e-4, "int8": 3e-2}[bundle.manifest.precision]
+    # Here the operators run their function bodies, there the native kernels: other roundings in fp16, and in int8 steps
+    # of values that lie between two, about as many as against float32.
+    tolerance = {"fp32": 1e-5, "fp16": 1e-4, "int8": 0.1}[bundle.manifest.precision]
     np.testing.assert_allclose(scores[:, 0], expected, atol=tolerance, rtol=0)
     assert np.ptp(expected) > 10 * 1e-5
 
