@@ -3,10 +3,14 @@
 What becomes `mdnet_engines.product_op`'s operators: attention (MatMul → Softmax over the last axis → MatMul), and
 products with a weight of at least `MIN_WIDTH` channels in and out. Inputs are rounded to bfloat16, sums stay float32. A
 Transpose of the last two axes in front of a product is taken into it. Narrow products stay: packing their operands
-costs what bfloat16 saves, and the scan's step sizes come from them.
+costs what bfloat16 saves, and the scan's step sizes come from them. So do vectors, and operands that are broadcast
+otherwise than as a whole for each leading index of the other: the kernels take neither.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
 
 import onnx
 from onnx import NodeProto, helper
@@ -37,6 +41,8 @@ def _attention(view: GraphView, softmax: NodeProto) -> Part | None:
     inputs = [*first.input, second.input[1]]  # q, k, v
     if not last or second.input[0] != softmax.output[0] or not all(_is_float(view, name) for name in inputs):
         return None
+    if not _are_batches(view, inputs):
+        return None
     name = f"{second.name or second.output[0]}_attention"
     return Part(
         [first, softmax, second], [helper.make_node(ATTENTION, inputs, second.output, name=name, domain=DOMAIN)]
@@ -49,6 +55,8 @@ def _product(view: GraphView, product: NodeProto) -> Part | None:
     weights = [shape for name in product.input if (shape := view.floats(name)) is not None]
     if not any(len(shape) == 2 and min(shape) >= MIN_WIDTH for shape in weights):
         return None
+    if not _are_batches(view, product.input):
+        return None
     inputs, transposed = list(product.input), [False, False]
     nodes = [product]
     for side, name in enumerate(product.input):
@@ -59,6 +67,19 @@ def _product(view: GraphView, product: NodeProto) -> Part | None:
             break  # there is no operator with two
     operator = PRODUCTS[transposed[0], transposed[1]]
     return Part(nodes, [helper.make_node(operator, inputs, product.output, name=product.name, domain=DOMAIN)])
+
+
+def _are_batches(view: GraphView, names: Iterable[str]) -> bool:
+    """Whether all are matrices, or batches of them whose axes are the last ones of the largest batch.
+
+    What shape inference does not know is taken to fit.
+    """
+    shapes = [shape for name in names if (shape := view.floats(name) or view.shapes.get(name))]
+    batches = [list(itertools.dropwhile(lambda axis: axis == 1, shape[:-2])) for shape in shapes]
+    largest = max(batches, key=len, default=[])
+    pairs = [pair for batch in batches for pair in zip(reversed(batch), reversed(largest), strict=False)]
+    known = [pair for pair in pairs if all(isinstance(axis, int) and axis for axis in pair)]
+    return all(len(shape) >= 2 for shape in shapes) and all(one == other for one, other in known)
 
 
 def _is_float(view: GraphView, name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from mdnet_calib.sensitivity import Budget
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import RangeMethod
@@ -40,14 +41,14 @@ _OPTIONS = (
     click.option(
         "--max-score-drift",
         type=click.FloatRange(0, min_open=True),
-        default=0.15,
+        default=Budget.max_score_drift,
         show_default=True,
         help="int8: largest |Δscore| on calibration images; blocks stay in float to keep it.",
     ),
     click.option(
         "--min-pearson",
         type=click.FloatRange(0, 1),
-        default=0.995,
+        default=Budget.min_pearson,
         show_default=True,
         help="int8: least Pearson correlation with the float scores, likewise.",
     ),
@@ -90,7 +91,6 @@ def choose_calibration(
         return None
     if precision == "int8" and calib is None and weights.kind == "checkpoint":
         raise UsageError("int8 needs images like those to be scored; give a folder of some 64 with --calib DIR")
-    from mdnet_calib.sensitivity import Budget
     from mdnet_export.images import calibration_images
     from mdnet_export.quantise import Calibration
 

@@ -27,12 +27,14 @@ from mdnet_engines.bundle import sha256_of
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
 from mdnet_engines.openvino_session import OpenVINOSession
-from mdnet_engines.session import OrtSession, Session
+from mdnet_engines.session import OrtSession, Session, chain
 from mdnet_export.cpu_form import open_for_cpu, write_forms
 from mdnet_export.parity import LIMITS
 
-DRIFT_IMAGES = 16
+DRIFT_IMAGES = 64
 """Calibration images, at most, on which a choice of blocks is scored."""
+ORDER_IMAGES = 16
+"""Of these, how many each block is scored on alone."""
 _SLOWER = 0.95  # of the float graph's speed: less is refused, with room for the noise of a shared machine
 
 
@@ -133,10 +135,12 @@ def quantise_encoder(
     if not (nodes := int8_nodes(proto)):
         raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
     thresholds = _thresholds(proto, nodes, _digest(file), calibration, on_step)
+    for name in ("vim", "fusion"):
+        write_forms(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as temporary:
         scratch = Path(temporary)
         drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
-        choice = choose(nodes, calibration.budget, drift_of, on_step=on_step)
+        choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, on_step=on_step)
         if not choice.nodes:
             harm = min(drift.max_abs for drift in choice.alone.values())
             raise MDNetError(
@@ -152,8 +156,6 @@ def quantise_encoder(
             old.unlink()
         for new in scratch.glob("encoder.*"):
             new.rename(folder / new.name)
-    for name in ("vim", "fusion"):
-        write_forms(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     return Int8Result(choice, calibration.budget, speed, backend)
 
 
@@ -194,30 +196,35 @@ class _Drift:
         self.scratch, self.proto, self.thresholds = scratch, proto, thresholds
         self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
         self.written: list[str] = []
-        graphs: dict[GraphName, OrtSession] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
-        self.fusion = graphs["fusion"]
-        self.tokens = [graphs["vim"].run({"image": image})["tokens"] for image in self._images()]
-        self.expected = self._scores(graphs["encoder"])
+        float_graphs: dict[GraphName, Session] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
+        expected = [chain(float_graphs, image)["score"] for image in self._images()]
+        self.expected = np.concatenate(expected).astype(np.float64)
+        del float_graphs
+        vim, self.fusion = open_for_cpu(folder, "vim"), open_for_cpu(folder, "fusion")
+        self.tokens = [vim.run({"image": image})["tokens"] for image in self._images()]
 
-    def __call__(self, nodes: list[str]) -> Drift:
+    def __call__(self, nodes: list[str], count: int = DRIFT_IMAGES) -> Drift:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         write_forms(to_int8(proto, self.thresholds, nodes), self.scratch / "encoder.onnx")
         self.written = nodes
-        got = self._scores(open_for_cpu(self.scratch, "encoder"))
-        delta = np.abs(got - self.expected)
-        spread = self.expected.std() >= LIMITS["int8"].pearson_needs_sd
-        return Drift(float(delta.max()), float(delta.mean()), float(pearson(self.expected, got)) if spread else None)
-
-    def _images(self) -> list[np.ndarray]:
-        return [self.pixels[i : i + 1] for i in range(len(self.pixels))]
-
-    def _scores(self, encoder: Session) -> np.ndarray:
+        encoder = open_for_cpu(self.scratch, "encoder")
         scores = [
             self.fusion.run({**encoder.run({"image": image}), "tokens": tokens})["score"]
-            for image, tokens in zip(self._images(), self.tokens, strict=True)
+            for image, tokens in zip(self._images()[:count], self.tokens[:count], strict=True)
         ]
-        return np.concatenate(scores).astype(np.float64)
+        got, expected = np.concatenate(scores).astype(np.float64), self.expected[:count]
+        delta = np.abs(got - expected)
+        spread = expected.std() >= LIMITS["int8"].pearson_needs_sd
+        return Drift(float(delta.max()), float(delta.mean()), float(pearson(expected, got)) if spread else None)
+
+    def alone(self, nodes: list[str]) -> Drift:
+        """Of one block, on fewer images."""
+        return self(nodes, ORDER_IMAGES)
+
+    def _images(self) -> list[np.ndarray]:
+        """One at a time, as calibration has the memory for."""
+        return [self.pixels[i : i + 1] for i in range(len(self.pixels))]
 
 
 def _time(float_folder: Path, int8_folder: Path, pixels: np.ndarray) -> tuple[Speed, str]:

@@ -66,6 +66,16 @@ def test_as_many_of_the_most_harmless_blocks_as_fit(harms: list[int], limit: int
     assert len(model.asked) <= 1 + len(harms) + bisection
 
 
+def test_blocks_may_be_put_in_order_by_fewer_images() -> None:
+    """What is asked of each block alone decides the order only; what is kept is within the budget on all images."""
+    model, quick = Additive({"a": 0.05, "b": 0.1, "c": 0.03}), Additive({"a": 0.3, "b": 0.2, "c": 0.1})
+    choice = choose(model.nodes, Budget(0.15, 0), model, drift_alone=quick)
+    assert (choice.int8_blocks, choice.float_blocks) == (["b", "c"], ["a"])
+    assert len(quick.asked) == 3
+    assert choice.drift == Drift(0.13, 0.065, 1 - 0.13 / 100)
+    assert choice.alone["a"].max_abs == 0.3
+
+
 def test_nothing_that_fits_gives_nothing() -> None:
     choice = Additive({"a": 0.2, "b": 0.3}).choose(0.15)
     assert (choice.nodes, choice.int8_blocks, choice.float_blocks) == ([], [], ["a", "b"])

@@ -466,23 +466,115 @@ def exact_geglu(inputs: dict[str, np.ndarray]) -> np.ndarray:
     return np.clip(h * g * probability / wide["y_scale"] + wide["y_zero_point"], 0, 255)
 
 
-@needs_library
-@pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("channels", [1, 7, 16, 33, 1280])
-def test_every_build_gates(channels: int, isa: str) -> None:
-    inputs = halves(37, channels)
-    y = np.full(37 * channels + 16, 7, np.uint8)
-    pointers = (inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data)
-    call = Geglu(37, channels, *pointers, X_SCALE, 0.1, X_ZERO_POINT, 99, native.ISAS[isa])
+def run_native_geglu(inputs: dict[str, np.ndarray], isa: str) -> np.ndarray:
+    """y, of x [rows, 2C]."""
+    rows, channels = len(inputs["x"]), inputs["x"].shape[1] // 2
+    size = rows * channels
+    memory = np.full(size + 64, 7, np.uint8)
+    y = memory[1 : 1 + size]  # nothing is aligned
+    call = Geglu(rows, channels, inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data)
+    call.x_scale, call.y_scale = float(inputs["x_scale"]), float(inputs["y_scale"])
+    call.x_zero_point, call.y_zero_point = int(inputs["x_zero_point"]), int(inputs["y_zero_point"])
+    call.isa = native.ISAS[isa]
     loaded = native.library()
     assert loaded is not None
     assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 0
-    assert_rounded(y[: 37 * channels].reshape(37, channels), exact_geglu(inputs))
-    assert (y[37 * channels :] == 7).all()  # nothing is written behind the end
+    assert memory[0] == 7  # nothing is written before the start
+    assert (memory[1 + size :] == 7).all()  # or behind the end
+    return y.reshape(rows, channels)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize(
+    "channels", [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 19, 24, 31, 32, 33, 47, 63, 64, 65, 129, 1280]
+)
+def test_every_build_gates(channels: int, isa: str) -> None:
+    inputs = halves(37, channels)
+    assert_rounded(run_native_geglu(inputs, isa), exact_geglu(inputs))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("shape", [(5003, 33), (70_001, 1), (3, 32_769)])
+def test_every_build_gates_all_rows_of_many(shape: tuple[int, int], isa: str) -> None:
+    """Some rows to a task, and fewer to the last."""
+    inputs = halves(*shape)
+    assert_rounded(run_native_geglu(inputs, isa), exact_geglu(inputs))
+
+
+# Scales and zero-points of x and of y: products of 28 by 28 at most, cut at both ends, at one or not at all.
+RANGES = {
+    "narrow": (0.01, 117, 0.008, 128),
+    "usual": (0.05, 128, 0.1, 99),
+    "wide": (0.2, 117, 3.1, 128),
+    "cut at both ends": (0.2, 140, 0.02, 100),
+    "above 0": (0.05, 0, 0.7, 0),
+    "below 0": (0.05, 255, 0.001, 255),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("name", RANGES)
+def test_every_pair_of_bytes_is_gated(name: str, isa: str) -> None:
+    x_scale, x_zero_point, y_scale, y_zero_point = RANGES[name]
+    h, g = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    inputs = {
+        "x": np.concatenate([h, g], axis=1),
+        "x_scale": np.array(x_scale, np.float32),
+        "x_zero_point": np.array(x_zero_point, np.uint8),
+        "bias": np.zeros(512, np.float32),
+        "y_scale": np.array(y_scale, np.float32),
+        "y_zero_point": np.array(y_zero_point, np.uint8),
+    }
+    assert_rounded(run_native_geglu(inputs, isa), exact_geglu(inputs))
+
+
+# The normal distribution's function is 1 at 8, so that h·8 / 16 is any multiple of a half, exactly.
+EXACT_HALVES = {
+    "x": np.concatenate([np.arange(40, 74), np.full(34, 64)]).astype(np.uint8)[None],
+    "x_scale": np.array(1, np.float32),
+    "x_zero_point": np.array(56, np.uint8),
+    "bias": np.zeros(68, np.float32),
+    "y_scale": np.array(16, np.float32),
+    "y_zero_point": np.array(101, np.uint8),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+def test_a_gate_rounds_halves_to_even(isa: str) -> None:
+    expected = np.rint((np.arange(40, 74) - 56) / 2) + 101
+    np.testing.assert_array_equal(run_native_geglu(EXACT_HALVES, isa)[0], expected)
+
+
+@needs_library
+@pytest.mark.parametrize("field", ["rows", "channels"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_an_empty_gate_is_refused(field: str, value: int) -> None:
+    inputs, y = halves(2, 4), np.zeros(8, np.uint8)
+    call = Geglu(2, 4, inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data, 1, 1)
+    setattr(call, field, value)
+    loaded = native.library()
+    assert loaded is not None
+    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 3
+    assert not y.any()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", [-1, 99])
+def test_a_build_that_is_not_there_gates_nothing(isa: int) -> None:
+    inputs, y = halves(2, 4), np.zeros(8, np.uint8)
+    call = Geglu(2, 4, inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data, 1, 1, 0, 0, isa)
+    loaded = native.library()
+    assert loaded is not None
+    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 2
+    assert loaded.mdnet_geglu_here(None) == 3
 
 
 @pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_library)])
-@pytest.mark.parametrize("shape", [(2, 30, 24), (5,), (0, 8)])
+@pytest.mark.parametrize("shape", [(2, 30, 24), (5,), (0, 8), (3, 0), (2, 1, 3, 17), (1, 2, 1, 2, 1, 2, 2, 33)])
 def test_the_operator_gates(shape: tuple[int, ...], registered: bool) -> None:
     inputs = halves(*shape)
     proto = one_node(GEGLU, inputs, TensorProto.UINT8)
@@ -499,7 +591,14 @@ def test_the_operator_gates(shape: tuple[int, ...], registered: bool) -> None:
     [
         ({"x": np.zeros((2, 7), np.uint8)}, "QLinearGeglu: x must have an even number of channels"),
         ({"bias": np.zeros(3, np.float32)}, "QLinearGeglu: x must have an even number of channels"),
-        ({"y_scale": np.ones(2, np.float32)}, "QLinearGeglu: scales and zero-points must be scalars"),
+        ({"bias": np.zeros(4, np.float32)}, "QLinearGeglu: x must have an even number of channels, and bias as many"),
+        ({"x": np.zeros(8, np.uint8).reshape([1] * 8 + [8])}, "QLinearGeglu: x must have 1 to 8 axes"),
+        ({"x": np.array(3, np.uint8)}, "QLinearGeglu: x must have 1 to 8 axes"),
+        *(
+            ({name: np.ones(2, kind)}, "QLinearGeglu: scales and zero-points must be scalars")
+            for names, kind in ((("x_scale", "y_scale"), np.float32), (("x_zero_point", "y_zero_point"), np.uint8))
+            for name in names
+        ),
     ],
 )
 def test_a_gate_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray], says: str) -> None:
@@ -508,3 +607,27 @@ def test_a_gate_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.nd
     del proto.functions[:]
     with pytest.raises(Exception, match=says):
         run(proto, inputs)
+
+
+@pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_library)])
+def test_the_operator_rounds_halves_to_even(registered: bool) -> None:
+    y = run(one_node(GEGLU, EXACT_HALVES, TensorProto.UINT8), EXACT_HALVES, registered=registered)
+    np.testing.assert_array_equal(y[0], np.rint((np.arange(40, 74) - 56) / 2) + 101)
+
+
+@needs_library
+def test_neither_batch_nor_threads_change_a_gate() -> None:
+    inputs = halves(3, 700, 40)
+    proto = one_node(GEGLU, inputs, TensorProto.UINT8)
+    together = run(proto, inputs, threads=1)
+    np.testing.assert_array_equal(run(proto, inputs, threads=5), together)
+    for i in range(3):
+        np.testing.assert_array_equal(run(proto, {**inputs, "x": inputs["x"][i : i + 1]}), together[i : i + 1])
+
+
+@needs_library
+def test_the_native_gate_runs_although_the_file_has_a_function_body(tmp_path: Path) -> None:
+    inputs = halves(3, 8)
+    run(one_node(GEGLU, inputs, TensorProto.UINT8), inputs, profile=tmp_path)
+    events = json.loads(next(tmp_path.glob("profile*")).read_text())
+    assert {event["args"]["op_name"] for event in events if event.get("args", {}).get("op_name")} == {GEGLU}

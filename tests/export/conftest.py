@@ -9,6 +9,7 @@ import pytest
 
 from mdnet.drawn import write_dataset
 from mdnet.model import MDNet
+from mdnet_calib.sensitivity import Budget
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
 from mdnet_export import build as build_module
@@ -46,9 +47,12 @@ def exported_before(float_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="session")
 def bundles(float_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """The packaged demo as a bundle, by precision; an int8 bundle stands whatever a busy machine's clock says of it."""
+    """The packaged demo as a bundle, by precision.
+
+    In int8 it has all blocks that int8 is for, and stands whatever a busy machine's clock says of it.
+    """
     folder, images = tmp_path_factory.mktemp("bundles"), parity_images(None, 128, 6)
-    calibration = {"int8": Calibration(calibration_images(None, 128, 16))}
+    calibration = {"int8": Calibration(calibration_images(None, 128, 16), budget=Budget(9, 0))}
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_graphs_from(float_graphs, monkeypatch)
         return {

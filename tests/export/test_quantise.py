@@ -32,7 +32,7 @@ from mdnet_export.quantise import Calibration, Speed, quantise_encoder
 from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer
 
-FEW_BLOCKS = ("unet.mid_block.resnets.0.", "unet.mid_block.resnets.1.", "unet.down_blocks.3.resnets.0.")
+FEW_BLOCKS = ("vae.mid_block.resnets.0.", "vae.mid_block.resnets.1.", "unet.down_blocks.1.downsamplers.0.")
 FASTER, SLOWER = Speed(8, 0.020, 0.010), Speed(8, 0.010, 0.0225)
 
 
@@ -106,7 +106,7 @@ def test_the_manifest_says_how_int8_came_about(int8_bundle: Bundle, float_graphs
     blocks = dict.fromkeys(block_of(node) for node in int8_nodes(onnx.load(float_graphs / "encoder.onnx")))
     assert int8.int8_blocks == list(blocks)
     assert int8.float_blocks == []
-    assert (int8.max_score_drift, int8.min_pearson) == (0.15, 0.995)
+    assert (int8.max_score_drift, int8.min_pearson) == (9, 0)
     assert int8.speedup_on.endswith(", batch 16")
     assert int8.slower_forced == (int8.speedup < 0.95)
 
@@ -264,8 +264,9 @@ def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
     for file in ("encoder.onnx", "encoder.cpu.onnx"):
         assert {block_of(node) for node in weights_in_int8(bundle.path / file)} == set(facts.int8_blocks)
     # What was kept in is what is recorded: measured again, on the graphs that were written.
-    before = scores(float_graphs, "encoder.onnx", few.pixels)
-    drift = np.abs(scores(bundle.path, "encoder.cpu.onnx", few.pixels) - before).max()
+    with Scorer.open(bundle.path, backend="onnxruntime-cpu") as scorer:
+        after = np.concatenate([scorer.score_batch(few.pixels[i : i + 1]) for i in range(len(few.pixels))])
+    drift = np.abs(after - scores(float_graphs, "encoder.onnx", few.pixels)).max()
     assert drift == pytest.approx(facts.drift_max_abs, abs=1e-6)
     assert drift <= limit
     page = (bundle.path / "parity.html").read_text()
