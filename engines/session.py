@@ -22,6 +22,7 @@ PROVIDERS: dict[OrtBackend, str] = {
     "onnxruntime-cpu": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
 }
+_LARGE = 8 << 20  # bytes: the demo's graphs have up to 3 MB, the full size's 25 to 1,440
 _QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need not be in its log as well
 
 
@@ -63,8 +64,10 @@ class OrtSession:
         options = ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or available_cores()
-        # Threads that spin while they wait for the next graph take the cores from those that decode, or run it.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that spin take the cores from those that decode, or run the next graph: none between runs. Within a
+        # run of a large graph they save time, since to wake one takes as long as some of its nodes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(_is_large(Path(path)))))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not has_vnni():
             # Products of uint8 and int8 saturate there: other scores than on the machine that proved them. On a CPU
             # with VNNI the switch would only double the time.
@@ -101,6 +104,12 @@ def chain(graphs: Mapping[GraphName, Session], images: np.ndarray) -> dict[str, 
     """Run a bundle's three graphs on uint8 images [n, S, S, 3]; give every output by name, `score` [n] among them."""
     outputs = {**graphs["encoder"].run({"image": images}), **graphs["vim"].run({"image": images})}
     return {**outputs, **graphs["fusion"].run(outputs)}
+
+
+def _is_large(path: Path) -> bool:
+    """Whether a graph, with the weights beside it, computes for so long that decoding is nothing next to it."""
+    weights = path.with_name(f"{path.name.partition('.')[0]}.onnx.data")  # of both its forms
+    return sum(file.stat().st_size for file in (path, weights) if file.exists()) >= _LARGE
 
 
 def _register_scan(options: Any) -> None:

@@ -285,20 +285,43 @@ def test_one_session_serves_several_threads(file: Path) -> None:
         assert all(pool.map(run, range(400)))
 
 
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The entries that a session's options are given."""
+    given: dict[str, str] = {}
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            given[key] = value
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    return given
+
+
+@pytest.mark.parametrize(("megabytes", "spins"), [(0, "0"), (7, "0"), (8, "1")])
+@pytest.mark.parametrize("name", ["graph.onnx", "graph.cpu.onnx"])
+def test_threads_spin_within_a_run_of_a_large_graph_and_never_between_runs(
+    name: str, megabytes: int, spins: str, file: Path, entries: dict[str, str], tmp_path: Path
+) -> None:
+    """What is large is told by the weights, which both forms of a graph share."""
+    graph = tmp_path / name
+    graph.write_bytes(file.read_bytes())
+    if megabytes:
+        with (tmp_path / "graph.onnx.data").open("wb") as weights:
+            weights.truncate(megabytes << 20)
+    OrtSession(graph)
+    assert entries["session.intra_op.allow_spinning"] == spins
+    assert entries["session.force_spinning_stop"] == "1"
+
+
 @pytest.mark.parametrize(
     ("flags", "precise"), [("flags: sse2 avx2 avx512f", True), ("flags: sse2 avx512_vnni", False), ("neon", False)]
 )
 def test_int8_products_that_would_saturate_are_computed_exactly(
-    flags: str, precise: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+    flags: str, precise: bool, file: Path, entries: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By ONNX Runtime's own switch, and only on an x86 CPU without VNNI: elsewhere it doubles the time."""
-    entries: dict[str, str] = {}
-
-    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
-        def add_session_config_entry(self, key: str, value: str) -> None:
-            entries[key] = value
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: flags)
     has_vnni.cache_clear()
     try:
