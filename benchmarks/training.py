@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnet.config import PRESETS, preset
+from mdnet.config import PRESETS, TrainConfig, preset
 from mdnet.data import read_splits
 from mdnet.diffusion import DiffusionEncoder
 from mdnet.drawn import write_dataset
 from mdnet.features import Features, cached_features
 from mdnet.model import MDNet, random_mdnet
-from mdnet.train import TrainConfig, _Run
+from mdnet.train import _Run
 
 
 class Recomputed(Features):

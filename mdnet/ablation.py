@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mdnet.config import FUSIONS
+from mdnet.config import FUSIONS, TrainConfig
 from mdnet.data import Rated, Split
 from mdnet.evaluate import Evaluation
 from mdnet.features import cached_features
 from mdnet.model import MDNet, with_fusion
-from mdnet.train import TrainConfig, score_features, train
+from mdnet.train import score_features, train
 from mdnet.train_state import Fingerprint, fingerprint
 from mdnet_engines.errors import MDNetError, first_line
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mdnet.cli_common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
-from mdnet.config import FUSIONS
+from mdnet.config import FUSIONS, TrainConfig, preset
 from mdnet_engines.console import progress, say
 from mdnet_engines.errors import UsageError
 
@@ -74,7 +74,6 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
     """
     require_train()
     from mdnet.checkpoint import save_checkpoint
-    from mdnet.config import preset
     from mdnet.model import random_mdnet
     from mdnet.prior import PriorConfig, draw_picture, train_prior
 
@@ -134,7 +133,6 @@ def train(
     from mdnet.evaluate import evaluate
     from mdnet.model import with_fusion
     from mdnet.subject import check_device
-    from mdnet.train import TrainConfig
     from mdnet.train import train as fit
     from mdnet.train_log import training_log
     from mdnet.train_state import StateFile
@@ -227,7 +225,6 @@ def ablate(
     from mdnet.ablation import ablate as compare
     from mdnet.data import read_splits
     from mdnet.subject import check_device
-    from mdnet.train import TrainConfig
 
     check_output(output, what="the runs")
     _check_fold(protocol, fold)
@@ -270,7 +267,6 @@ def _check_data(data: Path | None, model: MDNet) -> None:
 
 def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
     from mdnet.checkpoint import demo_checkpoint, load_checkpoint
-    from mdnet.config import preset
     from mdnet.model import random_mdnet
 
     if init is not None:

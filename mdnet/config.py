@@ -1,4 +1,4 @@
-"""MD-Net's configuration: one flat, frozen dataclass, with a named preset for every model the project knows.
+"""MD-Net's configuration, flat and frozen, with a named preset for every model the project knows; and its training's.
 
 The abstract of the paper (arXiv 2509.17172) names the parts, not their sizes. A field marked "ours" is a choice that
 the abstract leaves open.
@@ -117,6 +117,28 @@ class MDNetConfig:
         # JSON has no tuples.
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Rates are per step at `batch_size`."""
+
+    epochs: int = 16
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises; it then falls along a cosine."""
+    clip: float = 1.0
+    ema: float = 0.98
+    """Decay of the averaged weights per step; they are what is evaluated and kept."""
+    validation: float = 0.1
+    """Share of the training split that chooses the epoch. The test split has no part in it."""
+    patience: int = 0
+    """Stop after this many epochs in a row without a better validation; 0: never."""
+    amp: bool = False
+    """Vim and fusion in bfloat16 where PyTorch's autocast allows; weights, scan states and validation stay float32."""
+    seed: int = 0
 
 
 PRESETS: dict[str, MDNetConfig] = {

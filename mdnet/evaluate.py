@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +16,7 @@ from mdnet_rt.preprocess import ImageError, load_image
 
 if TYPE_CHECKING:
     from mdnet.model import MDNet
-
-ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""uint8 RGB (n, S, S, 3) → scores (n,) on the rating scale."""
+    from mdnet.subject import ScoreBatch
 
 BATCH_SIZE = 16
 

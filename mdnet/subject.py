@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from mdnet_engines.errors import MDNetError, UsageError, require
 from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, Training
 
 if TYPE_CHECKING:
-    from mdnet.evaluate import ScoreBatch
     from mdnet.model import MDNet
     from mdnet_engines.bundle import Bundle
 
+ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""uint8 RGB (n, S, S, 3) → scores (n,) on the rating scale."""
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[str, ...] = get_args(Device)
 

@@ -21,34 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdnet.config import TrainConfig
 from mdnet.data import Rated
 from mdnet.features import Features, cached_features
 from mdnet.metrics import pearson
 from mdnet.model import MDNet
 from mdnet.train_state import StateFile, fingerprint
 from mdnet_engines.errors import MDNetError
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Rates are per step at `batch_size`."""
-
-    epochs: int = 16
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    """Share of the steps over which the rate rises; it then falls along a cosine."""
-    clip: float = 1.0
-    ema: float = 0.98
-    """Decay of the averaged weights per step; they are what is evaluated and kept."""
-    validation: float = 0.1
-    """Share of the training split that chooses the epoch. The test split has no part in it."""
-    patience: int = 0
-    """Stop after this many epochs in a row without a better validation; 0: never."""
-    amp: bool = False
-    """Vim and fusion in bfloat16 where PyTorch's autocast allows; weights, scan states and validation stay float32."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)

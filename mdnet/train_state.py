@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from mdnet.config import TrainConfig
 from mdnet.data import Rated
 from mdnet.features import encoder_digest, state_digest
 from mdnet_engines.errors import MDNetError, UsageError, first_line
 
 if TYPE_CHECKING:
     from mdnet.model import MDNet
-    from mdnet.train import TrainConfig
 
 Fingerprint = dict[str, str]
 

@@ -7,38 +7,16 @@ which is what flip → forward → flip computes.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdnet.config import MDNetConfig
-from mdnet.scan import selective_scan
-from mdnet.vim_step import mix
+from mdnet.vim_step import Branch, mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Branch(NamedTuple):
-    """The tensors of one scan direction. D channels, N states, K taps, R the rank of the step-size projection."""
-
-    taps: Tensor  # (D, 1, K), in the order in which the convolution meets the sequence
-    conv_bias: Tensor | None  # (D,)
-    x_proj: Tensor  # (R + 2N, D)
-    dt_proj: Tensor  # (D, R)
-    dt_bias: Tensor  # (D,)
-    A: Tensor  # (D, N)
-    D: Tensor  # (D,)
-
-    def run(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
-        """x, z (B, D, L) → y (B, D, L): depthwise convolution, SiLU, projections, scan and gate."""
-        rank, states, taps = self.dt_proj.shape[1], self.A.shape[1], self.taps.shape[2]
-        past = (0, taps - 1) if reverse else (taps - 1, 0)
-        x = F.silu(F.conv1d(F.pad(x, past), self.taps, self.conv_bias, groups=x.shape[1]))
-        dt, B, C = (self.x_proj @ x).split([rank, states, states], dim=1)  # (B, R, L), (B, N, L), (B, N, L)
-        return selective_scan(x, self.dt_proj @ dt, self.A, B, C, self.D, z, self.dt_bias, reverse)
 
 
 class Mixer(nn.Module):

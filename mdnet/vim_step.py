@@ -1,4 +1,4 @@
-"""The mixer of Vim in a training step on the CPU: what `mdnet.vim.Mixer` computes, with its gradient written out.
+"""The mixer of Vim: one scan direction; and both in a training step on the CPU, with their gradient written out.
 
 Left to autograd, much of a step is copies between layouts and the gradient of the depthwise convolution. Here sequences
 lie channel by channel, (D, B, L): steps side by side, as the scan reads them, and a product over the whole batch is one
@@ -7,7 +7,7 @@ matrix product without a copy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,25 @@ from torch import Tensor
 
 from mdnet.scan import selective_scan, selective_scan_backward
 
-if TYPE_CHECKING:
-    from mdnet.vim import Branch
+
+class Branch(NamedTuple):
+    """The tensors of one scan direction. D channels, N states, K taps, R the rank of the step-size projection."""
+
+    taps: Tensor  # (D, 1, K), in the order in which the convolution meets the sequence
+    conv_bias: Tensor | None  # (D,)
+    x_proj: Tensor  # (R + 2N, D)
+    dt_proj: Tensor  # (D, R)
+    dt_bias: Tensor  # (D,)
+    A: Tensor  # (D, N)
+    D: Tensor  # (D,)
+
+    def run(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
+        """x, z (B, D, L) → y (B, D, L): depthwise convolution, SiLU, projections, scan and gate."""
+        rank, states, taps = self.dt_proj.shape[1], self.A.shape[1], self.taps.shape[2]
+        past = (0, taps - 1) if reverse else (taps - 1, 0)
+        x = F.silu(F.conv1d(F.pad(x, past), self.taps, self.conv_bias, groups=x.shape[1]))
+        dt, B, C = (self.x_proj @ x).split([rank, states, states], dim=1)  # (B, R, L), (B, N, L), (B, N, L)
+        return selective_scan(x, self.dt_proj @ dt, self.A, B, C, self.D, z, self.dt_bias, reverse)
 
 
 def mix(tokens: Tensor, in_proj: Tensor, out_proj: Tensor, forward: Branch, backward: Branch) -> Tensor:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdnet.config import MDNetConfig, preset
+from mdnet.config import MDNetConfig, TrainConfig, preset
 from mdnet.model import MDNet
-from mdnet.train import TrainConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 
 from mdnet.ablation import Results, Run, ablate, table
 from mdnet.cli import main
-from mdnet.config import FUSIONS, preset
+from mdnet.config import FUSIONS, TrainConfig, preset
 from mdnet.data import Split, read_splits
 from mdnet.evaluate import Evaluation, evaluate
 from mdnet.model import MDNet, random_mdnet, with_fusion
-from mdnet.train import TrainConfig, train
+from mdnet.train import train
 from mdnet_engines.errors import MDNetError
 
 CONFIG = TrainConfig(epochs=1, batch_size=18)

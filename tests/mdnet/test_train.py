@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from mdnet.checkpoint import load_checkpoint, read_metadata
 from mdnet.cli import main
-from mdnet.config import preset
+from mdnet.config import TrainConfig, preset
 from mdnet.data import read_splits
 from mdnet.evaluate import evaluate
 from mdnet.model import MDNet, random_mdnet
-from mdnet.train import Epoch, TrainConfig, train
+from mdnet.train import Epoch, train
 from mdnet.train_state import StateFile
 from mdnet_engines.errors import MDNetError, UsageError
 
