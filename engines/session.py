@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,10 +67,6 @@ class OrtSession:
         # run of a large graph they save time, since to wake one takes as long as some of its nodes.
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(_is_large(Path(path)))))
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not has_vnni():
-            # Products of uint8 and int8 saturate there: other scores than on the machine that proved them. On a CPU
-            # with VNNI the switch would only double the time.
-            options.add_session_config_entry("session.x64quantprecision", "1")
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         _register_scan(options)
         try:
@@ -130,16 +125,6 @@ def has_cuda() -> bool:
     except MDNetError:
         return False
     return PROVIDERS["onnxruntime-cuda"] in ort.get_available_providers() and visible_gpu() is not None
-
-
-@functools.cache
-def has_vnni() -> bool:
-    """Whether this CPU multiplies int8 without saturating; taken to be so where Linux' /proc is not there to say."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True
-    return "vnni" in flags or "sse" not in flags  # the latter is no x86, whose case this is
 
 
 def available_cores() -> int:

@@ -230,7 +230,7 @@ def _write_facts(
 ) -> None:
     """README and marker; the latter lists what is there, itself included."""
     plans_for = f"TensorRT {engines.version} on {engines.gpu or engines.target}" if engines else None
-    notes = notes_on_serving(manifest, cpu=serving.kind == "cpu", plans_for=plans_for, library=library)
+    notes = notes_on_serving(plans_for=plans_for, library=library)
     models = [serving.model(graph) for graph in GRAPH_NAMES]
     text = readme(manifest, serving.name, models, serving.max_batch_size, notes)
     (folder / "README.md").write_text(text, encoding="utf-8")

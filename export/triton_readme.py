@@ -5,11 +5,6 @@ from __future__ import annotations
 from mdnet_engines.errors import printable
 from mdnet_engines.manifest import Manifest
 
-_NO_VNNI = (
-    "On a CPU without VNNI int8 products saturate, and the scores are others than those the bundle was proved with. "
-    "`mdnet-rt` sets an option of ONNX Runtime against that, which Triton's backend can't be given."
-)
-
 
 def preprocessing(manifest: Manifest) -> list[str]:
     """How an image file becomes the ensemble's input, step by step: what `mdnet_rt.preprocess` does, in words."""
@@ -82,9 +77,7 @@ In Python `mdnet_rt.preprocess.load_image(path, {size})` does all of it.
 """
 
 
-def notes_on_serving(
-    manifest: Manifest, *, cpu: bool, plans_for: str | None = None, library: str | None = None
-) -> list[str]:
+def notes_on_serving(*, plans_for: str | None = None, library: str | None = None) -> list[str]:
     """What there is to say of how the models are run.
 
     Args:
@@ -93,10 +86,9 @@ def notes_on_serving(
     """
     if plans_for:
         return [f"The plans are native code for {plans_for}; another version or GPU refuses them."]
-    notes = [_NO_VNNI] if cpu and manifest.precision == "int8" else []
     if library:
-        notes.append(f"ONNX Runtime (1.20 or newer) loads {library}: the server must see this repository there.")
-    return notes
+        return [f"ONNX Runtime (1.20 or newer) loads {library}: the server must see this repository there."]
+    return []
 
 
 def _listed(lines: list[str]) -> str:

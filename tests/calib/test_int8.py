@@ -205,8 +205,9 @@ def test_weights_are_rounded_for_each_output_channel() -> None:
         assert axis == CHANNEL_AXIS[name]
         weight = WEIGHTS[name].astype(np.float32)
         others = tuple(i for i in range(weight.ndim) if i != axis)
-        np.testing.assert_allclose(scale, np.abs(weight).max(axis=others) / 127, rtol=1e-6)
+        np.testing.assert_allclose(scale, np.abs(weight).max(axis=others) / 64, rtol=1e-6)
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        assert np.abs(stored.astype(int)).max() == 64  # pairs of products with bytes then fit into 16 bits
         # Half a step, and a little for a value that lies between two steps.
         assert (np.abs(stored * scale.reshape(shape) - weight) <= 0.501 * scale.reshape(shape)).all()
 
@@ -312,7 +313,7 @@ def test_both_forms_compute_the_product_of_what_was_rounded() -> None:
     x = RANDOM.normal(size=(50, 32)).astype(np.float32)
     ranges = {"x": 2.0, "y": 12.0}  # both cut values
     step = ranges["y"] / 127
-    product = rounded(x, ranges["x"] / 127) @ rounded(weight, np.abs(weight).max(axis=0) / 127)
+    product = rounded(x, ranges["x"] / 127) @ rounded(weight, np.abs(weight).max(axis=0) / 64)
     expected = rounded(product, step)
     assert np.mean(np.abs(product) > ranges["y"]) > 0.01
     for made in both_forms(to_int8(copy(proto), ranges, ["m"])).values():
@@ -417,7 +418,8 @@ def test_the_scan_and_its_function_are_kept(name: str) -> None:
         assert [function.SerializeToString() for function in made.functions] == functions
         assert scan_op.DOMAIN in {opset.domain for opset in made.opset_import}
         got = scan_model.run(session(made), wide)
-        assert 0 < np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected)
+        # The mixing weights have 64 steps for a diagonal of 1, and the rest of a row is not much more than one step.
+        assert 0 < np.linalg.norm(got - expected) < 0.1 * np.linalg.norm(expected)
 
 
 def grown(values: np.ndarray, length: int) -> np.ndarray:

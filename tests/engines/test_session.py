@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.gpu import Gpu
-from mdnet_engines.session import OrtSession, available_cores, has_cuda, has_vnni
+from mdnet_engines.session import OrtSession, available_cores, has_cuda
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -313,19 +313,3 @@ def test_threads_spin_within_a_run_of_a_large_graph_and_never_between_runs(
     OrtSession(graph)
     assert entries["session.intra_op.allow_spinning"] == spins
     assert entries["session.force_spinning_stop"] == "1"
-
-
-@pytest.mark.parametrize(
-    ("flags", "precise"), [("flags: sse2 avx2 avx512f", True), ("flags: sse2 avx512_vnni", False), ("neon", False)]
-)
-def test_int8_products_that_would_saturate_are_computed_exactly(
-    flags: str, precise: bool, file: Path, entries: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By ONNX Runtime's own switch, and only on an x86 CPU without VNNI: elsewhere it doubles the time."""
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: flags)
-    has_vnni.cache_clear()
-    try:
-        OrtSession(file)
-    finally:
-        has_vnni.cache_clear()
-    assert entries.get("session.x64quantprecision") == ("1" if precise else None)

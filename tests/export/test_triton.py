@@ -29,7 +29,6 @@ from mdnet_engines.bundle import Bundle, file_entry
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, BatchRange, EngineSet, PlanEntry
 from mdnet_engines.plans import install_plans, plan_path, scratch_folder
-from mdnet_engines.session import has_vnni
 from mdnet_export import triton
 from mdnet_export.triton import write_repository
 from mdnet_export.triton_config import to_text
@@ -140,8 +139,6 @@ def open_session(config: Any, folder: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    if not has_vnni():  # as the runtime does, and Triton can't: the README says so
-        options.add_session_config_entry("session.x64quantprecision", "1")
     for library in config.model_operations.op_library_filename:
         options.register_custom_ops_library(library)
     file = folder / "1" / config.default_model_filename
@@ -232,7 +229,6 @@ def test_an_int8_encoder_goes_in_the_form_of_its_device(bundles: Mapping[str, Bu
         config = read(made.path)["mdnet_encoder"]
         assert config.default_model_filename == file
         assert model_config_pb2.ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == f"KIND_{kind.upper()}"
-        assert ("VNNI" in (made.path / "README.md").read_text(encoding="utf-8")) == (kind == "cpu")
 
 
 def test_the_bundle_can_be_read_as_before(bundles: Mapping[str, Bundle], tmp_path: Path) -> None:
