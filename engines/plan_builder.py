@@ -1,12 +1,6 @@
 """Build plans, in a process of its own: `python -m mdnet_engines.plan_builder`, started by `plan_process`.
 
 TensorRT is native code that may end its process (a damaged file, no driver), so no other process imports it to build.
-One JSON request comes on standard input; the answer is one JSON object a line on standard output:
-
-    {"step": "encoder: optimizing graph, 40 %"}     what TensorRT's builder is doing
-    {"note": "…"}                                   what the user should know
-    {"error": "…", "errno": [28, "…", "…"]}         why it failed; an `OSError`'s arguments where it was one
-    {"result": {…}}                                 the last line of work that was done
 
 Requests: {"ask": "probe", "runtime": …} gives the version, the GPU and the targets. {"ask": "build", …} writes the
 plans of `graphs` into `folder`. {"ask": "layers", …} reads the plans' layers back, which takes a GPU.
@@ -21,18 +15,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
-import signal
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mdnet_engines import tensorrt_plugin
 from mdnet_engines.builder_callbacks import Progress, make_logger, make_monitor, one_line
+from mdnet_engines.child import Say, serve
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.gpu import visible_gpu
 
@@ -46,8 +35,6 @@ NEEDS_GPU = (
     "TensorRT builds for the GPU in the machine, and there is none (or no driver); run this on the machine that is to "
     "serve, or build for RTX GPUs with --backend tensorrt-rtx, which needs none"
 )
-
-Say = Callable[[str, Any], None]  # (key, value) of one line of the answer
 
 
 def load(runtime: str) -> Any:
@@ -203,48 +190,5 @@ def peak_gib() -> float | None:
     return round(int(line.split()[1]) / 2**20, 2)
 
 
-def end_with(parent: int) -> None:
-    """End this process soon after its parent, of whom nobody is left to take the plans."""
-
-    def watch() -> None:
-        while os.getppid() == parent:  # TensorRT lets other threads run while it builds
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> int:
-    """Answer the request on standard input."""
-    end_with(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # native code would not look at Python's flag for minutes
-    warnings.simplefilter("ignore")
-    # Native code that prints must not write between the lines of the answer.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def say(key: str, value: Any, **more: Any) -> None:
-        try:
-            print(json.dumps({key: value, **more}), file=answer, flush=True)
-        except BrokenPipeError:  # who asked is gone
-            os._exit(1)
-
-    request = json.load(sys.stdin)
-    try:
-        result = {"probe": probe, "build": build, "layers": layers}[request["ask"]](request, say)
-    except MDNetError as error:
-        say("error", str(error))
-    except OSError as error:
-        say("error", str(error), errno=[error.errno, error.strerror, error.filename])
-    except Exception as error:
-        say("error", f"unexpected {type(error).__name__}: {first_line(error)}")
-    else:
-        say("result", result)
-        return 0
-    return 1
-
-
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # the work is done: a library that trips over its own unloading must not make it look undone
+    serve({"probe": probe, "build": build, "layers": layers})

@@ -11,18 +11,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mdnet_engines.bundle import Bundle, check_file, file_entry
-from mdnet_engines.errors import BundleError, MDNetError, UsageError, first_line, printable
+from mdnet_engines.child import Tell, ask
+from mdnet_engines.errors import BundleError, MDNetError, UsageError, first_line
 from mdnet_engines.gpu import Gpu
 from mdnet_engines.manifest import PORTABLE, BatchRange, EngineSet, PlanEntry, PlanRuntime
 from mdnet_engines.plan_builder import NAMES, NEEDS_GPU, TIMING_CACHE
@@ -38,8 +34,6 @@ from mdnet_engines.plans import (
 
 BATCH = BatchRange(minimum=1, optimum=8, maximum=32)
 RECORD = "engine.json"
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -196,40 +190,8 @@ def _old_cache(bundle: Bundle, old: EngineSet | None, on_note: Tell) -> str | No
 
 def _ask(request: dict[str, Any], on_step: Tell = lambda _: None, on_note: Tell = lambda _: None) -> dict[str, Any]:
     """Put one request to `mdnet_engines.plan_builder`; give its result, or raise what it says went wrong."""
-    # Not the current folder's modules: a folder called `tensorrt` may be there.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "mdnet_engines.plan_builder"]
-    last = ""
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, encoding="utf-8"
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "step" in answer:
-                    on_step(last := answer["step"])
-                elif "note" in answer:
-                    on_note(answer["note"])
-                elif "error" in answer:
-                    raise OSError(*answer["errno"]) if "errno" in answer else MDNetError(answer["error"])
-                else:
-                    return answer["result"]
-        except BrokenPipeError:
-            pass  # it ended before it read the request
-        finally:
-            process.kill()
-        errors.seek(0)
-        tail = errors.read().decode(errors="replace").strip().splitlines()
-    said = f", having said: {printable(tail[-1])[:200]}" if tail else ""
-    during = f" during {last}" if last else ""
-    raise MDNetError(f"{NAMES[request['runtime']]}'s process {_end(process.wait())}{during}{said}")
+    name = NAMES[request["runtime"]]
+    return ask("mdnet_engines.plan_builder", request, name=name, on_step=on_step, on_note=on_note)
 
 
 @contextlib.contextmanager
@@ -240,11 +202,3 @@ def _no_space() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MDNetError("no space left on the disk for the plans; free some and try again") from None
         raise
-
-
-def _end(code: int) -> str:
-    if code >= 0:
-        return f"ended without an answer (exit code {code})"
-    if code == -signal.SIGKILL:
-        return "was killed (out of memory?)"
-    return f"was ended by {signal.Signals(-code).name}"

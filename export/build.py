@@ -35,12 +35,13 @@ from mdnet_engines.manifest import (
     ScoreScale,
     TensorSpec,
 )
+from mdnet_engines.parity import Images, Outputs, ParityReport, measure
+from mdnet_engines.parity_json import to_json
 from mdnet_engines.session import OrtSession, Session
 from mdnet_export.cpu_form import cpu_form, open_for_cpu
 from mdnet_export.graphs import export_graph, save_graph
-from mdnet_export.parity import Images, Outputs, ParityReport, measure
 from mdnet_export.quantise import Calibration, Int8Result, quantise_encoder
-from mdnet_export.report import render_html, to_json
+from mdnet_export.report import render_html
 from mdnet_export.weights import Weights
 
 FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision

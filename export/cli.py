@@ -20,7 +20,7 @@ from mdnet_export.cli_triton import triton
 
 if TYPE_CHECKING:
     from mdnet_engines.backends import Backend
-    from mdnet_export.parity import ParityReport
+    from mdnet_engines.parity import ParityReport
 
 DEFAULT_BUNDLE = Path("mdnet-bundle")
 
@@ -167,7 +167,7 @@ def _print_result(bundle: Bundle) -> None:
 
 
 def _print_layers(report: ParityReport) -> None:
-    from mdnet_export.parity import LIMITS, first_diverging
+    from mdnet_engines.parity import LIMITS, first_diverging
 
     limit = LIMITS[report.precision].graph_snr_db
     for graph, layers in report.layers.items():

@@ -13,7 +13,7 @@ from mdnet.faces import draw_face
 from mdnet_calib.images import MIN_IMAGES, CalibrationSet, load_set, stratified
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Training
-from mdnet_export.parity import Images
+from mdnet_engines.parity import Images
 from mdnet_rt.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.sources import find_images
 

@@ -17,8 +17,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from mdnet_engines.errors import MDNetError, require
+from mdnet_engines.parity import LayerParity, TensorParity, compare
 from mdnet_engines.session import OrtSession
-from mdnet_export.parity import LayerParity, TensorParity, compare
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 

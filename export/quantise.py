@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 
-from mdnet.metrics import pearson
 from mdnet_calib.cache import histograms
 from mdnet_calib.images import CalibrationSet
 from mdnet_calib.int8 import activations, int8_nodes, to_int8
@@ -26,10 +25,11 @@ from mdnet_engines import openvino_session
 from mdnet_engines.bundle import sha256_of
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
+from mdnet_engines.metrics import pearson
 from mdnet_engines.openvino_session import OpenVINOSession
+from mdnet_engines.parity import LIMITS
 from mdnet_engines.session import OrtSession, Session, chain
 from mdnet_export.cpu_form import open_for_cpu, write_forms
-from mdnet_export.parity import LIMITS
 
 DRIFT_IMAGES = 64
 """Calibration images, at most, on which a choice of blocks is scored."""

@@ -16,12 +16,12 @@ from mdnet_engines.backends import Backend, choose, describe, open_graphs
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, GraphName
+from mdnet_engines.parity import Images, LayerParity, Outputs, ParityReport, measure
 from mdnet_engines.session import chain
 from mdnet_export.build import package_versions, reference_outputs, write_reports
 from mdnet_export.graphs import export_graph
 from mdnet_export.images import parity_images
 from mdnet_export.layers import compare_layers
-from mdnet_export.parity import Images, LayerParity, Outputs, ParityReport, measure
 from mdnet_export.weights import Weights, weights_of
 
 

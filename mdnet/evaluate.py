@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mdnet.data import Rated
-from mdnet.metrics import mae, pearson, rmse
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.metrics import mae, pearson, rmse
 from mdnet_rt.preprocess import ImageError, load_image
 
 if TYPE_CHECKING:

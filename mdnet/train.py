@@ -24,10 +24,10 @@ from torch import Tensor
 from mdnet.config import TrainConfig
 from mdnet.data import Rated
 from mdnet.features import Features, cached_features
-from mdnet.metrics import pearson
 from mdnet.model import MDNet
 from mdnet.train_state import StateFile, fingerprint
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.metrics import pearson
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mdnet_engines.metrics import pearson, ranks, spearman
 from mdnet_engines.session import available_cores
 from mdnet_rt.bench.clock import timed
 from mdnet_rt.bench.facts import describe_bundle, describe_host
@@ -80,7 +81,7 @@ class Comparison:
 
     def most_moved(self, count: int) -> list[Pair]:
         """Images that have moved most places in rank, the worst first; none that has kept its own."""
-        return self._largest(np.abs(ranked(self.a) - ranked(self.b)), count)
+        return self._largest(np.abs(places(self.a) - places(self.b)), count)
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures: of B − A in rating points, of agreement, and of speed. None where there is nothing to say.
@@ -99,15 +100,15 @@ class Comparison:
             "p99_abs": float(np.percentile(apart, 99)) if some else None,
             "mean_abs": float(apart.mean()) if some else None,
             "mean": float(self.deltas().mean()) if some else None,
-            "pearson": _known(pearson(np.asarray(self.a), np.asarray(self.b))),
-            "spearman": _known(pearson(ranked(self.a), ranked(self.b))),
+            "pearson": _known(pearson(self.a, self.b)),
+            "spearman": _known(spearman(self.a, self.b)),
             "a_images_per_second": self._rate(1),
             "b_images_per_second": self._rate(2),
             "speed_ratio": float(np.median([a / b for _, a, b in self.seconds])) if self.seconds else None,
         }
 
     def _largest(self, sizes: np.ndarray, count: int) -> list[Pair]:
-        rank_a, rank_b = ranked(self.a), ranked(self.b)
+        rank_a, rank_b = places(self.a), places(self.b)
         return [
             Pair(self.images[i], self.a[i], self.b[i], float(rank_a[i]), float(rank_b[i]))
             for i in np.argsort(-sizes, kind="stable")[:count]
@@ -173,18 +174,9 @@ def to_json(found: Comparison, a: Manifest, b: Manifest, *, worst: int) -> dict[
     }
 
 
-def ranked(values: Iterable[float]) -> np.ndarray:
+def places(values: Iterable[float]) -> np.ndarray:
     """Ranks, float64 `[n]`, 1 for the highest value; equal values share their mean rank."""
-    _, inverse, counts = np.unique(-np.asarray(list(values), np.float64), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two vectors `[n]`, in float64; NaN where one of them is constant or empty."""
-    if not len(a) or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    a, b = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64) for values in (a, b))
-    return float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
+    return ranks(-np.asarray(list(values), np.float64))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from gpu.results import Figure
 from mdnet import scan_mamba
 from mdnet.config import MDNetConfig
 from mdnet.model import MDNet, random_mdnet
+from mdnet_engines.parity import LIMITS, Images, Outputs
 from mdnet_export.images import parity_images
-from mdnet_export.parity import LIMITS, Images, Outputs
 
 SEED = 0
 """Of the random weights: those of `mdnet-export build --random-init`."""
@@ -79,7 +79,7 @@ def check_scores(
 ) -> dict[str, Figure]:
     """Hold a batch's scores to PyTorch's, and to `singles`, those of the same images alone.
 
-    The limits are those of the parity gates (`mdnet_export.parity.LIMITS`). In a batch that is larger than the number
+    The limits are those of the parity gates (`mdnet_engines.parity.LIMITS`). In a batch that is larger than the number
     of images, copies of an image stand in several places.
 
     Raises:

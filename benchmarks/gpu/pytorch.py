@@ -25,8 +25,8 @@ from gpu.model import (
 )
 from gpu.results import Figure
 from mdnet import scan_mamba
+from mdnet_engines.parity import LIMITS
 from mdnet_engines.scan_shapes import INPUTS
-from mdnet_export.parity import LIMITS
 
 _STEPS = ("u", "delta", "B", "C", "z")
 

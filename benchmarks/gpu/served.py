@@ -23,8 +23,8 @@ from mdnet_engines.backends import Backend, Graphs, open_graphs
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import BatchRange, PlanRuntime
+from mdnet_engines.parity import measure
 from mdnet_engines.plans import usable_plans
-from mdnet_export.parity import measure
 
 if TYPE_CHECKING:
     from mdnet_engines.plans import Host

@@ -203,7 +203,7 @@ def test_each_graph_runs_alone_as_a_session(sessions: TensorRTSessions) -> None:
 
 
 def test_the_parity_gates_run_on_it(sessions: TensorRTSessions) -> None:
-    parity = pytest.importorskip("mdnet_export.parity", reason="needs the [export] extra")
+    parity = pytest.importorskip("mdnet_engines.parity", reason="needs the [export] extra")
     pixels = images(7)
     given = parity.Images([f"{i}.png" for i in range(7)], pixels, "noise")
     report = parity.measure(sessions.graphs, reference(pixels), given, precision="fp32", backend="tensorrt")

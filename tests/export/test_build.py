@@ -20,12 +20,12 @@ from click.testing import CliRunner
 from mdnet.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import BundleError, UsageError
+from mdnet_engines.parity import LIMITS
+from mdnet_engines.parity_json import from_json
 from mdnet_export import build as build_module
 from mdnet_export.build import ParityError, build_bundle
 from mdnet_export.cli import main
 from mdnet_export.images import parity_images
-from mdnet_export.parity import LIMITS
-from mdnet_export.report import from_json
 from mdnet_export.verify import verify_bundle
 from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer

@@ -19,9 +19,9 @@ from mdnet.model import random_mdnet
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.parity import LIMITS
 from mdnet_engines.session import OrtSession
 from mdnet_export import graphs
-from mdnet_export.parity import LIMITS
 
 EXPECTED_IO = {
     "encoder": (["image"], ["down_s16", "down_s32", "mid_s64"]),

@@ -11,10 +11,10 @@ from onnx import numpy_helper
 
 from mdnet_calib.fp16 import to_fp16
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.parity import LayerParity, TensorParity, first_diverging
 from mdnet_export.graphs import save_graph
 from mdnet_export.images import parity_images
 from mdnet_export.layers import compare_layers
-from mdnet_export.parity import LayerParity, TensorParity, first_diverging
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,12 @@ from mdnet_calib.sensitivity import Budget, block_of
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.parity import LIMITS
 from mdnet_engines.session import OrtSession, chain
 from mdnet_export import quantise
 from mdnet_export.build import SlowerError, build_bundle
 from mdnet_export.cli import main
 from mdnet_export.images import calibration_images, parity_images
-from mdnet_export.parity import LIMITS
 from mdnet_export.quantise import Calibration, Speed, quantise_encoder
 from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer

@@ -16,8 +16,9 @@ from pages import Page, axis, chart, dots, is_tick, loads_nothing
 
 from mdnet_engines.charts import MAX_POINTS
 from mdnet_engines.errors import BundleError
-from mdnet_export.parity import Gate, ParityReport, ScorePair, TensorParity
-from mdnet_export.report import from_json, render_html, to_json
+from mdnet_engines.parity import Gate, ParityReport, ScorePair, TensorParity
+from mdnet_engines.parity_json import from_json, to_json
+from mdnet_export.report import render_html
 
 PASSING = Gate("max |Δscore|", 0.004, True, 0.02)
 FAILING = Gate("Pearson", 0.97, False, 0.999)

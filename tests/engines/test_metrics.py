@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mdnet.metrics import mae, pearson, rmse, spearman
+from mdnet_engines.metrics import mae, pearson, rmse, spearman
 
 
 def test_metrics_agree_with_scipy_and_numpy() -> None:

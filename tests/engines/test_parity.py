@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from mdnet_export.parity import LIMITS, RATED_IMAGES, Gate, Images, ParityReport, compare, measure
+from mdnet_engines.parity import LIMITS, RATED_IMAGES, Gate, Images, ParityReport, compare, measure
 
 Arrays = Mapping[str, np.ndarray]
 

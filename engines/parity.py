@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mdnet.metrics import mae, pearson, spearman
 from mdnet_engines.manifest import GraphName, ParitySummary
+from mdnet_engines.metrics import mae, pearson, spearman
 from mdnet_engines.session import Session, chain
 
 PEARSON_GATE = "score Pearson"
@@ -81,6 +81,14 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         return all(gate.passed for gate in self.gates)
+
+    def failures(self) -> str:
+        """The gates that failed, with value and limit, on one line; empty where all passed."""
+        return "; ".join(
+            f"{gate.name} is {gate.value:.6g}, allowed is {'at most' if gate.at_most else 'at least'} {gate.limit:g}"
+            for gate in self.gates
+            if not gate.passed and gate.value is not None
+        )
 
     def summary(self) -> ParitySummary:
         """What the manifest records."""
@@ -175,37 +183,54 @@ def measure(
     """Compare a bundle's graphs with PyTorch's outputs on the same images.
 
     Each graph is given the reference's inputs, so that a deviation is charged to the graph that made it; the score
-    comes from the graphs in a chain, as in production.
+    comes from the graphs one after the other, as in production.
 
     Args:
         sessions: the three graphs.
-        reference: every graph output of PyTorch fp32, and `score`, for all images.
+        reference: `score` of PyTorch fp32 for all images, and every other graph output for the first of them at least.
         on_progress: called once per image.
     """
+    known = min(len(reference[name]) for name in sessions["fusion"].inputs)
     runs: list[Outputs] = []
     alone: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
     for i in range(len(images.pixels)):
-        run, isolated = _run_one(sessions, reference, images.pixels[i : i + 1], i)
-        runs.append(run)
-        alone.append(isolated)
+        run = chain(sessions, images.pixels[i : i + 1])
+        scores.append(run["score"])
+        if i < known:
+            runs.append(run)
+            ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
+            alone.append(sessions["fusion"].run(ideal)["score"])
         on_progress()
-    outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | {"score": np.concatenate(alone)}
     graphs: dict[str, dict[str, TensorParity]] = {
-        name: {
-            output: compare(reference[output], np.concatenate(alone) if output == "score" else outputs[output])
-            for output in session.outputs
-        }
+        name: {output: compare(reference[output][:known], outputs[output]) for output in session.outputs}
         for name, session in sessions.items()
     }
-    pairs = [
-        ScorePair(image, float(expected), float(got))
-        for image, expected, got in zip(images.names, reference["score"], outputs["score"], strict=True)
-    ]
+    got = np.concatenate(scores)
     limits = LIMITS[precision]
-    gates = _gates(limits, graphs, pairs, *_batch_deviation(sessions, images.pixels, outputs["score"]))
+    gates = [
+        *_score_gates(limits, reference["score"], got),
+        *_graph_gates(limits, graphs),
+        *_batch_gates(limits, sessions, images.pixels, got),
+    ]
     if images.ratings is not None:
-        gates.append(_rating_gate(limits, images.ratings, reference["score"], outputs["score"]))
-    return ParityReport(precision, backend, images.source, graphs, pairs, gates)
+        gates.append(_rating_gate(limits, images.ratings, reference["score"], got))
+    return ParityReport(precision, backend, images.source, graphs, _pairs(images, reference["score"], got), gates)
+
+
+def measure_scores(
+    score: Callable[[np.ndarray], np.ndarray], expected: np.ndarray, images: Images, *, precision: str, backend: str
+) -> ParityReport:
+    """Compare the scores of one batch with PyTorch's: what takes least time, and finds a backend that is off.
+
+    Args:
+        score: uint8 (n, S, S, 3) → scores (n,).
+        expected: PyTorch's scores (n,).
+    """
+    got = score(images.pixels)
+    gates = _score_gates(LIMITS[precision], expected, got)
+    return ParityReport(precision, backend, images.source, {}, _pairs(images, expected, got), gates)
 
 
 def first_diverging(layers: list[LayerParity], precision: str) -> LayerParity | None:
@@ -225,47 +250,44 @@ def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
     return TensorParity(cosine, 10 * math.log10(signal / noise) if noise and signal else math.inf, _worst(a, b))
 
 
-def _run_one(
-    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, i: int
-) -> tuple[Outputs, np.ndarray]:
-    run = chain(sessions, pixels)
-    ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
-    return run, sessions["fusion"].run(ideal)["score"]
+def _pairs(images: Images, expected: np.ndarray, got: np.ndarray) -> list[ScorePair]:
+    return [
+        ScorePair(name, float(reference), float(score))
+        for name, reference, score in zip(images.names, expected, got, strict=True)
+    ]
 
 
-def _batch_deviation(
-    sessions: Mapping[GraphName, Session], pixels: np.ndarray, singles: np.ndarray
-) -> tuple[float, float]:
-    """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
-    copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
-    batch = chain(sessions, pixels[:BATCH])["score"]
-    return _worst(copies, copies[:1]), _worst(batch, singles[: len(batch)])
-
-
-def _gates(
-    limits: Limits,
-    graphs: Mapping[str, Mapping[str, TensorParity]],
-    pairs: list[ScorePair],
-    copies: float,
-    batch: float,
-) -> list[Gate]:
-    expected = np.array([pair.reference for pair in pairs])
-    got = np.array([pair.bundle for pair in pairs])
+def _score_gates(limits: Limits, expected: np.ndarray, got: np.ndarray) -> list[Gate]:
     finite = bool(np.isfinite(got).all())
-    spread = float(expected.std()) >= limits.pearson_needs_sd and finite
+    spread = float(np.std(expected, dtype=np.float64)) >= limits.pearson_needs_sd and finite
     why = "" if spread else "the reference scores hardly vary"
-    parities = [parity for outputs in graphs.values() for parity in outputs.values()]
-    gates = [
+    return [
         Gate("scores that are not finite", float(np.sum(~np.isfinite(got))), True, 0),
         Gate("score max |Δ|", _worst(expected, got), True, limits.score_max_abs),
         Gate("score mean |Δ|", mae(expected, got), True, limits.score_mean_abs),
         Gate(PEARSON_GATE, pearson(expected, got) if spread else None, False, limits.score_pearson, why),
+    ]
+
+
+def _graph_gates(limits: Limits, graphs: Mapping[str, Mapping[str, TensorParity]]) -> list[Gate]:
+    parities = [parity for outputs in graphs.values() for parity in outputs.values()]
+    return [
         Gate("worst cosine of a graph output", min(p.cosine for p in parities), False, limits.graph_cosine),
         Gate("worst SNR of a graph output, dB", min(p.snr_db for p in parities), False, limits.graph_snr_db),
-        Gate("batch of copies, max |Δ| between rows", copies, True, limits.batch_max_abs),
     ]
-    note = f"first {min(BATCH, len(pairs))} images"
-    return [*gates, Gate("batch against singles, max |Δ|", batch, True, limits.batch_max_abs, note)]
+
+
+def _batch_gates(
+    limits: Limits, sessions: Mapping[GraphName, Session], pixels: np.ndarray, singles: np.ndarray
+) -> list[Gate]:
+    """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
+    copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
+    batch = chain(sessions, pixels[:BATCH])["score"]
+    note = f"first {len(batch)} images"
+    return [
+        Gate("batch of copies, max |Δ| between rows", _worst(copies, copies[:1]), True, limits.batch_max_abs),
+        Gate("batch against singles, max |Δ|", _worst(batch, singles[: len(batch)]), True, limits.batch_max_abs, note),
+    ]
 
 
 def _rating_gate(limits: Limits, ratings: np.ndarray, expected: np.ndarray, got: np.ndarray) -> Gate:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
+def pearson(a: ArrayLike, b: ArrayLike) -> float:
     """Pearson's correlation coefficient (PC) of two vectors (n,); NaN where one of them is constant."""
-    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
-    if not len(a) or np.ptp(a) == 0 or np.ptp(b) == 0:
+    x, y = (np.asarray(values, dtype=np.float64) for values in (a, b))
+    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / norm if norm else math.nan
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / norm if norm else math.nan
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation of two vectors (n,); equal values share their mean rank."""
-    return pearson(_ranks(a), _ranks(b))
+    return pearson(ranks(a), ranks(b))
 
 
 def mae(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -42,6 +43,7 @@ def _errors(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.asarray(predicted, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks, float64 (n,), 1 for the lowest value; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
