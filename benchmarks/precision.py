@@ -205,8 +205,8 @@ def open_converted(preset_name: str, arithmetic: str, threads: int, bundle: Path
 
     from mdnet.config import preset
     from mdnet.model import random_mdnet
-    from mdnet_engines.backends import open_graphs
     from mdnet_engines.bundle import Bundle
+    from mdnet_engines.choice import open_graphs
     from mdnet_export.graphs import EncoderGraph
 
     config = preset(preset_name)

@@ -20,7 +20,7 @@ from mdnet_engines.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
-    SCHEMA_VERSION,
+    READABLE_VERSIONS,
     FileEntry,
     GraphName,
     Manifest,
@@ -82,9 +82,9 @@ def read_manifest(root: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error}); rebuild the bundle with: mdnet-export build") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if type(version) is not int or version != SCHEMA_VERSION:  # True and 1.0 equal 1
+    if type(version) is not int or version not in READABLE_VERSIONS:  # True and 1.0 equal 1
         raise BundleError(
-            f"{file} has schema version {version!r:.40}, this mdnet reads {SCHEMA_VERSION}; "
+            f"{file} has schema version {version!r:.40}, this mdnet reads {' and '.join(map(str, READABLE_VERSIONS))}; "
             "rebuild the bundle, or install the mdnet that wrote it"
         )
     try:

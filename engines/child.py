@@ -10,6 +10,7 @@ One JSON request goes to the child's standard input; the answer is one JSON obje
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -80,6 +81,8 @@ def ask(
                     raise _as_raised(answer)
                 else:
                     return answer["result"]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)  # its answers ended, and how it ends is about to show
         except BrokenPipeError:
             pass  # it ended before it read the request
         finally:

@@ -8,6 +8,7 @@ A bundle is the only thing that passes from export to runtime:
       vim.onnx
       fusion.onnx
       encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
+      probes.npz         drawn faces, and what PyTorch fp32 makes of them: `mdnet_engines.probes`
       parity.json        the numbers behind `manifest.parity`
       parity.html        the same, for people
       engines/           plans of `mdnet-export engines`, a cache: one folder for each entry of `manifest.engines`
@@ -26,7 +27,8 @@ Rules, each with what it prevents:
 - a plan's entry says from which graph it was built (a plan that survived its graph and scores with old weights);
 - plans are a cache: they are checked when they are chosen (`mdnet_engines.plans`), not when the bundle is opened (a
   damaged or foreign plan that would take a bundle away whose ONNX files are whole);
-- `schema_version` is checked before the rest, so that a newer bundle is named as such.
+- `schema_version` is checked before the rest, so that a newer bundle is named as such. Version 1, which is still read,
+  had no probes, and int8 weights of 8 bits.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 
@@ -48,6 +51,7 @@ GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
+GraphBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"]
 PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
 PORTABLE = "portable"
 """The target of a TensorRT-RTX plan that was built for no GPU in particular."""
@@ -55,11 +59,11 @@ RuntimeVersion = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}(\.[0-9]{
 Target = Annotated[str, StringConstraints(pattern=r"^(portable|sm_[0-9]{2,3}(-sm_[0-9]{2,3}){0,15})$")]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class FileEntry(_Part):
+class FileEntry(Part):
     """One file of the bundle: `name` in the bundle's folder, its `sha256` and `size` in bytes."""
 
     name: FileName
@@ -67,7 +71,7 @@ class FileEntry(_Part):
     size: int = Field(ge=0)
 
 
-class TensorSpec(_Part):
+class TensorSpec(Part):
     """A graph input or output. A string in `shape` is a symbolic dimension (`batch`)."""
 
     name: str
@@ -75,7 +79,7 @@ class TensorSpec(_Part):
     shape: list[int | str]
 
 
-class GraphEntry(_Part):
+class GraphEntry(Part):
     """One ONNX graph: its file, external weights if any, precision and signature."""
 
     file: FileEntry
@@ -94,7 +98,7 @@ class GraphEntry(_Part):
         return hashlib.sha256("\n".join(file.sha256 for file in [self.file, *self.data]).encode()).hexdigest()
 
 
-class Preprocessing(_Part):
+class Preprocessing(Part):
     """How an image becomes the graphs' input; stored with the weights so that serving can't drift from training."""
 
     image_size: int = Field(ge=32, le=4096)
@@ -104,14 +108,14 @@ class Preprocessing(_Part):
     """JPEGs are decoded at a reduced size that is still at least this many times `image_size`."""
 
 
-class ScoreScale(_Part):
+class ScoreScale(Part):
     """The rating scale of the score."""
 
     minimum: float
     maximum: float
 
 
-class ParitySummary(_Part):
+class ParitySummary(Part):
     """Agreement of the bundle with PyTorch fp32 on `images` images (scores in rating points)."""
 
     passed: bool
@@ -133,7 +137,37 @@ class ParitySummary(_Part):
         return f"max |Δscore| {self.max_abs:.2g}, mean {self.mean_abs:.2g}{correlation}, {self.source}"
 
 
-class Training(_Part):
+class Machine(Part):
+    """What decides how a graph is computed: equal machines give equal scores.
+
+    `features` are the CPU's instruction sets that a runtime chooses kernels by, `versions` those of the runtimes.
+    """
+
+    architecture: str = Field(max_length=40)
+    features: list[str]
+    gpu: str | None = Field(default=None, max_length=200)
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        """For one line of output."""
+        processor = " ".join([self.architecture, *self.features])
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "; ".join(part for part in (processor, self.gpu, versions) if part)
+
+
+class BackendCheck(Part):
+    """How one choice of backends, by graph, met the gates on one kind of machine."""
+
+    graphs: dict[GraphName, GraphBackend]
+    machine: Machine
+    parity: ParitySummary
+    failures: str = Field(default="", max_length=2000)
+    """The gates that failed, with value and limit."""
+    snr_db: dict[str, float] = {}
+    """Signal-to-noise ratio of every graph output on the bundle's probes, each graph fed with PyTorch's own inputs."""
+
+
+class Training(Part):
     """Which images the weights learned from, as the checkpoint told; `None` where it did not."""
 
     protocol: str | None = Field(default=None, max_length=40)
@@ -144,7 +178,7 @@ class Training(_Part):
     """What the data set was called."""
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Where the weights came from and what made the bundle."""
 
     weights: Literal["demo", "checkpoint", "random"]
@@ -155,7 +189,7 @@ class Provenance(_Part):
     versions: dict[str, str]
 
 
-class CalibrationFacts(_Part):
+class CalibrationFacts(Part):
     """Which images the ranges of the graphs' values were measured on."""
 
     images: int
@@ -170,7 +204,7 @@ class CalibrationFacts(_Part):
         return f"{self.images} images, {self.source}" + (f", ranges by {self.method}" if self.method else "")
 
 
-class Int8Facts(_Part):
+class Int8Facts(Part):
     """Which blocks of the encoder are int8, within which budget, and what it brought."""
 
     int8_blocks: list[str]
@@ -187,7 +221,7 @@ class Int8Facts(_Part):
     slower_forced: bool = False
 
 
-class BatchRange(_Part):
+class BatchRange(Part):
     """The batch sizes a plan takes, and the one it is fastest at."""
 
     minimum: int = Field(ge=1)
@@ -204,14 +238,14 @@ class BatchRange(_Part):
         return f"{self.minimum},{self.optimum},{self.maximum}"
 
 
-class PlanEntry(_Part):
+class PlanEntry(Part):
     """One graph's plan: its file, and the digest of the graph that it was built from."""
 
     file: FileEntry
     graph: Sha256
 
 
-class EngineSet(_Part):
+class EngineSet(Part):
     """The plans of all graphs for one runtime, version and target; they lie in `engines/<folder>`."""
 
     runtime: PlanRuntime
@@ -240,19 +274,24 @@ class EngineSet(_Part):
         return [plan.file for plan in self.plans.values()]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     model: Literal["md-net"] = "md-net"
     preset: str
     precision: Precision
     preprocessing: Preprocessing
     score: ScoreScale
     graphs: dict[GraphName, GraphEntry]
+    probes: FileEntry | None = None
+    """None in version 1 alone."""
     reports: list[FileEntry] = []
     engines: list[EngineSet] = Field(default=[], max_length=64)
     parity: ParitySummary
+    """Of what `auto` took where the bundle was built."""
+    backends: list[BackendCheck] = Field(default=[], max_length=64)
+    """Every backend that `auto` could have taken there."""
     calibration: CalibrationFacts | None = None
     int8: Int8Facts | None = None
     float32_values: dict[GraphName, list[str]] = {}
@@ -270,6 +309,12 @@ class Manifest(_Part):
         return self
 
     @model_validator(mode="after")
+    def _has_probes(self) -> Manifest:
+        if (self.probes is None) != (self.schema_version == 1):
+            raise ValueError("a bundle has probes from schema version 2 on")
+        return self
+
+    @model_validator(mode="after")
     def _one_set_for_each_folder(self) -> Manifest:
         folders = [engines.folder for engines in self.engines]
         if len(set(folders)) != len(folders):
@@ -283,4 +328,5 @@ class Manifest(_Part):
 
     def files(self) -> list[FileEntry]:
         """Every file the bundle can't do without. Plans are not among them."""
-        return [file for graph in self.graphs.values() for file in graph.files()] + self.reports
+        probes = [self.probes] if self.probes else []
+        return [file for graph in self.graphs.values() for file in graph.files()] + probes + self.reports

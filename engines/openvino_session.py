@@ -1,6 +1,6 @@
 """Run one ONNX graph with OpenVINO on the CPU, in the arithmetic that was asked for.
 
-OpenVINO reads the bundle's ONNX file as it is; explicit Q/DQ pairs become its int8 kernels. It has no SelectiveScan and
+OpenVINO reads the bundle's ONNX file as it is; explicit Q/DQ pairs become its int8 kernels. It lacks SelectiveScan and
 does not expand the operator's function body: Vim stays with ONNX Runtime.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mdnet_engines.errors import MDNetError, first_line, printable
+from mdnet_engines.machine import cache_folder
 from mdnet_engines.session import available_cores
 
 Arithmetic = Literal["f32", "bf16"]
@@ -142,11 +143,9 @@ def _cache_folder(graph: Path) -> Path | None:
     try:
         if sum(file.stat().st_size for file in (graph, data) if file.exists()) > _MAX_CACHED_BYTES:
             return None
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mdnet", "openvino")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter: no home
+    except OSError:
         return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    return cache_folder("openvino")
 
 
 def _read(path: str | os.PathLike[str]) -> Any:

@@ -14,6 +14,8 @@ from mdnet_engines.session import Session, chain
 
 PEARSON_GATE = "score Pearson"
 BATCH = 4  # images in the runs that test batching
+MAX_SNR_LOST = 6.0  # dB: an error twice as large
+_CHAINED = "score of the chain"
 RATED_IMAGES = 100  # fewer say little about a correlation with ratings
 
 
@@ -190,23 +192,17 @@ def measure(
         reference: `score` of PyTorch fp32 for all images, and every other graph output for the first of them at least.
         on_progress: called once per image.
     """
-    known = min(len(reference[name]) for name in sessions["fusion"].inputs)
+    known = _known(sessions, reference)
     runs: list[Outputs] = []
-    alone: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     for i in range(len(images.pixels)):
-        run = chain(sessions, images.pixels[i : i + 1])
-        scores.append(run["score"])
         if i < known:
-            runs.append(run)
-            ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
-            alone.append(sessions["fusion"].run(ideal)["score"])
+            runs.append(run := _run(sessions, reference, images.pixels, i))
+            scores.append(run[_CHAINED])
+        else:
+            scores.append(chain(sessions, images.pixels[i : i + 1])["score"])
         on_progress()
-    outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | {"score": np.concatenate(alone)}
-    graphs: dict[str, dict[str, TensorParity]] = {
-        name: {output: compare(reference[output][:known], outputs[output]) for output in session.outputs}
-        for name, session in sessions.items()
-    }
+    graphs = _compare(sessions, reference, runs)
     got = np.concatenate(scores)
     limits = LIMITS[precision]
     gates = [
@@ -217,6 +213,33 @@ def measure(
     if images.ratings is not None:
         gates.append(_rating_gate(limits, images.ratings, reference["score"], got))
     return ParityReport(precision, backend, images.source, graphs, _pairs(images, reference["score"], got), gates)
+
+
+def measure_graphs(
+    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray
+) -> dict[str, dict[str, TensorParity]]:
+    """Compare every graph output with PyTorch's, each graph fed with PyTorch's own inputs, for as many as are known."""
+    return _compare(
+        sessions, reference, [_run(sessions, reference, pixels, i) for i in range(_known(sessions, reference))]
+    )
+
+
+def gate_against_build(graphs: Mapping[str, Mapping[str, TensorParity]], expected: Mapping[str, float]) -> Gate:
+    """Whether every output is as near to PyTorch's as where the bundle was built.
+
+    The gates of a precision are wide enough for every model; this one finds what changed since: another weight, int8
+    products that saturate.
+
+    Args:
+        expected: signal-to-noise ratio of outputs at the build, dB; others are not looked at.
+    """
+    now = {name: parity.snr_db for outputs in graphs.values() for name, parity in outputs.items()}
+    lost = {name: built - now[name] for name, built in expected.items()}
+    worst = max(lost, key=lambda name: math.inf if math.isnan(lost[name]) else lost[name], default=None)
+    title = "SNR of a graph output, lost since the build, dB"
+    if worst is None:
+        return Gate(title, None, True, MAX_SNR_LOST, "the build measured no such backend")
+    return Gate(title, max(lost[worst], 0.0) if lost[worst] == lost[worst] else math.nan, True, MAX_SNR_LOST, worst)
 
 
 def measure_scores(
@@ -248,6 +271,30 @@ def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
     norm = math.sqrt(signal * float(np.sum(b**2)))
     cosine = float(a @ b) / norm if norm else float(not noise)
     return TensorParity(cosine, 10 * math.log10(signal / noise) if noise and signal else math.inf, _worst(a, b))
+
+
+def _known(sessions: Mapping[GraphName, Session], reference: Outputs) -> int:
+    """Of how many images every graph output is known."""
+    return min(len(reference[name]) for name in sessions["fusion"].inputs)
+
+
+def _run(sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, i: int) -> Outputs:
+    """Every graph output for one image, each graph fed with the reference's inputs; `_CHAINED` is the score in use."""
+    run = chain(sessions, pixels[i : i + 1])
+    ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
+    return {**run, **sessions["fusion"].run(ideal), _CHAINED: run["score"]}
+
+
+def _compare(
+    sessions: Mapping[GraphName, Session], reference: Outputs, runs: list[Outputs]
+) -> dict[str, dict[str, TensorParity]]:
+    return {
+        name: {
+            output: compare(reference[output][: len(runs)], np.concatenate([run[output] for run in runs]))
+            for output in session.outputs
+        }
+        for name, session in sessions.items()
+    }
 
 
 def _pairs(images: Images, expected: np.ndarray, got: np.ndarray) -> list[ScorePair]:

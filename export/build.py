@@ -20,8 +20,11 @@ from onnx import TensorProto
 from mdnet.model import MDNet
 from mdnet_calib.fp16 import near_overflow, to_fp16
 from mdnet_calib.images import refuse_overlap
+from mdnet_engines.backends import Choice
 from mdnet_engines.bundle import Bundle, check_replaceable, file_entry, write_bundle
+from mdnet_engines.choice import Trial, explain, holding, try_candidates, tune
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.machine import this_machine
 from mdnet_engines.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
@@ -29,17 +32,21 @@ from mdnet_engines.manifest import (
     GraphEntry,
     GraphName,
     Manifest,
+    ParitySummary,
     Precision,
     Preprocessing,
     Provenance,
     ScoreScale,
     TensorSpec,
 )
-from mdnet_engines.parity import Images, Outputs, ParityReport, measure
+from mdnet_engines.parity import Images, Outputs, ParityReport
 from mdnet_engines.parity_json import to_json
-from mdnet_engines.session import OrtSession, Session
-from mdnet_export.cpu_form import cpu_form, open_for_cpu
+from mdnet_engines.probes import PROBES_NAME, write_probes
+from mdnet_engines.session import OrtSession
+from mdnet_engines.trial import Measured, measure_apart
+from mdnet_export.cpu_form import cpu_form
 from mdnet_export.graphs import export_graph, save_graph
+from mdnet_export.images import probe_pixels
 from mdnet_export.quantise import Calibration, Int8Result, quantise_encoder
 from mdnet_export.report import render_html
 from mdnet_export.weights import Weights
@@ -81,7 +88,7 @@ class SlowerError(MDNetError):
         speed = int8.speed
         super().__init__(
             f"int8 is slower than float: {speed.int8_seconds * 1e3:.3g} ms against {speed.float_seconds * 1e3:.3g} ms "
-            f"in the encoder ({int8.backend}, batch {speed.batch}). Nothing was written; --force writes it all the same"
+            f"in the encoder ({speed.backend}, batch {speed.batch}). Nothing was written; --force writes it anyway"
         )
 
 
@@ -128,7 +135,8 @@ def build_bundle(
         on_step(f"loading {weights.config.preset}")
         model = weights.load()
         on_step(f"PyTorch reference on {images.source}")
-        reference = reference_outputs(model, images.pixels)
+        probes = probe_pixels(weights.config.image_size)
+        reference, reference_of_probes = _references(model, images.pixels, probes)
         for name in GRAPH_NAMES:
             on_step(f"exporting {name}")
             export_graph(model, name, folder)
@@ -142,14 +150,49 @@ def build_bundle(
             if int8.speed.slower and not force:
                 raise SlowerError(int8)
             facts = dataclasses.replace(facts, int8=int8)
-        on_step("parity with PyTorch")
-        report = measure_folder(folder, reference, images, precision=precision)
-        if not report.passed and not force:
-            raise ParityError(_failures(report), report)
-        report = dataclasses.replace(report, forced=not report.passed)
+        write_probes(folder / PROBES_NAME, probes, reference_of_probes)
+        draft = _write_draft(folder, weights, precision, facts, command)
+        trials, report = _prove(draft, images, reference, force=force, on_step=on_step)
         on_step("writing")
-        _write_manifest(folder, weights, report, precision, facts, images, command)
+        _finish(draft, weights, trials, report, facts, images)
     return Bundle.open(destination)
+
+
+def _references(model: MDNet, pixels: np.ndarray, probes: np.ndarray) -> tuple[Outputs, Outputs]:
+    """Every output for both sets of images; drawn images and probes begin alike, and no image is computed twice."""
+    longer, shorter = (pixels, probes) if len(pixels) >= len(probes) else (probes, pixels)
+    outputs = reference_outputs(model, longer)
+    if np.array_equal(longer[: len(shorter)], shorter):
+        others = {name: values[: len(shorter)] for name, values in outputs.items()}
+    else:
+        others = reference_outputs(model, shorter)
+    return (outputs, others) if longer is pixels else (others, outputs)
+
+
+def _prove(
+    bundle: Bundle, images: Images, reference: Outputs, *, force: bool, on_step: Callable[[str], None]
+) -> tuple[list[Trial], ParityReport]:
+    """Hold every backend that `auto` may take here to the gates, and find the fastest.
+
+    Gives all trials, and the report of what `auto` takes from now on.
+    """
+
+    def measure(choice: Choice) -> Measured:
+        return measure_apart(bundle, choice, against=(images, reference), on_step=on_step)
+
+    trials = try_candidates(bundle, measure=measure, on_step=on_step)
+    if holding(bundle, trials):
+        tuning = tune(bundle, trials=trials, measure=measure, on_step=on_step)
+        chosen = next(trial for trial in tuning.trials if trial.choice == tuning.choice)
+        assert chosen.report is not None
+        return tuning.trials, chosen.report
+    report = next((trial.report for trial in trials if trial.report is not None), None)
+    if report is None:
+        raise MDNetError(f"no backend can run the graphs: {explain(trials)}")
+    if not force:
+        reasons = f"parity with PyTorch failed: {explain(trials)}"
+        raise ParityError(f"{reasons}. Nothing was written; --force writes it all the same", report)
+    return trials, dataclasses.replace(report, forced=True)
 
 
 def reference_outputs(model: MDNet, pixels: np.ndarray) -> Outputs:
@@ -193,12 +236,6 @@ def _feeds(folder: Path, calibration: Calibration, on_step: Callable[[str], None
     return rows
 
 
-def measure_folder(folder: Path, reference: Outputs, images: Images, *, precision: Precision) -> ParityReport:
-    """`parity.measure` on the graphs in a bundle's folder, by ONNX Runtime on the CPU."""
-    sessions: dict[GraphName, Session] = {name: open_for_cpu(folder, name) for name in GRAPH_NAMES}
-    return measure(sessions, reference, images, precision=precision, backend="onnxruntime-cpu")
-
-
 def write_reports(folder: Path, report: ParityReport, facts: dict[str, str], images: Images) -> list[Path]:
     """Write `parity.json` and `parity.html`; of the `images` measured on, the page shows those that differ most."""
     pictures = dict(zip(images.names, images.pixels, strict=True))
@@ -219,46 +256,63 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _write_manifest(
-    folder: Path,
-    weights: Weights,
-    report: ParityReport,
-    precision: Precision,
-    made: PrecisionFacts,
-    images: Images,
-    command: str,
-) -> None:
-    provenance = Provenance(
-        weights=weights.kind,
-        checkpoint_sha256=weights.sha256,
-        seed=weights.seed,
-        training=weights.training(),
-        command=command,
-        versions=package_versions(),
-    )
+def _write_draft(folder: Path, weights: Weights, precision: Precision, made: PrecisionFacts, command: str) -> Bundle:
+    """Write a manifest with all but what is measured, so that the graphs can be opened as a bundle's are."""
     config = weights.config
-    facts = {
-        "preset": config.preset,
-        "precision": precision,
-        "weights": weights.kind + (f", sha256 {weights.sha256[:12]}…" if weights.sha256 else f", seed {weights.seed}"),
-        **made.for_people(),
-        "command": command,
-        "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
-    }
     manifest = Manifest(
         preset=config.preset,
         precision=precision,
         preprocessing=Preprocessing(image_size=config.image_size),
         score=ScoreScale(minimum=config.score_min, maximum=config.score_max),
         graphs={name: graph_entry(folder / f"{name}.onnx", graph_precision(name, precision)) for name in GRAPH_NAMES},
-        reports=[file_entry(file) for file in write_reports(folder, report, facts, images)],
-        parity=report.summary(),
+        probes=file_entry(folder / PROBES_NAME),
+        parity=ParitySummary(passed=False, images=0, source="not measured yet", max_abs=None, mean_abs=None),
         calibration=made.calibration,
         int8=made.int8.facts() if made.int8 else None,
         float32_values=made.float32_values,
-        provenance=provenance,
+        provenance=Provenance(
+            weights=weights.kind,
+            checkpoint_sha256=weights.sha256,
+            seed=weights.seed,
+            training=weights.training(),
+            command=command,
+            versions=package_versions(),
+        ),
         licenses=["graphs and code: Apache-2.0", *weights.licenses()],
     )
+    _write(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def _finish(
+    draft: Bundle,
+    weights: Weights,
+    trials: list[Trial],
+    report: ParityReport,
+    made: PrecisionFacts,
+    images: Images,
+) -> None:
+    """Write the reports, and the manifest with what was measured."""
+    provenance = draft.manifest.provenance
+    facts = {
+        "preset": draft.manifest.preset,
+        "precision": draft.manifest.precision,
+        "weights": weights.kind + (f", sha256 {weights.sha256[:12]}…" if weights.sha256 else f", seed {weights.seed}"),
+        **made.for_people(),
+        **{f"gates on {trial.choice}": trial.verdict() for trial in trials},
+        "machine": str(this_machine()),
+        "command": provenance.command,
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
+    }
+    measured = {
+        "reports": [file_entry(file) for file in write_reports(draft.path, report, facts, images)],
+        "parity": report.summary(),
+        "backends": [check for check in (trial.as_check() for trial in trials) if check],
+    }
+    _write(draft.path, draft.manifest.model_copy(update=measured))
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -286,12 +340,3 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     shape: list[int | str] = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
     return TensorSpec(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)
-
-
-def _failures(report: ParityReport) -> str:
-    failed = [
-        f"{gate.name} is {gate.value:.6g}, allowed is {'at most' if gate.at_most else 'at least'} {gate.limit:g}"
-        for gate in report.gates
-        if not gate.passed and gate.value is not None
-    ]
-    return f"parity with PyTorch failed: {'; '.join(failed)}. Nothing was written; --force writes it all the same"

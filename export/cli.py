@@ -14,6 +14,7 @@ from mdnet_engines.bundle import Bundle, check_replaceable
 from mdnet_engines.console import Command, say, steps
 from mdnet_engines.errors import MDNetError, require
 from mdnet_engines.manifest import Precision
+from mdnet_engines.probes import PROBES
 from mdnet_export.cli_calibration import calibration_options, choose_calibration
 from mdnet_export.cli_engines import build_unasked, engines
 from mdnet_export.cli_triton import triton
@@ -29,7 +30,7 @@ images_option = click.option(
     type=click.Path(path_type=Path),
     help="Folder of images to measure parity on; by default faces are drawn.",
 )
-count_option = click.option("--num-images", default=16, show_default=True, help="How many of them to use.")
+count_option = click.option("--num-images", default=PROBES, show_default=True, help="How many of them to use.")
 checkpoint_option = click.option(
     "--checkpoint", type=click.Path(path_type=Path, dir_okay=False), help="Trained MD-Net checkpoint (.safetensors)."
 )
@@ -115,7 +116,9 @@ def inspect(bundle: Path) -> None:
 )
 @images_option
 @count_option
-@click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime-cpu", show_default=True)
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="auto: what mdnet-rt score takes."
+)
 @click.option("--layers", is_flag=True, help="Compare every layer too; done anyway where a gate fails.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write the report there.")
 def verify(

@@ -14,6 +14,7 @@ from mdnet_calib.images import MIN_IMAGES, CalibrationSet, load_set, stratified
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Training
 from mdnet_engines.parity import Images
+from mdnet_engines.probes import PROBES
 from mdnet_rt.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.sources import find_images
 
@@ -51,6 +52,11 @@ def parity_images(folder: Path | None, size: int, count: int) -> Images:
     if not names:
         raise UsageError(f"{folder} holds no readable image")
     return Images(names, np.stack(arrays), f"{len(names)} images of {folder.name or folder}")
+
+
+def probe_pixels(size: int) -> np.ndarray:
+    """The drawn faces that prove a bundle wherever it runs, uint8 (n, S, S, 3); the drawn parity images begin so."""
+    return _drawn(_SEED, size, PROBES)[0]
 
 
 def calibration_images(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from mdnet_engines.backends import choose, describe
+from mdnet_engines.backends import Choice
 from mdnet_engines.bundle import Bundle
+from mdnet_engines.choice import choose, tuned
 from mdnet_engines.console import output
 from mdnet_engines.errors import BundleError
 from mdnet_engines.manifest import EngineSet, Manifest, TensorSpec
@@ -33,7 +34,7 @@ def print_bundle(bundle: Bundle) -> None:
         "score": f"{manifest.score.minimum:g} to {manifest.score.maximum:g}",
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
-        "runs here": f"{describe(choose(bundle))} (backend auto)",
+        **_backends(bundle),
         "weights": provenance.weights + digest,
         "built by": provenance.command,
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
@@ -44,6 +45,24 @@ def print_bundle(bundle: Bundle) -> None:
     width = max(map(len, facts))
     for key, value in [*facts.items(), *plans]:
         console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _backends(bundle: Bundle) -> dict[str, str]:
+    """What `auto` takes here, with the times that decided it, and how backends met the gates where."""
+    facts = {"runs here": f"{choose(bundle, check=False)} (backend auto; {_why(bundle)})"}
+    for check in bundle.manifest.backends:
+        verdict = str(check.parity) if check.parity.passed else f"FAILED: {check.failures}"
+        facts[f"gates, {Choice(check.graphs)}"] = f"{verdict} ({check.machine})"
+    return facts
+
+
+def _why(bundle: Bundle) -> str:
+    found = tuned(bundle)
+    if found is None:
+        return f"by this CPU's features; to measure: mdnet-rt tune {bundle.path}"
+    times = [f"{graph} " + ", ".join(f"{b} {ms:.3g} ms" for b, ms in by.items()) for graph, by in found.ms.items()]
+    times += [f"all graphs {backend} {ms:.3g} ms" for backend, ms in found.whole_ms.items()]
+    return f"measured with {found.threads} threads, batch {found.batch}: {'; '.join(times)}"
 
 
 def _precision(manifest: Manifest) -> dict[str, str]:

@@ -12,11 +12,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mdnet_engines.backends import Backend, choose, describe, open_graphs
+from mdnet_engines.backends import Backend, named, open_choice
 from mdnet_engines.bundle import Bundle
+from mdnet_engines.choice import choose
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, GraphName
 from mdnet_engines.parity import Images, LayerParity, Outputs, ParityReport, measure
+from mdnet_engines.probes import PROBES
 from mdnet_engines.session import chain
 from mdnet_export.build import package_versions, reference_outputs, write_reports
 from mdnet_export.graphs import export_graph
@@ -43,7 +45,7 @@ class Reference:
             gc.collect()
             return outputs
         assert self.bundle is not None
-        graphs = open_graphs(self.bundle, backend="onnxruntime-cpu")
+        graphs = open_choice(self.bundle, named(self.bundle, "onnxruntime-cpu"))
         rows = [chain(graphs, images.pixels[i : i + 1]) for i in range(len(images.pixels))]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
@@ -64,8 +66,8 @@ def verify_bundle(
     *,
     against: Path | None = None,
     images_folder: Path | None = None,
-    num_images: int = 16,
-    backend: Backend = "onnxruntime-cpu",
+    num_images: int = PROBES,
+    backend: Backend = "auto",
     layers: bool = False,
     output: Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
@@ -73,6 +75,7 @@ def verify_bundle(
     """Measure the bundle at `path` against the PyTorch model it was built from, or against another bundle.
 
     Args:
+        backend: by default what `mdnet-rt score` takes; one that is named is measured whatever its gates say.
         against: a checkpoint or a bundle; not needed where the bundle was built from the demo or from random weights.
         layers: compare the graphs layer by layer too. Where a gate fails this is done anyway.
         output: folder for `parity.json` and `parity.html`; made if missing.
@@ -84,11 +87,12 @@ def verify_bundle(
     manifest = bundle.manifest
     reference = _reference(bundle, against)
     images = parity_images(images_folder, manifest.preprocessing.image_size, num_images)
-    runtimes = describe(choose(bundle, backend))
+    choice = choose(bundle, backend, check=backend == "auto")
+    runtimes = str(choice)
     on_step(f"{reference.describe()} on {images.source}")
     expected = reference.outputs(images)
     on_step(f"{bundle.path} on {runtimes}")
-    graphs = open_graphs(bundle, backend=backend)
+    graphs = open_choice(bundle, choice)
     report = measure(graphs, expected, images, precision=manifest.precision, backend=runtimes)
     del graphs
     if layers or not report.passed:

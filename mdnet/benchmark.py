@@ -13,6 +13,7 @@ import numpy as np
 from mdnet.data import FOLDS, GROUPS, Protocol, Rated, Split, departures, read_splits
 from mdnet.evaluate import BATCH_SIZE, Evaluation, predict
 from mdnet.subject import Device, Subject
+from mdnet_engines.backends import Backend
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Training
 
@@ -107,6 +108,7 @@ def run_benchmark(
     protocol: Protocol,
     *,
     device: Device = "cpu",
+    backend: Backend = "auto",
     batch_size: int = BATCH_SIZE,
     on_note: Callable[[str], None] = lambda _: None,
     on_split: Callable[[Split], Callable[[int], None]] = lambda _: lambda _: None,
@@ -115,6 +117,8 @@ def run_benchmark(
     """Score every split of a protocol: with the one subject, or for `cv5` with one for each fold, in their order.
 
     Args:
+        device: what runs checkpoints.
+        backend: what runs bundles.
         on_note: called with each note before anything is scored.
         on_split: called before each split; what it returns is called with the number of images just scored.
         on_result: called after each split.
@@ -132,7 +136,7 @@ def run_benchmark(
     for subject, split in zip(per_split, splits, strict=True):
         if loaded is None or loaded[0] is not subject:
             loaded = None  # before the next one is read: two full-size models need not fit side by side
-            loaded = subject, subject.load(device)
+            loaded = subject, subject.load(device, backend)
         scores = predict(loaded[1], subject.image_size, split.test, batch_size=batch_size, on_image=on_split(split))
         results.append(SplitResult(split.name, subject, split.test, scores))
         on_result(results[-1])

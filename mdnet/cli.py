@@ -14,6 +14,7 @@ import click
 
 from mdnet.cli_common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
 from mdnet.cli_train import ablate, prior, train
+from mdnet_engines.backends import BACKENDS
 from mdnet_engines.console import Command, progress, say, steps
 from mdnet_engines.errors import require
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mdnet.benchmark import SplitResult
     from mdnet.data import Protocol, Split
     from mdnet.subject import Device
+    from mdnet_engines.backends import Backend
 
 
 @click.group(cls=Command)
@@ -115,7 +117,10 @@ def import_(
     "--json", "json_", type=click.Path(path_type=Path), help="Write every figure and score to this .json file."
 )
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs a checkpoint."
+)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs a bundle.")
 def evaluate(
     models: tuple[Path, ...],
     data: Path,
@@ -124,6 +129,7 @@ def evaluate(
     json_: Path | None,
     batch_size: int,
     device: Device,
+    backend: Backend,
 ) -> None:
     """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over the folds of cv5.
 
@@ -151,6 +157,7 @@ def evaluate(
             data,
             protocol,
             device=device,
+            backend=backend,
             batch_size=batch_size,
             on_note=lambda note: say(f"note: {note}"),
             on_split=on_split,
@@ -163,5 +170,5 @@ def evaluate(
     if report:
         from mdnet.evaluation_report import render_report
 
-        facts = {"command": command_line(), "mdnet": version("mdnet"), "device": device}
+        facts = {"command": command_line(), "mdnet": version("mdnet"), "device": device, "backend": backend}
         report.write_text(render_report(benchmark, facts=facts), encoding="utf-8")

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from mdnet_engines.choice import open_graphs
 from mdnet_engines.errors import MDNetError, UsageError, require
-from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, Training
+from mdnet_engines.manifest import MANIFEST_NAME, Training
 
 if TYPE_CHECKING:
     from mdnet.model import MDNet
+    from mdnet_engines.backends import Backend
     from mdnet_engines.bundle import Bundle
 
 ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -35,17 +37,18 @@ class Subject:
     """For a report: preset, precision, hash."""
     _bundle: Bundle | None = None
 
-    def load(self, device: Device = "cpu") -> ScoreBatch:
+    def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
         """Read the weights, and give what scores a batch: uint8 (n, S, S, 3) → float32 (n,).
 
         Args:
-            device: where PyTorch puts a checkpoint, or the provider of ONNX Runtime that runs a bundle.
+            device: where PyTorch puts a checkpoint.
+            backend: what runs a bundle; `auto` is what `mdnet-rt score` takes.
 
         Raises:
-            MDNetError: the weights don't fit, or the device or ONNX Runtime is not there.
+            MDNetError: the weights don't fit, or device or backend is not there.
         """
         if self._bundle is not None:
-            return bundle_scores(self._bundle, device)
+            return open_graphs(self._bundle, backend=backend, check=backend == "auto").score
         from mdnet.checkpoint import load_checkpoint
 
         check_device(device)
@@ -97,19 +100,6 @@ def torch_scores(model: MDNet) -> ScoreBatch:
             return model(torch.from_numpy(images).to(device)).float().cpu().numpy()
 
     return score
-
-
-def bundle_scores(bundle: Bundle, device: Device = "cpu") -> ScoreBatch:
-    """A bundle's three graphs in ONNX Runtime as a function of batches.
-
-    Raises:
-        MDNetError: ONNX Runtime or its provider is missing, or can't load a graph.
-    """
-    from mdnet_engines.session import OrtSession, chain
-
-    backend: Literal["onnxruntime-cpu", "onnxruntime-cuda"] = f"onnxruntime-{device}"  # type: ignore[assignment]
-    graphs = {name: OrtSession(bundle.graph_path(name), backend=backend) for name in GRAPH_NAMES}
-    return lambda images: chain(graphs, images)["score"]
 
 
 def _open_bundle(path: Path) -> Subject:

@@ -6,6 +6,7 @@ import click
 
 from mdnet_engines.console import Command
 from mdnet_rt.cli_bench import bench
+from mdnet_rt.cli_check import check, tune
 from mdnet_rt.cli_compare import compare
 from mdnet_rt.cli_score import score
 from mdnet_rt.cli_serve import serve
@@ -21,6 +22,8 @@ main.add_command(score)
 main.add_command(serve)
 main.add_command(bench)
 main.add_command(compare)
+main.add_command(check)
+main.add_command(tune)
 
 
 if __name__ == "__main__":

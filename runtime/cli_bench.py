@@ -121,10 +121,10 @@ def _parse_image_size(text: str) -> tuple[int, int]:
 
 def _about(result: BatchResult) -> Iterator[str]:
     """What the contestants run on, a line each."""
-    from mdnet_engines.backends import describe
+    from mdnet_engines.backends import Choice
 
     for name, facts in result.contestants.items():
-        if (what := describe(facts["graphs"])) != name:
+        if (what := str(Choice(facts["graphs"]))) != name:
             yield f"{name}: {what}"
     images = next(iter(result.contestants.values()))["images"]
     source = images["source"] if isinstance(images["source"], str) else " ".join(map(printable, images["source"]))

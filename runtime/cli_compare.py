@@ -52,7 +52,6 @@ def compare(
 
     Exit code 0: both scored every image; 1: some were not scored by A or by B.
     """
-    from mdnet_engines.backends import choose, describe
     from mdnet_engines.bundle import Bundle
     from mdnet_engines.session import available_cores
     from mdnet_rt.compare import compare_bundles, to_json
@@ -65,27 +64,26 @@ def compare(
         check_output(json_, "jsonl")
     entries = islice(read_locations(find_locations(images)), limit)
     bundles = [Bundle.open(folder) for folder in (a, b)]
-    runs_on = [choose(bundle, backend) for bundle in bundles]
-    for name, bundle, choice in zip("AB", bundles, runs_on, strict=True):
-        manifest = bundle.manifest
-        say(f"{name}: {printable(bundle.path)}, {manifest.preset} {manifest.precision}, {describe(choice)}")
     manifests = [bundle.manifest for bundle in bundles]
     if note := _scales_note(*manifests):
         say(note)
-    with (
-        Scorer(bundles[0], backend=backend, threads=threads, batch_size=batch_size) as scorer_a,
-        Scorer(bundles[1], backend=backend, threads=threads, batch_size=batch_size) as scorer_b,
-        progress(unit="images") as start_bar,
-    ):
-        advance = start_bar("scoring", limit)
-        found = compare_bundles(scorer_a, scorer_b, entries, batch_size=batch_size, on_images=advance)
+    # A backend that was named is compared whatever its gates say.
+    options = {"backend": backend, "threads": threads, "batch_size": batch_size, "check": backend == "auto"}
+    with Scorer(bundles[0], **options) as scorer_a, Scorer(bundles[1], **options) as scorer_b:
+        scorers = (scorer_a, scorer_b)
+        for name, bundle, scorer in zip("AB", bundles, scorers, strict=True):
+            manifest = bundle.manifest
+            say(f"{name}: {printable(bundle.path)}, {manifest.preset} {manifest.precision}, {scorer.choice}")
+        with progress(unit="images") as start_bar:
+            advance = start_bar("scoring", limit)
+            found = compare_bundles(*scorers, entries, batch_size=batch_size, on_images=advance)
     _print(found, worst)
     if json_:
         document = {
             "command": shlex.join(["mdnet-rt", *sys.argv[1:]]),
             "threads": threads or available_cores(),
             "batch_size": batch_size,
-            "graphs": dict(zip("ab", runs_on, strict=True)),
+            "graphs": {name: dict(scorer.choice.graphs) for name, scorer in zip("ab", scorers, strict=True)},
             **to_json(found, *manifests, worst=worst),
         }
         json_.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")

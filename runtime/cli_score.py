@@ -46,6 +46,7 @@ _REMOTE_WORKERS = 16  # which wait more than they decode
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--workers", type=click.IntRange(0, 256), default=0, help="Threads that read. Default: cores, at most 4.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
+@click.option("--no-check", is_flag=True, help="Score although the backend is off the bundle's gates on this machine.")
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -74,6 +75,7 @@ def score(
     threads: int,
     workers: int,
     backend: Backend,
+    no_check: bool,
     engine: str,
     ray_address: str | None,
     ray_actors: int | None,
@@ -84,6 +86,7 @@ def score(
     Exit code 0: every image was scored; 1: some were not, and their rows say why.
     """
     from mdnet_rt.run import Settings, score_all, stop_on_signal
+    from mdnet_rt.scorer import NO_PROBES
     from mdnet_rt.sources import is_url
 
     _quiet_pillow()
@@ -96,10 +99,22 @@ def score(
     # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
     bar = sys.stderr.isatty() and (rows == "table" or output is not None or not sys.stdout.isatty())
     workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
-    settings = Settings(bundle, backend, threads, batch_size, workers, column, face, keep_pixels=report is not None)
+    settings = Settings(
+        bundle,
+        backend,
+        threads,
+        batch_size,
+        workers,
+        column,
+        face,
+        keep_pixels=report is not None,
+        check=not no_check,
+    )
     with _open_engine(engine, settings, ray_address, ray_actors) as (manifest, score_locations):
         if note := _WEIGHTS_NOTES.get(manifest.provenance.weights):
             say(note)
+        if manifest.probes is None:
+            say(NO_PROBES)
         gallery = _gallery(report)
         stamp = Stamp.of(manifest)
         start = time.perf_counter()

@@ -41,6 +41,7 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option("--access-log", is_flag=True, help="A line for each answer.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
+@click.option("--no-check", is_flag=True, help="Serve although the backend is off the bundle's gates on this machine.")
 def serve(
     bundle: Path | None,
     named: Path | None,
@@ -62,6 +63,7 @@ def serve(
     access_log: bool,
     threads: int,
     backend: Backend,
+    no_check: bool,
 ) -> int:
     """Serve a bundle over HTTP: POST /score, and the Open Inference Protocol under /v2.
 
@@ -98,6 +100,7 @@ def serve(
         settings=settings,
         backend=backend,
         threads=threads,
+        check=not no_check,
         access_log=access_log,
         tell=say,
     )

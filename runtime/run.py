@@ -38,6 +38,7 @@ class Settings:
     column: str | None = None
     face: str | None = None
     keep_pixels: bool = False
+    check: bool = True
 
 
 class Engine(NamedTuple):
@@ -71,7 +72,11 @@ def local_engine(settings: Settings) -> Iterator[Engine]:
         )
 
     with Scorer.open(
-        settings.bundle, backend=settings.backend, threads=settings.threads, batch_size=settings.batch_size
+        settings.bundle,
+        backend=settings.backend,
+        threads=settings.threads,
+        batch_size=settings.batch_size,
+        check=settings.check,
     ) as scorer:
         yield Engine(scorer.manifest, rows)
 

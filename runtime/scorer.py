@@ -13,11 +13,15 @@ from typing import TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from mdnet_engines.backends import Backend, open_graphs
+from mdnet_engines.backends import Backend, open_choice
 from mdnet_engines.bundle import Bundle
+from mdnet_engines.choice import choose
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
+from mdnet_engines.parity import measure_scores
+from mdnet_engines.probes import read_probes
 from mdnet_engines.session import Session, available_cores
+from mdnet_engines.trial import QUICK
 from mdnet_rt.pipeline import Pipeline, Task
 from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, preprocess
 from mdnet_rt.results import Result
@@ -29,6 +33,7 @@ Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | En
 BUNDLE_VARIABLE = "MDNET_BUNDLE"
 BUNDLE_FOLDER = "mdnet-bundle"
 BATCH_SIZE = 16
+NO_PROBES = "note: this bundle has no probes (schema version 1): what it scores can't be checked here; build it again"
 
 MAX_DECODERS = 4
 """By default: each may hold one image of `MAX_PIXELS`, and decoding shares its cores with the graphs."""
@@ -59,12 +64,14 @@ class Scorer:
     `image_size`; `fusion` takes outputs of these two by their names and gives `score`, float32 `[batch]`.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: Backend, threads: int, batch_size: int):
+    def __init__(self, bundle: Bundle, *, backend: Backend, threads: int, batch_size: int, check: bool = True):
+        self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.image_size: int = bundle.manifest.preprocessing.image_size
         self.batch_size = _at_least(1, "batch_size", batch_size)
         _at_least(0, "threads", threads)
-        self._graphs = open_graphs(bundle, backend=backend, threads=threads)
+        self.choice = choose(bundle, backend, threads=threads, check=check)
+        self._graphs = open_choice(bundle, self.choice, threads=threads)
         _check_contract(self._graphs)
 
     @classmethod
@@ -75,21 +82,41 @@ class Scorer:
         backend: Backend = "auto",
         threads: int = 0,
         batch_size: int = BATCH_SIZE,
+        check: bool = True,
     ) -> Scorer:
         """Open a bundle (validated, hashes checked) and load its graphs.
 
         Args:
             bundle: its folder; without it as `find_bundle` says.
-            backend: what runs the graphs, as `mdnet_engines.backends` says; `auto` takes what is installed.
+            backend: what runs the graphs, as `mdnet_engines.backends` says; `auto` is as `mdnet_engines.choice` says.
             threads: threads per graph; 0 takes all the cores this process may use.
             batch_size: how many images go through the graphs at once, unless `score` or `stream` says otherwise.
+            check: hold the backend to the bundle's gates first, where it has not met them on this machine before.
 
         Raises:
             UsageError: no bundle is named or found, or an argument is out of range.
             BundleError: the bundle can't be trusted, or its graphs don't fit together.
-            MDNetError: the backend is missing or can't load a graph.
+            MDNetError: the backend is missing, can't load a graph, or is off its gates here.
         """
-        return cls(Bundle.open(find_bundle(bundle)), backend=backend, threads=threads, batch_size=batch_size)
+        return cls(
+            Bundle.open(find_bundle(bundle)), backend=backend, threads=threads, batch_size=batch_size, check=check
+        )
+
+    def check(self) -> None:
+        """Score a few of the bundle's probes with these very graphs, in one batch.
+
+        Raises:
+            MDNetError: the scores are off the bundle's gates.
+        """
+        if self.manifest.probes is None:
+            return
+        probes, precision = read_probes(self.bundle).first(QUICK), self.manifest.precision
+        expected = probes.reference["score"]
+        report = measure_scores(
+            self.score_batch, expected, probes.images, precision=precision, backend=str(self.choice)
+        )
+        if not report.passed:
+            raise MDNetError(f"{self.choice} is off the bundle's gates ({report.failures()})")
 
     def score(self, items: Iterable[Item] | Item, *, batch_size: int | None = None) -> list[Result]:
         """Score images (or one); as `stream`, in a list."""

@@ -11,7 +11,7 @@ from gpu.bundles import open_bundle
 from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.results import Figure
 from mdnet.faces import draw_face
-from mdnet_engines.backends import choose, describe
+from mdnet_engines.choice import choose
 from mdnet_engines.parity import LIMITS
 from mdnet_engines.session import available_cores
 from mdnet_rt.scorer import Scorer
@@ -29,7 +29,7 @@ def run(context: Context) -> None:
 def stream(context: Context) -> dict[str, Figure]:
     """Score a stream of files for some seconds, after a first look at how many that is."""
     bundle = open_bundle(context, "fp16")
-    backend = describe(choose(bundle, "auto")) if context.device.is_cuda else "onnxruntime-cpu"
+    backend = str(choose(bundle, check=False)) if context.device.is_cuda else "onnxruntime-cpu"
     if context.device.is_cuda and backend not in _ON_A_GPU:
         raise NotInstalled(f"onnxruntime-gpu or tensorrt: the runtime would take {backend}")
     files, batch = jpegs(context.scratch / "jpegs"), context.sizes.goal_batch

@@ -19,7 +19,7 @@ from gpu.context import CheckFailed, Context, NotInstalled, NotSupported
 from gpu.model import Reference, check_scores, reference, singles, speed
 from gpu.results import Figure
 from mdnet_engines import native, plan_process, session
-from mdnet_engines.backends import Backend, Graphs, open_graphs
+from mdnet_engines.backends import Backend, Graphs, named, open_choice
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.manifest import BatchRange, PlanRuntime
@@ -57,7 +57,8 @@ def _open_ort(context: Context, backend: Backend, variant: str) -> Graphs:
         raise NotInstalled("onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
     if variant == OWN_OP and native.custom_op_library() is None:
         raise NotInstalled("mdnet's native library, which has the operator: it comes with an install")
-    return open_graphs(open_bundle(context, "fp16"), backend=backend)
+    bundle = open_bundle(context, "fp16")
+    return open_choice(bundle, named(bundle, backend))
 
 
 def _plans(context: Context, runtime: PlanRuntime, precisions: tuple[str, ...]) -> None:
@@ -92,7 +93,7 @@ def _open_plans(context: Context, host: Host, precision: str) -> Graphs:
         usable_plans(bundle, host)
     except MDNetError as error:  # no GPU, or one that these plans are not for
         raise NotSupported(str(error).partition("; build plans")[0]) from None
-    return open_graphs(bundle, backend=host.runtime)
+    return open_choice(bundle, named(bundle, host.runtime))
 
 
 def _rows(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from mdnet_engines.gpu import visible_gpu
+from mdnet_engines.machine import processor_name, this_machine
 from mdnet_engines.manifest import Manifest
 from mdnet_engines.session import available_cores
 from mdnet_rt.results import Stamp
@@ -27,7 +26,8 @@ def describe_host() -> dict[str, Any]:
     machine = {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
+        "features": this_machine().features,
         "cores": os.cpu_count(),
         "cores_usable": available_cores(),
         "gpu": gpu.name if gpu else None,
@@ -44,15 +44,6 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "image_size": manifest.preprocessing.image_size,
         "weights": manifest.provenance.weights,
     }
-
-
-def _processor() -> str | None:
-    """The processor's name; on Linux Python itself does not know it."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1]
-    return platform.processor() or None
 
 
 def _versions() -> dict[str, str]:

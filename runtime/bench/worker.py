@@ -53,7 +53,6 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
         UsageError: a backend that is not for this bundle; no image can be read.
         MDNetError: the bundle or the backend can't be opened.
     """
-    from mdnet_engines.backends import choose
     from mdnet_engines.bundle import Bundle
     from mdnet_rt.bench.images import decode
     from mdnet_rt.scorer import Scorer
@@ -62,7 +61,8 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
     bundle = Bundle.open(options.bundle)
     entries, images = _images(options, bundle.manifest.preprocessing.image_size)
     batch, stream = list(islice(cycle(entries), n)), list(islice(cycle(entries), STREAM * n))
-    scorer = Scorer(bundle, backend=options.backend, threads=options.threads, batch_size=n)
+    check = options.backend == "auto"
+    scorer = Scorer(bundle, backend=options.backend, threads=options.threads, batch_size=n, check=check)
     graphs, size = scorer._graphs, scorer.image_size
     pixels = np.stack([decode(entry, size) for entry in batch])
     features = {**graphs["encoder"].run({"image": pixels}), **graphs["vim"].run({"image": pixels})}
@@ -75,7 +75,7 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
         "end to end": lambda: list(scorer.stream(stream)),
     }
     runs = {stage: STREAM * n if stage == "end to end" else n for stage in stages}
-    return stages, {"images_per_run": runs, "graphs": choose(bundle, options.backend), "images": images}
+    return stages, {"images_per_run": runs, "graphs": dict(scorer.choice.graphs), "images": images}
 
 
 def _images(options: argparse.Namespace, size: int) -> tuple[list[Entry], dict[str, Any]]:

@@ -29,7 +29,7 @@ from mdnet_engines.backends import Backend
 from mdnet_engines.console import INTERRUPTED
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_engines.manifest import Manifest
-from mdnet_rt.scorer import Scorer
+from mdnet_rt.scorer import NO_PROBES, Scorer
 from mdnet_rt.server.app import Counted, Service
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.protocol import Connection
@@ -48,6 +48,7 @@ def serve(
     settings: Settings,
     backend: Backend = "auto",
     threads: int = 0,
+    check: bool = True,
     access_log: bool = False,
     tell: Callable[[str], None],
 ) -> int:
@@ -56,6 +57,7 @@ def serve(
     Args:
         bundle: its folder; without it as `find_bundle` says.
         port: 0 takes one that is free.
+        check: refuse to serve where the bundle's probes don't get their scores.
         tell: called with one line each for the address, the end, and what goes wrong in between.
 
     Returns:
@@ -68,11 +70,15 @@ def serve(
     _quiet(access_log)
     with (
         contextlib.closing(bind(host, port)) as listener,  # first, as it takes no time to fail
-        Scorer.open(bundle, backend=backend, threads=threads, batch_size=settings.max_batch) as scorer,
+        Scorer.open(bundle, backend=backend, threads=threads, batch_size=settings.max_batch, check=check) as scorer,
     ):
+        if check:
+            scorer.check()
         scorer.score_batch(np.zeros((1, scorer.image_size, scorer.image_size, 3), np.uint8))  # warms it up
         if (weights := scorer.manifest.provenance.weights) != "checkpoint":
             tell(f"note: this bundle has {weights} weights; its scores mean nothing for real people")
+        if scorer.manifest.probes is None:
+            tell(NO_PROBES)
         return asyncio.run(run(scorer, listener, settings, tell))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 from small_bundle import write_small_bundle
 
-from mdnet_engines import backends, openvino_session, plan_process, session
-from mdnet_engines.backends import AUTO_ORDER, BACKENDS, Backend, choose, describe, open_graphs
+from mdnet_engines import backends, machine, openvino_session, plan_process, session
+from mdnet_engines.backends import BACKENDS, Backend, Choice, candidates, named, open_choice
 from mdnet_engines.bundle import Bundle, file_entry
+from mdnet_engines.choice import choose, open_graphs
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.gpu import Gpu
 from mdnet_engines.manifest import BatchRange, EngineSet, PlanEntry
@@ -45,17 +47,42 @@ def fp32(tmp_path: Path) -> Bundle:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "openvino", "expected"),
-    [(False, False, ORT), (False, True, OPENVINO), (True, False, CUDA), (True, True, CUDA)],
+    ("cuda", "openvino", "bf16", "expected"),
+    [
+        (False, False, False, [ORT]),
+        (False, True, False, [OPENVINO, ORT]),
+        (True, False, False, [CUDA, ORT]),
+        (True, True, False, [CUDA, OPENVINO, ORT]),
+        (False, True, True, [OPENVINO, ORT]),
+    ],
 )
-def test_auto_takes_what_the_machine_has(
-    cuda: bool, openvino: bool, expected: dict[str, str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_auto_may_take_what_the_machine_has(
+    cuda: bool,
+    openvino: bool,
+    bf16: bool,
+    expected: list[dict[str, str]],
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In order of speed, with Vim never on OpenVINO; and never in bf16, whatever the bundle's precision."""
+    """In the order of speed, with Vim never on OpenVINO; and never in bf16 that was not measured."""
     monkeypatch.setattr(session, "has_cuda", lambda: cuda)
     monkeypatch.setattr(openvino_session, "is_installed", lambda: openvino)
-    assert choose(bundle) == choose(bundle, "auto") == expected
-    assert list(choose(bundle)) == ["encoder", "vim", "fusion"]
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: bf16)
+    if bf16 and bundle.manifest.precision == "int8":  # whose float products our operators then multiply in bfloat16
+        expected = [ORT, OPENVINO]
+    found = candidates(bundle)
+    assert [choice.graphs for choice in found] == expected
+    assert list(found[0].graphs) == ["encoder", "vim", "fusion"]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_a_candidate_where_it_is_measured_native_and_not_for_fp32(
+    native: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_session, "is_installed", lambda: True)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: native)
+    found = [choice.graphs for choice in candidates(bundle, measured=True)]
+    assert (BF16 in found) is (native and bundle.manifest.precision != "fp32")
 
 
 @pytest.mark.parametrize("machine_has", [False, True])
@@ -67,34 +94,29 @@ def test_a_named_backend_is_taken_whatever_is_installed(
 ) -> None:
     monkeypatch.setattr(session, "has_cuda", lambda: machine_has)
     monkeypatch.setattr(openvino_session, "is_installed", lambda: machine_has)
-    assert choose(bundle, backend) == expected
+    assert named(bundle, backend).graphs == expected
 
 
 def test_bf16_is_not_for_fp32_bundles(bundle: Bundle) -> None:
     if bundle.manifest.precision == "fp32":
         with pytest.raises(UsageError, match="take the backend openvino"):
-            choose(bundle, "openvino-bf16")
+            named(bundle, "openvino-bf16")
     else:
-        assert choose(bundle, "openvino-bf16") == BF16
+        assert named(bundle, "openvino-bf16").graphs == BF16
 
 
 def test_an_unknown_backend_is_bad_usage_and_names_the_known(fp32: Bundle) -> None:
     with pytest.raises(UsageError, match="unknown backend 'tpu'") as error:
-        choose(fp32, "tpu")  # type: ignore[arg-type]
+        named(fp32, "tpu")  # type: ignore[arg-type]
     assert all(backend in str(error.value) for backend in BACKENDS)
 
 
-def test_the_last_resort_of_auto_runs_everywhere() -> None:
-    assert AUTO_ORDER[-1] == "onnxruntime-cpu"
-    assert set(AUTO_ORDER) < set(BACKENDS)
-
-
 @pytest.mark.parametrize(
-    ("choice", "words"),
+    ("graphs", "words"),
     [(ORT, "onnxruntime-cpu"), (OPENVINO, "encoder openvino, vim onnxruntime-cpu, fusion openvino")],
 )
-def test_a_choice_in_words(choice: Any, words: str) -> None:
-    assert describe(choice) == words
+def test_a_choice_in_words(graphs: Any, words: str) -> None:
+    assert str(Choice(graphs)) == words
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", pytest.param("openvino", marks=needs_openvino), "auto"])
@@ -102,7 +124,7 @@ def test_the_graphs_that_are_opened_give_the_bundles_outputs(backend: Backend, f
     graphs = open_graphs(fp32, backend=backend, threads=1)
     expected = {"onnxruntime-cpu": OrtSession, "onnxruntime-cuda": OrtSession, "openvino": OpenVINOSession}
     assert {name: type(graph) for name, graph in graphs.items()} == {
-        name: expected[chosen] for name, chosen in choose(fp32, backend).items()
+        name: expected[chosen] for name, chosen in choose(fp32, backend, threads=1).graphs.items()
     }
     images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
     outputs = chain(graphs, images)
@@ -110,6 +132,25 @@ def test_the_graphs_that_are_opened_give_the_bundles_outputs(backend: Backend, f
     np.testing.assert_allclose(outputs["down"], colours, rtol=1e-5)  # sums of 4096 bytes in float32
     np.testing.assert_allclose(outputs["tokens"], -colours, rtol=1e-5)
     np.testing.assert_allclose(outputs["score"], np.zeros(3), atol=1e-3)
+
+
+@pytest.mark.parametrize(("features", "refused"), [(["avx2"], True), (["avx2", "avx512_vnni"], False), ([], False)])
+def test_old_int8_weights_are_refused_where_they_saturate(
+    features: list[str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of schema version 1 have 8 bits: on x86 without VNNI their products overflow 16 bits."""
+    folder = write_small_bundle(tmp_path / "old", precision="int8")
+    document = json.loads((folder / "manifest.json").read_text())
+    del document["probes"]
+    (folder / "manifest.json").write_text(json.dumps({**document, "schema_version": 1}))
+    here = machine.this_machine().model_copy(update={"features": features})
+    monkeypatch.setattr(machine, "this_machine", lambda: here)
+    if not refused:
+        open_graphs(Bundle.open(folder), backend="onnxruntime-cpu")
+        return
+    with pytest.raises(MDNetError, match=r"int8 weights of 8 bits.*build it again") as error:
+        open_graphs(Bundle.open(folder), backend="onnxruntime-cpu")
+    assert len(str(error.value).splitlines()) == 1
 
 
 class Opened:
@@ -130,7 +171,7 @@ def test_sessions_are_opened_as_the_choice_says(tmp_path: Path) -> None:
     bundle = Bundle.open(write_small_bundle(tmp_path / "fp16", precision="fp16"))
     ort = {"backend": "onnxruntime-cpu", "threads": 3}
     calls = {
-        backend: {name: graph.call for name, graph in open_graphs(bundle, backend=backend, threads=3).items()}  # type: ignore[attr-defined]
+        backend: {name: graph.call for name, graph in open_choice(bundle, named(bundle, backend), threads=3).items()}  # type: ignore[attr-defined]
         for backend in ONNX_BACKENDS
     }
     assert calls == {
@@ -159,7 +200,7 @@ def test_only_onnxruntime_on_the_cpu_takes_the_form_made_for_it(tmp_path: Path) 
     }
     bundle = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}))
     files = {
-        backend: open_graphs(bundle, backend=backend)["encoder"].call[0]  # type: ignore[attr-defined]
+        backend: open_choice(bundle, named(bundle, backend))["encoder"].call[0]  # type: ignore[attr-defined]
         for backend in ONNX_BACKENDS
     }
     assert files.pop("onnxruntime-cpu") == "encoder.cpu.onnx"
@@ -204,8 +245,9 @@ def test_auto_takes_plans_that_fit_this_gpu_and_scores_with_them(
 ) -> None:
     bundle = with_plans(fp32, plans, runtime)
     host(runtime, "sm_90")
-    assert choose(bundle) == dict.fromkeys(ORT, runtime)
-    graphs = open_graphs(bundle)
+    choice = choose(bundle, check=False)  # in another process there is no stand-in
+    assert choice.graphs == dict.fromkeys(ORT, runtime)
+    graphs = open_choice(bundle, choice)
     try:
         images = gpu_stand_in.images(6)
         scores = graphs.score(images)  # more than the plans' batch: in pieces
@@ -223,9 +265,9 @@ def test_plans_for_another_gpu_are_passed_over_by_auto_and_explained_by_name(
     host("tensorrt-rtx", "sm_89")
     monkeypatch.setattr(session, "has_cuda", lambda: False)
     monkeypatch.setattr(openvino_session, "is_installed", lambda: False)
-    assert choose(bundle) == ORT
+    assert choose(bundle, check=False).graphs == ORT
     with pytest.raises(MDNetError, match=r"built for sm_90, this machine has sm_89.*mdnet-export engines") as error:
-        open_graphs(bundle, backend="tensorrt-rtx")
+        open_graphs(bundle, backend="tensorrt-rtx", check=False)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -236,9 +278,9 @@ def test_an_altered_plan_is_never_loaded(
     host("tensorrt", "sm_90")
     file = bundle.path / "engines" / bundle.manifest.engines[0].folder / plans["vim"].name
     file.write_bytes(file.read_bytes()[:-1])
-    assert "tensorrt" not in choose(bundle).values()
+    assert "tensorrt" not in choose(bundle, check=False).graphs.values()
     with pytest.raises(MDNetError, match=r"vim.plan has .* bytes"):
-        open_graphs(bundle, backend="tensorrt")
+        open_graphs(bundle, backend="tensorrt", check=False)
 
 
 def test_without_openvino_auto_does_without_and_its_name_is_refused(
@@ -246,8 +288,8 @@ def test_without_openvino_auto_does_without_and_its_name_is_refused(
 ) -> None:
     monkeypatch.setattr(session, "has_cuda", lambda: False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert choose(fp32) == ORT
+    assert choose(fp32).graphs == ORT
     assert all(isinstance(graph, OrtSession) for graph in open_graphs(fp32, threads=1).values())
     with pytest.raises(MDNetError, match=r"install mdnet\[openvino\]") as error:
-        open_graphs(fp32, backend="openvino")
+        open_graphs(fp32, backend="openvino", check=False)
     assert len(str(error.value).splitlines()) == 1

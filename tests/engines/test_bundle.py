@@ -30,7 +30,7 @@ from mdnet_engines.errors import BundleError, UsageError
 from mdnet_engines.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 
 GRAPHS = ("encoder", "vim", "fusion")
-FILES = sorted([MANIFEST_NAME, "encoder.onnx.data", "parity.json", *(f"{name}.onnx" for name in GRAPHS)])
+FILES = sorted([MANIFEST_NAME, "encoder.onnx.data", "parity.json", "probes.npz", *(f"{name}.onnx" for name in GRAPHS)])
 
 
 # ---------------------------------------------------------------------------------------------------- a small bundle
@@ -48,7 +48,7 @@ def fill(folder: Path, preset: str = "demo") -> Path:
     image = {"name": "image", "dtype": "uint8", "shape": ["batch", 64, 64, 3]}
     tokens = {"name": "tokens", "dtype": "float32", "shape": ["batch", 17, 24]}
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "preset": preset,
         "precision": "fp32",
         "preprocessing": {"image_size": 64},
@@ -63,6 +63,7 @@ def fill(folder: Path, preset: str = "demo") -> Path:
             }
             for name in GRAPHS
         },
+        "probes": describe(folder / "probes.npz"),
         "reports": [describe(folder / "parity.json")],
         "parity": {"passed": True, "images": 2, "source": "drawn faces", "max_abs": 0.0, "mean_abs": 0.0},
         "provenance": {"weights": "random", "command": "mdnet-export build", "versions": {"torch": "2.9"}},
@@ -190,13 +191,13 @@ def test_json_that_is_no_object_is_refused(document: object, folder: Path) -> No
     assert MANIFEST_NAME in refusal(folder)
 
 
-@pytest.mark.parametrize("version", [2, 0, -1, 999, "1", None, 1.5, True, [1], {"1": 1}], ids=repr)
+@pytest.mark.parametrize("version", [3, 0, -1, 999, "1", None, 1.5, True, [1], {"1": 1}], ids=repr)
 def test_another_schema_version_is_named_as_such(version: object, folder: Path) -> None:
     """Before anything else: what a newer manifest says in its other fields is not judged by this one's rules."""
     rewrite(folder, lambda document: document.update(schema_version=version, newer_field=1))
     line = refusal(folder)
     assert f"schema version {version!r}" in line
-    assert "reads 1" in line
+    assert "reads 1 and 2" in line
 
 
 def test_a_missing_schema_version_is_refused(folder: Path) -> None:

@@ -39,7 +39,7 @@ def graph(name: str, takes: dict[str, Any], gives: dict[str, Any]) -> dict[str, 
 IMAGE = tensor("image", "uint8", "batch", 64, 64, 3)
 TOKENS = tensor("tokens", "float16", "batch", 17, 24)
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "model": "md-net",
     "preset": "demo",
     "precision": "fp16",
@@ -54,6 +54,7 @@ DOCUMENT: dict[str, Any] = {
         "vim": graph("vim", IMAGE, TOKENS),
         "fusion": graph("fusion", TOKENS, tensor("score", "float32", "batch")),
     },
+    "probes": file("probes.npz"),
     "reports": [file("parity.json"), file("parity.html")],
     "engines": [
         {
@@ -66,6 +67,28 @@ DOCUMENT: dict[str, Any] = {
             "workspace_gib": 2.0,
             "plans": {name: {"file": file(f"{name}.plan"), "graph": "a" * 64} for name in ("encoder", "vim", "fusion")},
             "timing_cache": file("timing.cache"),
+        }
+    ],
+    "backends": [
+        {
+            "graphs": {"encoder": "openvino", "vim": "onnxruntime-cpu", "fusion": "openvino"},
+            "machine": {
+                "architecture": "x86_64",
+                "features": ["avx2"],
+                "gpu": None,
+                "versions": {"onnxruntime": "1.32.0"},
+            },
+            "parity": {
+                "passed": False,
+                "forced": False,
+                "images": 6,
+                "source": "drawn faces",
+                "max_abs": 0.5,
+                "mean_abs": None,
+                "pearson": None,
+                "spearman": None,
+            },
+            "failures": "score max |Δ| is 0.5, allowed is at most 0.001",
         }
     ],
     "parity": {
@@ -129,6 +152,14 @@ def test_what_is_written_is_read_back() -> None:
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
+def test_version_1_has_no_probes_and_version_2_can_not_do_without() -> None:
+    old = {**DOCUMENT, "schema_version": 1, "probes": None, "backends": []}
+    assert Manifest.model_validate(old).probes is None
+    for version, probes in ((1, file("probes.npz")), (2, None)):
+        with pytest.raises(ValidationError, match="has probes from schema version 2 on"):
+            Manifest.model_validate({**DOCUMENT, "schema_version": version, "probes": probes})
+
+
 def test_a_manifest_without_the_training_is_read() -> None:
     provenance = {name: value for name, value in DOCUMENT["provenance"].items() if name != "training"}
     assert Manifest.model_validate({**DOCUMENT, "provenance": provenance}).provenance.training is None
@@ -143,6 +174,7 @@ def test_every_file_is_vouched_for() -> None:
         "fusion.onnx",
         "parity.html",
         "parity.json",
+        "probes.npz",
         "vim.onnx",
     ]  # of the plans, each set vouches for its own
 
@@ -209,7 +241,7 @@ def test_a_missing_field_is_refused(field: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("schema_version",), 2),
+        (("schema_version",), 3),
         (("model",), "other-net"),
         (("precision",), "int4"),
         (("preprocessing", "image_size"), 31),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +16,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import numpy_helper
 
 from mdnet.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
-from mdnet_engines.bundle import Bundle
+from mdnet.cli import main as evaluate
+from mdnet_engines.backends import Choice, candidates
+from mdnet_engines.bundle import Bundle, file_entry
+from mdnet_engines.choice import check, choose
 from mdnet_engines.errors import BundleError, UsageError
+from mdnet_engines.machine import this_machine
+from mdnet_engines.manifest import GRAPH_NAMES, GraphName
 from mdnet_engines.parity import LIMITS
 from mdnet_engines.parity_json import from_json
+from mdnet_engines.trial import measure_apart
 from mdnet_export import build as build_module
 from mdnet_export.build import ParityError, build_bundle
 from mdnet_export.cli import main
@@ -41,7 +51,8 @@ def test_the_bundle_scores_as_the_manifest_says(bundle: Bundle) -> None:
     assert manifest.provenance.weights == "demo"
     stored = from_json(json.loads((bundle.path / "parity.json").read_text()))
     images = parity_images(None, 128, 6)
-    with Scorer.open(bundle.path, backend=stored.backend) as scorer:  # type: ignore[arg-type]
+    with Scorer.open(bundle.path) as scorer:
+        assert str(scorer.choice) == stored.backend  # what is measured is what is served
         scores = scorer.score_batch(images.pixels)
     np.testing.assert_allclose(scores, [pair.bundle for pair in stored.scores], atol=1e-4)
 
@@ -83,9 +94,56 @@ def test_inspect_says_what_would_run_here(installed: bool, bundle: Bundle, monke
     monkeypatch.setattr("mdnet_engines.session.has_cuda", lambda: False)
     if not installed:
         monkeypatch.setitem(sys.modules, "openvino", None)
-    expected = "encoder openvino, vim onnxruntime-cpu, fusion openvino" if installed else "onnxruntime-cpu"
+    choice, why = (choose(bundle), "measured with") if installed else ("onnxruntime-cpu", "by this CPU's features")
     result = CliRunner().invoke(main, ["inspect", str(bundle.path)])
-    assert f"runs here {expected} (backend auto)" in " ".join(result.stdout.split())
+    line = next(line for line in result.stdout.splitlines() if line.startswith("runs here"))
+    assert f"{choice} (backend auto; {why}" in line
+
+
+@needs_openvino
+def test_every_backend_of_this_machine_has_met_the_gates(bundle: Bundle) -> None:
+    """By the manifest, with the machine that they were measured on, and with the probes that come with the bundle."""
+    rows = {str(Choice(row.graphs)): row for row in bundle.manifest.backends}
+    assert {str(choice) for choice in candidates(bundle, measured=True)} <= rows.keys()
+    for words, row in rows.items():
+        assert row.parity.passed, (words, row.failures)
+        assert row.machine == this_machine()
+        assert measure_apart(bundle, Choice(row.graphs)).report.passed
+
+
+def test_evaluate_gives_the_scores_of_score(bundle: Bundle, faces: Path, tmp_path: Path) -> None:
+    """By default, on whatever `auto` takes, int8 included."""
+    file = tmp_path / "evaluation.json"
+    result = CliRunner().invoke(evaluate, ["evaluate", str(bundle.path), "--data", str(faces), "--json", str(file)])
+    assert result.exit_code == 0, result.stderr
+    (split,) = json.loads(file.read_text())["splits"]
+    with Scorer.open(bundle.path) as scorer:
+        rows = scorer.score([faces / "Images" / row["image"] for row in split["predictions"]])
+    # Batches of the same images, in the same order.
+    np.testing.assert_allclose([row["score"] for row in split["predictions"]], [row.score for row in rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("graph", GRAPH_NAMES)
+def test_a_weight_that_is_changed_and_hashed_anew_fails_the_check(
+    graph: GraphName, bundle: Bundle, tmp_path: Path
+) -> None:
+    """The largest weight of the graph is negated."""
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "altered"))
+    entry = bundle.manifest.graphs[graph]
+    for file in (file.name for file in [entry.file, entry.cpu] if file):
+        proto = onnx.load(folder / file)
+        tensor = max(proto.graph.initializer, key=lambda each: math.prod(each.dims))
+        tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
+        onnx.save(proto, folder / file)
+    document = json.loads((folder / "manifest.json").read_text())
+    for kind in ("file", "cpu"):
+        if described := document["graphs"][graph][kind]:
+            document["graphs"][graph][kind] = file_entry(folder / described["name"]).model_dump()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    altered = Bundle.open(folder)
+    for backend in ("auto", "onnxruntime-cpu"):
+        trial = check(altered, backend)  # type: ignore[arg-type]
+        assert not trial.holds, trial.verdict()
 
 
 def test_verify_fails_on_a_bundle_that_is_not_the_model(bundle: Bundle, tmp_path: Path) -> None:

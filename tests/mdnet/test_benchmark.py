@@ -17,6 +17,7 @@ from mdnet.benchmark import Benchmark, SplitResult, assign, run_benchmark, seen_
 from mdnet.data import GROUPS, Rated, read_splits
 from mdnet.evaluate import Evaluation, predict
 from mdnet.subject import Device, Subject, training_of
+from mdnet_engines.backends import Backend
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.manifest import Training
 from mdnet_rt.preprocess import load_image
@@ -31,7 +32,7 @@ class Brightness(Subject):
     gain: float = 1.0
     loads: list[float] = field(default_factory=list, compare=False)
 
-    def load(self, device: Device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    def load(self, device: Device = "cpu", backend: Backend = "auto") -> Callable[[np.ndarray], np.ndarray]:
         self.loads.append(self.gain)
         return lambda images: brightness(images) * np.float32(self.gain)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from mdnet_engines.bundle import file_entry, write_bundle
 from mdnet_engines.manifest import (
     MANIFEST_NAME,
+    FileEntry,
     GraphEntry,
     Manifest,
     ParitySummary,
@@ -27,6 +28,7 @@ from mdnet_engines.manifest import (
     ScoreScale,
     TensorSpec,
 )
+from mdnet_engines.probes import PROBES_NAME, write_probes
 
 SIZE = 32
 MEAN_WEIGHTS = np.array([0.5, 0.3, 0.15], np.float32)  # unequal: swapped channels change the score
@@ -56,7 +58,8 @@ def make_bundle() -> Callable[..., Path]:
             for name, model in models.items():
                 onnx.save(model, scratch / f"{name}.onnx")
             entries = {name: _entry(scratch / f"{name}.onnx", model) for name, model in models.items()}
-            (scratch / MANIFEST_NAME).write_text(_manifest(entries, weights).model_dump_json())
+            probes = None if graphs else _probes(scratch)  # with another graph they would not hold
+            (scratch / MANIFEST_NAME).write_text(_manifest(entries, weights, probes).model_dump_json())
         return folder
 
     return make
@@ -224,8 +227,21 @@ def _entry(file: Path, model: onnx.ModelProto) -> GraphEntry:
     )
 
 
-def _manifest(graphs: dict[str, GraphEntry], weights: str) -> Manifest:
+def _probes(folder: Path) -> FileEntry:
+    """Random images, and what the three graphs' formulas give for them."""
+    pixels = np.random.default_rng(7).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    unit = pixels.astype(np.float64) / 255
+    outputs = {"means": unit.mean((1, 2)), "corner": unit[:, 0, 0], "brightest": np.log(unit.max((1, 2, 3)))}
+    score = 3 + outputs["means"] @ MEAN_WEIGHTS + outputs["corner"] @ CORNER_WEIGHTS + outputs["brightest"] / 4
+    reference = {name: values.astype(np.float32) for name, values in {**outputs, "score": score}.items()}
+    write_probes(folder / PROBES_NAME, pixels, reference)
+    return file_entry(folder / PROBES_NAME)
+
+
+def _manifest(graphs: dict[str, GraphEntry], weights: str, probes: FileEntry | None) -> Manifest:
     return Manifest(
+        schema_version=2 if probes else 1,
+        probes=probes,
         preset="tiny",
         precision="fp32",
         preprocessing=Preprocessing(image_size=SIZE),

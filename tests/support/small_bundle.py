@@ -12,6 +12,8 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
+from mdnet_engines.probes import PROBES_NAME, write_probes
+
 GRAPHS = ("encoder", "vim", "fusion")
 SIZE = 64
 
@@ -24,8 +26,10 @@ def write_small_bundle(folder: Path, *, scale: float = 1.0, precision: str = "fp
     save(folder / "encoder.onnx", [image], down, scale)
     save(folder / "vim.onnx", [image], tokens, -scale)
     save(folder / "fusion.onnx", [down, tokens], ("score", TensorProto.FLOAT, ["batch"]), scale)
+    pixels = np.random.default_rng(11).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    write_probes(folder / PROBES_NAME, pixels, expected_outputs(pixels, scale))
     document = {
-        "schema_version": 1,
+        "schema_version": 2,
         "preset": "demo",
         "precision": precision,
         "preprocessing": {"image_size": SIZE},
@@ -35,12 +39,20 @@ def write_small_bundle(folder: Path, *, scale: float = 1.0, precision: str = "fp
             "vim": graph(folder, "vim", precision, [image], tokens),
             "fusion": graph(folder, "fusion", precision, [down, tokens], ("score", TensorProto.FLOAT, ["batch"])),
         },
+        "probes": describe(folder / PROBES_NAME),
         "parity": {"passed": True, "images": 2, "source": "drawn faces", "max_abs": 0.0, "mean_abs": 0.0},
         "provenance": {"weights": "random", "command": "mdnet-export build", "versions": {"torch": "2.9"}},
         "licenses": ["Apache-2.0"],
     }
     (folder / "manifest.json").write_text(json.dumps(document))
     return folder
+
+
+def expected_outputs(pixels: np.ndarray, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """What the graphs give for images (n, SIZE, SIZE, 3), by their formulas."""
+    colours = pixels.astype(np.float64).mean((1, 2))
+    outputs = {"down": scale * colours, "tokens": -scale * colours, "score": np.zeros(len(pixels))}
+    return {name: values.astype(np.float32) for name, values in outputs.items()}
 
 
 Value = tuple[str, int, list[Any]]
