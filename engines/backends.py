@@ -166,7 +166,7 @@ def _open_plans(bundle: Bundle, engines: EngineSet) -> Graphs:
 def _refuse_saturating(bundle: Bundle, choice: Choice) -> None:
     old = bundle.manifest.schema_version == 1 and bundle.manifest.precision == "int8"
     on_cpu = {"onnxruntime-cpu", "openvino", "openvino-bf16"} & set(choice.graphs.values())
-    if old and on_cpu and machine.saturates():
+    if old and on_cpu and machine.lacks_vnni():
         raise MDNetError(
             f"{bundle.path} has int8 weights of 8 bits, which give wrong scores on a CPU without VNNI; "
             "build it again with: mdnet-export build --precision int8"

@@ -43,8 +43,8 @@ def has_native_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(this_machine().features)
 
 
-def saturates() -> bool:
-    """Whether pairs of int8 products are added in 16 bits here: x86 without VNNI."""
+def lacks_vnni() -> bool:
+    """Whether this is an x86 CPU that adds pairs of int8 products in 16 bits, and gains little from int8."""
     machine = this_machine()
     vnni = {"avx512_vnni", "avx_vnni", "amx_int8"}
     return "avx2" in machine.features and vnni.isdisjoint(machine.features)

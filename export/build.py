@@ -24,7 +24,7 @@ from mdnet_engines.backends import Choice
 from mdnet_engines.bundle import Bundle, check_replaceable, file_entry, write_bundle
 from mdnet_engines.choice import Trial, explain, holding, try_candidates, tune
 from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.machine import this_machine
+from mdnet_engines.machine import lacks_vnni, this_machine
 from mdnet_engines.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
@@ -117,12 +117,13 @@ def build_bundle(
         images: what parity is measured on.
         calibration: for int8, what its ranges and blocks are chosen on; for fp16, where overflow is looked for (drawn
             faces by default).
-        force: write the bundle although a gate failed or int8 is slower than float; the manifest records it.
+        force: write the bundle although a gate failed or int8 is slower than float; the manifest records it. On a CPU
+            without VNNI slower int8 is written all the same: it may be for another machine.
         on_step: called with what is being done, for progress.
 
     Raises:
         ParityError: a gate failed and `force` is not set.
-        SlowerError: int8 is slower than float here, and `force` is not set.
+        SlowerError: int8 is slower than float on a CPU that has VNNI, and `force` is not set.
         UsageError: `destination` is something that must not be replaced, int8 lacks its calibration, or parity would be
             measured on calibration images.
     """
@@ -147,7 +148,7 @@ def build_bundle(
             facts = dataclasses.replace(facts, float32_values=rewrite_fp16(folder, calibration, on_step=on_step))
         elif calibration is not None and precision == "int8":
             int8 = quantise_encoder(folder, calibration, on_step=on_step)
-            if int8.speed.slower and not force:
+            if int8.speed.slower and not force and not lacks_vnni():  # without it a small model gains only elsewhere
                 raise SlowerError(int8)
             facts = dataclasses.replace(facts, int8=int8)
         write_probes(folder / PROBES_NAME, probes, reference_of_probes)

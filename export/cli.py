@@ -166,6 +166,8 @@ def _print_result(bundle: Bundle) -> None:
     say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
     if manifest.precision == "fp16":
         say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
+    if manifest.int8 and manifest.int8.speedup < 1:
+        say(f"note: on this machine int8 is {manifest.int8.speedup:.2f}× as fast as float ({manifest.int8.speedup_on})")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")
 
 
