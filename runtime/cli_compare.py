@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
@@ -68,8 +69,10 @@ def compare(
     if note := _scales_note(*manifests):
         say(note)
     # A backend that was named is compared whatever its gates say.
-    options = {"backend": backend, "threads": threads, "batch_size": batch_size, "check": backend == "auto"}
-    with Scorer(bundles[0], **options) as scorer_a, Scorer(bundles[1], **options) as scorer_b:
+    open_one = functools.partial(
+        Scorer, backend=backend, threads=threads, batch_size=batch_size, check=backend == "auto"
+    )
+    with open_one(bundles[0]) as scorer_a, open_one(bundles[1]) as scorer_b:
         scorers = (scorer_a, scorer_b)
         for name, bundle, scorer in zip("AB", bundles, scorers, strict=True):
             manifest = bundle.manifest

@@ -122,6 +122,11 @@ def test_the_wheel_has_every_file_of_the_rooms(wheel: Path) -> None:
     assert packed == expected
 
 
+def test_the_lean_environment_proves_the_bundle(lean: Path, bundle: Path, tmp_path: Path) -> None:
+    line = must(lean / "mdnet-rt", "check", bundle, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert line.startswith(f"{bundle}, demo fp32: holds on onnxruntime-cpu: max |Δscore| ")
+
+
 @pytest.mark.parametrize("module", ["diffusers", "jinja2", "onnx", "onnxscript", "safetensors", "torch"])
 def test_nothing_of_training_or_export_is_installed(module: str, lean: Path, tmp_path: Path) -> None:
     program = f"import importlib.util; print(importlib.util.find_spec({module!r}))"
