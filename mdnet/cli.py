@@ -16,6 +16,7 @@ from mdnet.cli_common import DRAWN_FACES, check_output, command_line, protocol_o
 from mdnet.cli_train import ablate, prior, train
 from mdnet_engines.console import Command, progress, say, steps
 from mdnet_engines.errors import require
+from mdnet_engines.outputs import write_text
 
 if TYPE_CHECKING:
     from mdnet.benchmark import SplitResult
@@ -159,9 +160,9 @@ def evaluate(
     if len(benchmark.splits) > 1:
         click.echo(f"{protocol}: {benchmark.spread()}")
     if json_:
-        json_.write_text(json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_, json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n")
     if report:
         from mdnet.evaluation_report import render_report
 
         facts = {"command": command_line(), "mdnet": version("mdnet"), "device": device}
-        report.write_text(render_report(benchmark, facts=facts), encoding="utf-8")
+        write_text(report, render_report(benchmark, facts=facts))

@@ -249,6 +249,21 @@ def test_scores_without_meaning_come_with_a_note(
     assert len(rows(result.stdout)) == 2
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("into", ["a file that is appended to", "a pipe"])
+def test_rows_for_standard_output_by_name_come_there_and_nothing_is_lost(
+    shared_bundle: Path, photos: Path, tmp_path: Path, name: str, into: str
+) -> None:
+    command = [sys.executable, "-m", "mdnet_rt.cli", "score", str(photos / "img0.png"), "--bundle", str(shared_bundle)]
+    log = tmp_path / "log"
+    log.write_bytes(b"earlier\n")
+    with log.open("ab") as stream:
+        out = subprocess.PIPE if into == "a pipe" else stream
+        done = subprocess.run([*command, "-o", name, "--format", "csv"], stdout=out, check=True)
+    found = done.stdout if into == "a pipe" else log.read_bytes().removeprefix(b"earlier\n")
+    assert found.decode() == run(*command[3:]).stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
 def test_a_full_disk_is_one_line_and_exit_code_1(shared_bundle: Path, photos: Path) -> None:
     result = run("score", photos, "--bundle", shared_bundle, "-o", "/dev/full", "--format", "csv")
