@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from mdnet_engines.errors import first_line, require
-from mdnet_rt.preprocess import MAX_BYTES, ImageError, too_large
+from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
 from mdnet_rt.sources import SUFFIXES, Entry
 
 _MAX_HEADER = 2**20

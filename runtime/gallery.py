@@ -106,6 +106,8 @@ class Gallery:
         summary = self._summary
         facts = {"model": stamp.model, "bundle": stamp.bundle, "scored": f"{summary.scored:,}"}
         facts["failed"] = f"{summary.failed:,}"
+        if summary.doubtful:
+            facts["with a warning"] = f"{summary.doubtful:,}"
         if summary.scored:
             facts["lowest score"], facts["highest score"] = score_text(summary.low), score_text(summary.high)
             facts["mean score"] = score_text(self._histogram.total / summary.scored)

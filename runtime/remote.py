@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
 from mdnet_rt.archives import read_archive
-from mdnet_rt.preprocess import MAX_BYTES, ImageError, too_large
+from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
 from mdnet_rt.sources import SUFFIXES, Entry, is_archive, natural_key
 
 

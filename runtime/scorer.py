@@ -19,7 +19,7 @@ from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.session import Session, available_cores
 from mdnet_rt.pipeline import Pipeline, Task
-from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, preprocess
+from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory
 from mdnet_rt.results import Result
 from mdnet_rt.sources import Entry
 
@@ -180,13 +180,7 @@ def _task(item: Item, index: int, size: int, find_box: FindBox | None) -> Task:
         return Task(name, lambda: decode(data(), size, find_box=find_box))
     # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL images
     # load lazily and not thread-safely: done where it is taken.
-    return Task(name, functools.partial(_in_memory, data, size, find_box), at_once=True)
-
-
-def _in_memory(image: Image.Image | np.ndarray, size: int, find_box: FindBox | None) -> Decoded:
-    pixels = preprocess(image, size, find_box=find_box)
-    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    return Decoded(pixels, width, height)
+    return Task(name, functools.partial(decode_in_memory, data, size, find_box=find_box), at_once=True)
 
 
 def _refuse(error: ImageError) -> Decoded:

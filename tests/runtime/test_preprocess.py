@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import os
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -17,8 +18,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mdnet_rt import image_files
 from mdnet_rt import preprocess as module
-from mdnet_rt.preprocess import MAX_PIXELS, ImageError, load_image, preprocess
+from mdnet_rt.preprocess import (
+    MAX_PIXELS,
+    Decoded,
+    ImageError,
+    decode,
+    decode_in_memory,
+    load_image,
+    preprocess,
+)
 
 SIZE = 32
 ORIENTATION = 0x0112
@@ -138,7 +148,7 @@ def test_jpeg_is_decoded_small_but_never_under_twice_the_size(
     monkeypatch: pytest.MonkeyPatch, stored: tuple[int, int], decoded: tuple[int, int]
 ) -> None:
     seen = []
-    monkeypatch.setattr(module, "_square", lambda image, size, find_box: seen.append(image.size))
+    monkeypatch.setattr(module, "_decoded", lambda image, *_: Decoded(seen.append(image.size), 0, 0))
     for oriented in (1, 6):
         exif = Image.Exif()
         exif[ORIENTATION] = oriented
@@ -176,9 +186,9 @@ def solid(mode: str, colour: object) -> Image.Image:
         (solid("CMYK", (255, 0, 0, 0)), "JPEG", (0, 255, 255)),
         (solid("CMYK", (0, 0, 255, 0)), "TIFF", (255, 255, 0)),
         (solid("YCbCr", (100, 128, 128)), "JPEG", (100, 100, 100)),
-        (solid("LA", (0, 0)), "PNG", (255, 255, 255)),
+        (solid("LA", (0, 0)), "PNG", (0, 0, 0)),
         (solid("LA", (0, 51)), "PNG", (204, 204, 204)),
-        (solid("RGBA", (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (solid("RGBA", (255, 0, 0, 0)), "PNG", (255, 0, 0)),
         (solid("RGBA", (255, 0, 0, 51)), "PNG", (255, 204, 204)),
         (solid("RGBA", (10, 20, 30, 255)), "WEBP", (10, 20, 30)),
         (solid("P", 3), "GIF", None),
@@ -208,6 +218,46 @@ def test_partly_transparent_palette_is_blended() -> None:
     image.putpalette([0, 0, 0])
     pixels = load_image(encoded(image, "PNG", transparency=bytes([51])), SIZE)
     assert np.abs(pixels.astype(int) - 204).max() <= 1
+
+
+def bmp_with_alpha(pixels: np.ndarray, alpha: int) -> bytes:
+    """A BMP of 32 bits a pixel with masks for all four channels (BITMAPV3INFOHEADER)."""
+    height, width, _ = pixels.shape
+    body = np.dstack([pixels[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 56, width, height, 1, 32, 3, len(body), 0, 0, 0, 0)
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    return struct.pack("<2sIHHI", b"BM", 70 + len(body), 0, 0, 70) + header + masks + body
+
+
+def test_a_bmp_whose_alpha_was_never_set_is_opaque() -> None:
+    pixels = noise(40, 30)
+    assert Image.open(io.BytesIO(bmp_with_alpha(pixels, 0))).mode == "RGBA"
+    np.testing.assert_array_equal(load_image(bmp_with_alpha(pixels, 0), SIZE), preprocess(pixels, SIZE))
+    faint = load_image(bmp_with_alpha(pixels, 1), SIZE)  # which was set
+    assert faint.min() >= 253
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "TIFF"), ("LA", "TIFF"), ("PA", "TIFF")]
+)
+def test_alpha_that_is_0_everywhere_is_unset_and_alpha_that_is_set_anywhere_is_alpha(mode: str, format: str) -> None:
+    opaque = Image.fromarray(noise(40, 40)[:, :, 0]).convert(mode[:-1])
+    image = Image.merge("LA", (opaque, Image.new("L", (40, 40), 0))) if mode == "LA" else opaque.convert(mode)
+    image.putalpha(0)
+    np.testing.assert_array_equal(load_image(encoded(image, format), SIZE), preprocess(opaque, SIZE))
+    alpha = Image.new("L", (40, 40), 0)
+    alpha.putpixel((0, 0), 255)
+    image.putalpha(alpha)
+    np.testing.assert_array_equal(load_image(encoded(image, format), SIZE)[5:, 5:], 255)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (3, 500)])
+def test_a_picture_of_one_colour_has_a_warning_and_one_pixel_takes_it_away(shape: tuple[int, int]) -> None:
+    pixels = np.full((*shape, 3), 77, np.uint8)
+    assert decode_in_memory(pixels, SIZE).warning == "one flat colour"
+    assert decode(encoded(Image.fromarray(pixels), "PNG"), SIZE).warning == "one flat colour"
+    pixels[shape[0] // 2, shape[1] // 2] = 255
+    assert decode_in_memory(pixels, SIZE).warning is None
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 200, 255])
@@ -273,7 +323,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
 
 
 def test_the_pixel_limit_is_what_is_still_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PIXELS", 100)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     assert preprocess(noise(10, 10), SIZE).shape == (SIZE, SIZE, 3)
     for too_large in (noise(101, 1), Image.new("L", (1, 101))):
         with pytest.raises(ImageError, match="exceed the limit of 100"):

@@ -154,6 +154,14 @@ def test_a_bad_image_is_a_row_and_the_others_are_scored(
             assert result.score == pytest.approx(expected_score(load_image(result.path, SIZE)), abs=TOLERANCE)
 
 
+def test_a_flat_picture_is_scored_with_a_warning(scorer: Scorer, expected_score: Expected, tmp_path: Path) -> None:
+    pixels = np.full((40, 50, 3), 200, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    for result in scorer.score([tmp_path / "grey.png", pixels]):
+        assert (result.status, result.reason) == ("ok", "one flat colour")
+        assert result.score == pytest.approx(expected_score(preprocess(pixels, SIZE)), abs=1e-5)
+
+
 def test_only_bad_images_run_no_graph(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OrtSession, "run", None)
     assert [result.reason for result in scorer.score([b"", b""])] == ["empty file"] * 2
