@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mdnet_rt.image_files import ImageError
+from mdnet_rt.tiff import grey_of, refuse_misread
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -14,8 +15,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Alpha that is 0 everywhere was never set (a 32-bit BMP's fourth byte, for one): the picture is opaque.
 
     Raises:
-        ImageError: floating-point or 32-bit pixels, of which nobody knows which value is white.
+        ImageError: floating-point, signed or 32-bit pixels, of which nobody knows which value is white; a TIFF that
+            Pillow misreads.
     """
+    refuse_misread(image)
     if image.mode == "F":
         raise ImageError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -32,5 +35,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if image.mode == "I" and (pixels.min() < 0 or pixels.max() > 0xFFFF):
         raise ImageError("32-bit integer pixels have no known range; save it with 8 or 16 bits")
+    bits, white_is_zero = grey_of(image)
     # The high byte is what Pillow keeps of 16-bit RGB: a grey image scores the same saved either way.
-    return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    grey = (pixels >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")

@@ -21,6 +21,7 @@ MAX_BYTES = 256 * 2**20
 """Larger files are refused: some decoders search byte by byte for where an image goes on, or read all of it first."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 """What is decoded. A list of our own, since Pillow's own reaches programs (EPS runs Ghostscript)."""
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class ImageError(MDNetError):
@@ -93,7 +94,7 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
         with path.open("rb") as stream:
             yield stream
     elif hasattr(source, "read"):
-        yield source
+        yield source if source.seekable() else io.BytesIO(source.read())
     else:
         raise ImageError(f"{type(source).__name__} is not a path, bytes or a binary file")
 
@@ -101,16 +102,24 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
 def _open(stream: BinaryIO) -> Image.Image:
     try:
         return Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:
+        if _prefix(stream).startswith(_TIFF):
+            raise ImageError("a TIFF that is damaged or has pixels of an unknown layout; save it with 8 bits") from None
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's limit (an error at twice ours, a warning at ours) leaves out the width and height.
         check_pixels(*_declared_size(stream))
         raise
 
 
+def _prefix(stream: BinaryIO) -> bytes:
+    stream.seek(0)
+    return stream.read(16)
+
+
 def _declared_size(stream: BinaryIO) -> tuple[int, int]:
     """Width and height by the file's header, without Pillow's own limit and without decoding."""
-    stream.seek(0)
-    prefix = stream.read(16)
+    prefix = _prefix(stream)
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(prefix) is True:
