@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import stat
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from mdnet_engines.errors import MDNetError, first_line
 
@@ -19,8 +20,11 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (where Pillow starts to warn: 256 MiB of 8-bit RGB)."""
 MAX_BYTES = 256 * 2**20
 """Larger files are refused: some decoders search byte by byte for where an image goes on, or read all of it first."""
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 """What is decoded. A list of our own, since Pillow's own reaches programs (EPS runs Ghostscript)."""
+_HEIF = "HEIF"
+"""Decoded too where the extra `heif` is installed."""
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -103,13 +107,27 @@ def _open(stream: BinaryIO) -> Image.Image:
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        if _prefix(stream).startswith(_TIFF):
-            raise ImageError("a TIFF that is damaged or has pixels of an unknown layout; save it with 8 bits") from None
-        raise
+        return _open_other(stream, _prefix(stream))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's limit (an error at twice ours, a warning at ours) leaves out the width and height.
         check_pixels(*_declared_size(stream))
         raise
+
+
+def _open_other(stream: BinaryIO, prefix: bytes) -> Image.Image:
+    """Open what Pillow itself can't, or say more of it than that."""
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
+        if importlib.util.find_spec("pi_heif") is None:
+            raise ImageError("a HEIF image (iPhones write them); it can be decoded with the extra mdnet[heif]")
+        from pi_heif import register_heif_opener
+
+        register_heif_opener()
+        return Image.open(stream, formats=[_HEIF])
+    if prefix[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
+        raise ImageError("an AVIF image, which this Pillow was built without; install its wheel from PyPI")
+    if prefix.startswith(_TIFF):
+        raise ImageError("a TIFF that is damaged or has pixels of an unknown layout; save it with 8 bits")
+    raise UnidentifiedImageError
 
 
 def _prefix(stream: BinaryIO) -> bytes:

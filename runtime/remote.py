@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
 from mdnet_rt.archives import read_archive
 from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
-from mdnet_rt.sources import SUFFIXES, Entry, is_archive, natural_key
+from mdnet_rt.sources import FOUND_SUFFIXES, Entry, is_archive, natural_key
 
 
 def expand_url(url: str) -> Callable[[], Iterator[str]]:
@@ -69,7 +69,7 @@ def _images_below(system: Any, folder: str) -> list[str]:
 
 def _is_image(path: str) -> bool:
     name = posixpath.basename(path)
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(FOUND_SUFFIXES) and not name.startswith(".")
 
 
 def _fetch(url: str) -> bytes:

@@ -19,8 +19,17 @@ from typing import BinaryIO, NoReturn
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_rt.preprocess import ImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What counts as an image when a folder or an archive is searched, in any case of letters."""
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".hif"),
+    *(".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
+)
+"""Names of images that can be decoded, in any case of letters (HEIF with the extra `heif`)."""
+FOUND_SUFFIXES = (
+    *SUFFIXES,
+    *(".dds", ".dib", ".exr", ".hdr", ".ico", ".jxl", ".psd", ".svg", ".tga"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),  # cameras' raw files
+)
+"""What counts as an image when a folder or an archive is searched; the row of one that can't be decoded says so."""
 
 _MAGIC = re.compile(r"[*?[]")
 _DIGITS = re.compile("[0-9]+")
@@ -63,8 +72,8 @@ def find_locations(patterns: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     """Expand files, folders, glob patterns and URLs into the locations they mean.
 
     - A file is kept whatever its suffix; a broken link or a FIFO too, to become a row that says what is wrong.
-    - A folder is searched with its subfolders for `SUFFIXES`. Linked files count (broken links too, so that a data
-      set with files missing is not scored as if complete); linked folders are not entered, so there are no loops.
+    - A folder is searched with its subfolders for `FOUND_SUFFIXES`. Linked files count (broken links too, so that a
+      data set with files missing is not scored as if complete); linked folders are not entered, so there are no loops.
       FIFOs, sockets, devices and names that begin with a dot (macOS leaves `._face.jpg` beside `face.jpg`) are skipped.
     - A pattern (`*`, `?`, `[…]`, and `**` for any depth of folders) counts only where no such file exists; each match
       is then treated as if it had been named, as when the shell expands it.
@@ -174,7 +183,7 @@ def _walk(folder: Path) -> Iterator[str]:
             continue
         if entry.is_dir(follow_symlinks=False):
             folders.add(entry.name)
-        elif entry.name.lower().endswith(SUFFIXES) and _is_file_or_broken(entry):
+        elif entry.name.lower().endswith(FOUND_SUFFIXES) and _is_file_or_broken(entry):
             files.append(entry.name)
     names = sorted([*files, *folders])
     del files

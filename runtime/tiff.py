@@ -9,7 +9,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from mdnet_rt.image_files import ImageError
 
-_BITS, _PHOTOMETRIC, _PLANAR, _EXTRA, _FORMAT = 258, 262, 284, 338, 339
+_SUBFILE, _BITS, _PHOTOMETRIC, _PLANAR, _EXTRA, _FORMAT = 254, 258, 262, 284, 338, 339
+_PREVIEW = 1
 _SIGNED = 2
 
 
@@ -21,14 +22,16 @@ class Grey(NamedTuple):
 
 
 def refuse_misread(image: Image.Image) -> None:
-    """Raise `ImageError` where Pillow gives other pixels than the file has; it says nothing itself.
+    """Raise `ImageError` where Pillow, without a word, gives other pixels than those that are meant.
 
-    It takes the bytes of signed values for unsigned ones, and those of uncompressed planes (all red, then all green)
-    for 8 bits each.
+    The first image of a camera's raw file is a preview. The bytes of signed values are taken for unsigned ones, and
+    those of uncompressed planes (all red, then all green) for 8 bits each.
     """
     if not isinstance(image, TiffImageFile):
         return
     tags = image.tag_v2
+    if tags.get(_SUBFILE, 0) & _PREVIEW:
+        raise ImageError("a preview comes first in this file (a camera's raw file?); convert it to JPEG or TIFF")
     if _SIGNED in tags.get(_FORMAT, ()) and max(tags.get(_BITS, (1,))) <= 16:
         raise ImageError("signed pixels have no known range; save it with 8 or 16 bits, unsigned")
     if tags.get(_PLANAR) == 2 and image.info.get("compression") == "raw" and len(image.getbands()) > 1:

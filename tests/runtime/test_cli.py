@@ -7,10 +7,12 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +249,45 @@ def test_scores_without_meaning_come_with_a_note(
     assert result.exit_code == 0
     assert (note in lines[0] and len(lines) == 2) if note else len(lines) == 1
     assert len(rows(result.stdout)) == 2
+
+
+SUFFIX_FORMATS = {
+    "AVIF": [".avif"],
+    "BMP": [".bmp"],
+    "GIF": [".gif"],
+    "JPEG": [".jpg", ".JPG", ".jpeg", ".jpe", ".jfif"],
+    "JPEG2000": [".jp2"],
+    "PNG": [".png"],
+    "PPM": [".ppm", ".pnm"],
+    "TIFF": [".tif", ".tiff"],
+    "WEBP": [".webp"],
+}
+
+
+@pytest.mark.parametrize("place", ["folder", "archive"])
+def test_an_image_of_any_suffix_is_found_in_a_folder_and_an_archive(
+    shared_bundle: Path, tmp_path: Path, place: str
+) -> None:
+    folder, image = tmp_path / "in", Image.effect_noise((40, 40), 50).convert("RGB")
+    folder.mkdir()
+    for format, suffixes in SUFFIX_FORMATS.items():
+        for suffix in suffixes:
+            image.save(folder / f"image{suffix}", format)
+    for name in ("drawing.svg", "icon.ico", "raw.nef", "photo.jxl"):
+        (folder / name).write_bytes(b"of a format that is not decoded")
+    for name in ("notes.txt", "scores.csv", "Thumbs.db", "clip.mp4"):
+        (folder / name).write_bytes(b"no image")
+    location = folder
+    if place == "archive":
+        location = tmp_path / "in.tar"
+        with tarfile.open(location, "w") as archive:
+            for file in folder.iterdir():
+                archive.add(file, file.name)
+    result = run("score", location, "--bundle", shared_bundle, "--format", "jsonl")
+    statuses = {re.split("::|/", row["path"])[-1]: row["status"] for row in map(json.loads, result.stdout.splitlines())}
+    good = {f"image{suffix}": "ok" for suffixes in SUFFIX_FORMATS.values() for suffix in suffixes}
+    assert statuses == good | dict.fromkeys(("drawing.svg", "icon.ico", "raw.nef", "photo.jxl"), "unreadable")
+    assert result.exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])

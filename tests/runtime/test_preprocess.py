@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import importlib.util
 import io
 import os
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, ImageOps, features
 
 from mdnet_rt import image_files
 from mdnet_rt import preprocess as module
@@ -300,6 +301,33 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
     np.testing.assert_array_equal(load_image(data, SIZE), np.broadcast_to([255, 0, 0], (SIZE, SIZE, 3)))
 
 
+HEIC = Path(__file__).parents[1] / "data" / "turned.heic"
+"""`smooth(64, 48)`, stored upright, to be shown turned by 90° clockwise (`irot`); made by pillow-heif."""
+
+
+def test_a_heic_is_decoded_as_it_is_to_be_shown() -> None:
+    pytest.importorskip("pi_heif")
+    upright = smooth(64, 48).transpose(Image.Transpose.ROTATE_270)
+    # 4 levels: HEVC's own loss; a wrong turn is off by up to 247.
+    np.testing.assert_allclose(load_image(HEIC, SIZE).astype(int), preprocess(upright, SIZE), atol=4)
+
+
+def test_without_its_decoder_a_heic_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for source in (HEIC, HEIC.read_bytes()):
+        with pytest.raises(ImageError, match=r"HEIF.*mdnet\[heif\]"):
+            load_image(source, SIZE)
+
+
+@pytest.mark.filterwarnings("ignore:image file could not be identified because AVIF support not installed")
+def test_a_pillow_without_avif_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(smooth(40, 40), "AVIF")
+    monkeypatch.setattr(features, "check", lambda name: False)
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    with pytest.raises(ImageError, match="AVIF image, which this Pillow was built without"):
+        load_image(data, SIZE)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 20000)])
 def test_tiny_and_very_long_images_cost_nothing(size: tuple[int, int]) -> None:
     data = encoded(Image.new("RGB", size, (10, 200, 30)), "PNG")
@@ -357,7 +385,7 @@ def test_a_cut_file_is_an_image_error(format: str) -> None:
         assert str(caught.value).startswith("truncated (")
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"])
 def test_corrupted_bytes_give_pixels_or_an_image_error(format: str) -> None:
     rng = np.random.default_rng(0)
     data = np.frombuffer(encoded(Image.fromarray(noise(24, 24)), format), np.uint8)

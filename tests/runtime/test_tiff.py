@@ -108,3 +108,8 @@ def test_floating_point_pixels_are_refused_as_a_tiff(order: str, kind: type, pix
 def test_an_opened_tiff_in_memory_is_read_as_its_file() -> None:
     with Image.open(io.BytesIO(tiff(0xFFFF - wide(GREY), photometric=0))) as image:
         np.testing.assert_array_equal(preprocess(image, SIZE), expected(GREY))
+
+
+def test_the_preview_of_a_raw_file_is_not_taken_for_the_picture() -> None:
+    with pytest.raises(ImageError, match="a preview comes first"):
+        load_image(tiff(RGB, preview=True), SIZE)

@@ -22,6 +22,7 @@ def tiff(
     tile: int | None = None,
     deflate: bool = False,
     alpha: bool = False,
+    preview: bool = False,
 ) -> bytes:
     """A file of one image.
 
@@ -34,6 +35,7 @@ def tiff(
         planar: all of one channel comes before the next.
         tile: side of square tiles; without it the image is one strip.
         alpha: whether the last channel is unassociated alpha.
+        preview: whether it says that it is a smaller version of another image of the file.
     """
     height, stored = pixels.shape[:2]
     pixels = pixels.reshape(height, stored, -1)
@@ -47,6 +49,7 @@ def tiff(
     if photometric is None:
         photometric = 2 if channels >= 3 else 1
     tags: dict[int, tuple[int, list[int]]] = {
+        254: (_LONG, [int(preview)]),
         256: (_LONG, [width or stored]),
         257: (_LONG, [height]),
         258: (_SHORT, [bits or 8 * pixels.dtype.itemsize] * channels),
