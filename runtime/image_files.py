@@ -15,6 +15,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError, features
 
 from mdnet_engines.errors import MDNetError, first_line
+from mdnet_rt import png
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (where Pillow starts to warn: 256 MiB of 8-bit RGB)."""
@@ -104,6 +105,8 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
 
 
 def _open(stream: BinaryIO) -> Image.Image:
+    if _prefix(stream).startswith(png.SIGNATURE):
+        stream = png.without_baggage(stream)
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:

@@ -106,7 +106,7 @@ def animation(format: str) -> bytes:
 
 def good_seeds() -> list[Seed]:
     def good(suffix: str, data: bytes, warning: str = "") -> Seed:
-        width, height = Image.open(io.BytesIO(data)).size
+        width, height = (9, 9) if data is text_bomb() else Image.open(io.BytesIO(data)).size
         return Seed(suffix, data, reason=warning, size=(str(width), str(height)))
 
     image = noise(48, 40)
@@ -124,6 +124,7 @@ def good_seeds() -> list[Seed]:
         good(".tiff", encoded(image, "TIFF", compression="tiff_lzw")),
         good(".png", encoded(noise(1, 1), "PNG"), "one flat colour"),
         good(".png", encoded(noise(1, 20_000), "PNG")),
+        good(".png", text_bomb(), "one flat colour"),
         good(".webp", animation("WEBP")),
         good(".png", animation("GIF")),  # of the wrong extension, too
         good(".jpg", encoded(image, "PNG")),
@@ -156,7 +157,6 @@ def bad_seeds(png_declaring: Callable[[int, int], bytes]) -> list[Seed]:
         Seed(".png", png[:29] + b"\0\0\0\0" + png[33:], "unreadable", ""),  # the header's own checksum
         Seed(".png", png_declaring(60_000, 60_000), "unreadable", "60000x60000 pixels exceed the limit"),
         Seed(".webp", png_declaring(2**31 - 1, 2**31 - 1), "unreadable", "2147483647x2147483647 pixels exceed"),
-        Seed(".png", text_bomb(), "unreadable", "damaged ("),
         Seed(".tif", encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "unreadable", "floating-point"),
         Seed(".jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable", "not an image"),
         Seed(".png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unreadable", "not an image"),
