@@ -106,7 +106,15 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
 
 def _open(stream: BinaryIO) -> Image.Image:
     if _prefix(stream).startswith(png.SIGNATURE):
-        stream = png.without_baggage(stream)
+        stream, profile_lost = png.without_baggage(stream)
+        image = _open_any(stream)
+        if profile_lost:
+            image.info["icc_profile"] = None
+        return image
+    return _open_any(stream)
+
+
+def _open_any(stream: BinaryIO) -> Image.Image:
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:

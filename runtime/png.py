@@ -18,8 +18,11 @@ _ANIMATION = (b"acTL", b"fcTL", b"fdAT")  # the first picture stands apart from 
 _SIZES = {b"cHRM": 32, b"gAMA": 4, b"pHYs": 9, b"sRGB": 1}
 
 
-def without_baggage(stream: BinaryIO) -> BinaryIO:
+def without_baggage(stream: BinaryIO) -> tuple[BinaryIO, bool]:
     """The stream itself, or, where metadata would cost the pixels, a copy in memory without it.
+
+    Returns:
+        What to read, and whether a colour profile was left out.
 
     Raises:
         ValueError: more than `MAX_CHUNKS` parts.
@@ -27,16 +30,16 @@ def without_baggage(stream: BinaryIO) -> BinaryIO:
     left_out = _baggage(stream)
     stream.seek(0)
     if not left_out:
-        return stream
+        return stream, False
     data, at, kept = memoryview(stream.read()), 0, []
-    for start, end in left_out:
+    for start, end, _ in left_out:
         kept.append(data[at:start])
         at = end
-    return io.BytesIO(b"".join([*kept, data[at:]]))
+    return io.BytesIO(b"".join([*kept, data[at:]])), any(kind == b"iCCP" for *_, kind in left_out)
 
 
-def _baggage(stream: BinaryIO) -> list[tuple[int, int]]:
-    """Beginning and end of each part that is to be left out."""
+def _baggage(stream: BinaryIO) -> list[tuple[int, int, bytes]]:
+    """Beginning, end and kind of each part that is to be left out."""
     found, texts, at = [], 0, len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         stream.seek(at)
@@ -51,7 +54,7 @@ def _baggage(stream: BinaryIO) -> list[tuple[int, int]]:
             size = _unpacked_size(stream, kind, length)
             texts += size if kind in _TEXTS else 0
             if size > MAX_METADATA or (kind in _TEXTS and texts > MAX_METADATA):
-                found.append((at, end))
+                found.append((at, end, kind))
         at = end
     raise ValueError(f"a PNG of more than {MAX_CHUNKS} chunks")
 

@@ -1,9 +1,9 @@
 """Any image → uint8 `[size, size, 3]` RGB: the one preprocessing of training, calibration, parity and serving.
 
 In order: refuse what is too large to decode, decode (a JPEG at a reduced size that is still at least `JPEG_DRAFT`
-times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, and take the central square (or another
-one that is asked for) in one bicubic, antialiased resize. Normalisation is inside the graphs. Colour profiles are not
-applied.
+times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, take the central square (or another one
+that is asked for) in one bicubic, antialiased resize, and convert its colours from the file's profile to sRGB.
+Normalisation is inside the graphs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 
 from mdnet_rt.colour import to_rgb
 from mdnet_rt.image_files import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, check_pixels, image_errors, open_image
+from mdnet_rt.profiles import Profile
 
 __all__ = [
     "FORMATS",
@@ -63,10 +64,13 @@ class Decoded(NamedTuple):
     """What makes its score doubtful, in one line."""
 
 
-def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int) -> np.ndarray:
+def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int, *, to_srgb: bool = True) -> np.ndarray:
     """Decode and preprocess an image file, given as a path, as its bytes or as an open binary file.
 
     Of a file with several frames the first is taken.
+
+    Args:
+        to_srgb: whether a colour profile is applied (`Preprocessing.to_srgb` of a bundle's manifest).
 
     Returns:
         uint8 `[size, size, 3]`, RGB.
@@ -74,14 +78,21 @@ def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int) -> 
     Raises:
         ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS` or `MAX_BYTES`.
     """
-    return decode(source, size).pixels
+    return decode(source, size, to_srgb=to_srgb).pixels
 
 
-def decode(source: str | os.PathLike[str] | bytes | BinaryIO, size: int, *, find_box: FindBox | None = None) -> Decoded:
+def decode(
+    source: str | os.PathLike[str] | bytes | BinaryIO,
+    size: int,
+    *,
+    find_box: FindBox | None = None,
+    to_srgb: bool = True,
+) -> Decoded:
     """As `load_image`, with the size that the file declares, and a warning where its score is doubtful.
 
     Args:
         find_box: which square to take in place of the central one. A JPEG is then decoded at its full size.
+        to_srgb: as `load_image`.
 
     Raises:
         ImageError: as `load_image`, and what `find_box` raises.
@@ -91,14 +102,17 @@ def decode(source: str | os.PathLike[str] | bytes | BinaryIO, size: int, *, find
         if find_box is None:
             # Square, so that it holds for both orientations that EXIF may ask for. Does nothing where it is not a JPEG.
             image.draft(None, (JPEG_DRAFT * size, JPEG_DRAFT * size))
-        return _decoded(image, (width, height), size, find_box)
+        return _decoded(image, (width, height), size, find_box, to_srgb)
 
 
-def preprocess(image: Image.Image | np.ndarray, size: int, *, find_box: FindBox | None = None) -> np.ndarray:
+def preprocess(
+    image: Image.Image | np.ndarray, size: int, *, find_box: FindBox | None = None, to_srgb: bool = True
+) -> np.ndarray:
     """Preprocess an image in memory: a PIL image of any mode, or uint8 `[H, W, 3]` RGB.
 
-    A PIL image is taken at the size it has and is not changed. A JPEG much larger than `size` goes through
-    `load_image` at a reduced decoding size, so its pixels may differ by a few levels from those of this function.
+    A PIL image is taken at the size and with the colour profile it has, and is not changed. A JPEG much larger than
+    `size` goes through `load_image` at a reduced decoding size, so its pixels may differ by a few levels from those of
+    this function.
 
     Returns:
         uint8 `[size, size, 3]`, RGB.
@@ -106,21 +120,30 @@ def preprocess(image: Image.Image | np.ndarray, size: int, *, find_box: FindBox 
     Raises:
         ImageError: an array of another type or shape, or a PIL image that `load_image` would refuse.
     """
-    return decode_in_memory(image, size, find_box=find_box).pixels
+    return decode_in_memory(image, size, find_box=find_box, to_srgb=to_srgb).pixels
 
 
-def decode_in_memory(image: Image.Image | np.ndarray, size: int, *, find_box: FindBox | None = None) -> Decoded:
+def decode_in_memory(
+    image: Image.Image | np.ndarray, size: int, *, find_box: FindBox | None = None, to_srgb: bool = True
+) -> Decoded:
     """As `preprocess`, with the size that the image had, and a warning where its score is doubtful."""
     with image_errors():
         if not isinstance(image, Image.Image):
             image = _from_array(image)
         check_pixels(*image.size)
-        return _decoded(image, image.size, size, find_box)
+        return _decoded(image, image.size, size, find_box, to_srgb)
 
 
-def _decoded(image: Image.Image, declared: tuple[int, int], size: int, find_box: FindBox | None) -> Decoded:
-    pixels = _square(image, size, find_box or _centre)
-    return Decoded(pixels, *declared, "one flat colour" if _is_flat(pixels) else None)
+def _decoded(
+    image: Image.Image, declared: tuple[int, int], size: int, find_box: FindBox | None, to_srgb: bool
+) -> Decoded:
+    image.load()  # first, since some formats (PNG, TIFF) learn their orientation only while decoding
+    profile = Profile(image) if to_srgb else None
+    pixels = _square(image, size, find_box or _centre, profile)
+    warnings = [] if profile is None or profile.warning is None else [profile.warning]
+    if _is_flat(pixels):
+        warnings.append("one flat colour")
+    return Decoded(pixels, *declared, "; ".join(warnings) or None)
 
 
 def _is_flat(pixels: np.ndarray) -> bool:
@@ -128,14 +151,16 @@ def _is_flat(pixels: np.ndarray) -> bool:
     return bool((pixels[::16, ::16] == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all())
 
 
-def _square(image: Image.Image, size: int, find_box: FindBox) -> np.ndarray:
-    image.load()  # first, since some formats (PNG, TIFF) learn their orientation only while decoding
+def _square(image: Image.Image, size: int, find_box: FindBox, profile: Profile | None) -> np.ndarray:
     orientation = _orientation(image)
-    image = to_rgb(image)
+    if not (profile and profile.keeps_cmyk):
+        image = to_rgb(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
+    box = find_box(image if image.mode == "RGB" else image.convert("RGB"))
     # Crop and resize in one: nothing outside the square is resampled, however long the image is.
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=find_box(image)))
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.array(profile.to_srgb(square) if profile else square)
 
 
 def _centre(image: Image.Image) -> Box:

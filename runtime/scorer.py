@@ -128,7 +128,8 @@ class Scorer:
             keep_pixels=keep_pixels,
             stop=stop,
         )
-        tasks = (_task(item, i, self.image_size, find_box) for i, item in enumerate(_several(items)))
+        to_srgb = self.manifest.preprocessing.to_srgb
+        tasks = (_task(item, i, self.image_size, find_box, to_srgb) for i, item in enumerate(_several(items)))
         with closing(pipeline.run(tasks)) as rows:
             yield from rows
 
@@ -169,18 +170,19 @@ class Scorer:
         self.close()
 
 
-def _task(item: Item, index: int, size: int, find_box: FindBox | None) -> Task:
+def _task(item: Item, index: int, size: int, find_box: FindBox | None, to_srgb: bool) -> Task:
     name, data = (item.name, item.data) if isinstance(item, Entry) else (_name(item, index), item)
     if isinstance(data, (str, os.PathLike, bytes)):
         held = len(data) if isinstance(data, bytes) else 0
-        return Task(name, functools.partial(decode, data, size, find_box=find_box), held)
+        return Task(name, functools.partial(decode, data, size, find_box=find_box, to_srgb=to_srgb), held)
     if isinstance(data, ImageError):
         return Task(name, functools.partial(_refuse, data))
     if callable(data):
-        return Task(name, lambda: decode(data(), size, find_box=find_box))
+        return Task(name, lambda: decode(data(), size, find_box=find_box, to_srgb=to_srgb))
     # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL images
     # load lazily and not thread-safely: done where it is taken.
-    return Task(name, functools.partial(decode_in_memory, data, size, find_box=find_box), at_once=True)
+    in_memory = functools.partial(decode_in_memory, data, size, find_box=find_box, to_srgb=to_srgb)
+    return Task(name, in_memory, at_once=True)
 
 
 def _refuse(error: ImageError) -> Decoded:

@@ -77,14 +77,21 @@ class Work:
     Args:
         score: uint8 `[n, S, S, 3]` → `[n]` scores.
         image_size: S.
+        to_srgb: whether colour profiles of images are applied.
     """
 
     def __init__(
-        self, score: Callable[[np.ndarray], np.ndarray], image_size: int, settings: Settings, metrics: Metrics
+        self,
+        score: Callable[[np.ndarray], np.ndarray],
+        image_size: int,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        to_srgb: bool = True,
     ):
         self.image_size = image_size
         self.load = 0
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._to_srgb = settings, metrics, to_srgb
         self._seconds_per_image = 0.0
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
@@ -170,7 +177,7 @@ class Work:
             return payload, None
         if self._settings.max_pixels < MAX_PIXELS:
             check_pixels(payload, self._settings.max_pixels)
-        decoded = decode(payload, self.image_size)
+        decoded = decode(payload, self.image_size, to_srgb=self._to_srgb)
         return decoded.pixels, decoded.warning
 
     # In the engine's thread.
