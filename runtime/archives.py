@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from mdnet_engines.errors import first_line, require
 from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
-from mdnet_rt.sources import FOUND_SUFFIXES, Entry
+from mdnet_rt.sources import FOUND_SUFFIXES, Entry, archive_kind
 
 _MAX_HEADER = 2**20
 """Bytes of long names, pax headers and maps of holes between two members; tarfile reads them into memory too."""
@@ -29,7 +29,7 @@ def read_archive(name: str, open_stream: Callable[[], BinaryIO], column: str | N
     Raises:
         MDNetError: Parquet without pyarrow.
     """
-    parquet = name.lower().endswith(".parquet")
+    parquet = archive_kind(name) == "parquet"
     if parquet:
         require("pyarrow", "parquet")
     count = 0

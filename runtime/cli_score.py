@@ -156,13 +156,13 @@ def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callab
 
 def _count(locations: Callable[[], Iterator[str]], list_: Path | None) -> int | None:
     """How many images there are; None where only reading them all tells."""
-    from mdnet_rt.sources import is_archive
+    from mdnet_rt.sources import archive_kind
 
     if list_ == _STDIN:
         return None
     count = 0
     for location in locations():
-        if is_archive(location):
+        if archive_kind(location):
             return None
         count += 1
     return count
