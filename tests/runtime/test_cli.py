@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -249,6 +250,47 @@ def test_scores_without_meaning_come_with_a_note(
     assert result.exit_code == 0
     assert (note in lines[0] and len(lines) == 2) if note else len(lines) == 1
     assert len(rows(result.stdout)) == 2
+
+
+def run_closed(closed: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run `mdnet-rt score` with a standard stream that the shell has closed."""
+    command = shlex.join([sys.executable, "-m", "mdnet_rt", "score", *map(str, args)])
+    return subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_that_is_not_needed_changes_nothing(
+    shared_bundle: Path, photos: Path, tmp_path: Path, closed: str
+) -> None:
+    output = tmp_path / "scores.csv"
+    done = run_closed(closed, photos, "--bundle", shared_bundle, "-o", output)
+    assert done.returncode == 1  # two of the images are bad
+    assert output.read_text() == run("score", photos, "--bundle", shared_bundle).stdout
+    assert done.stdout == ""
+    assert done.stderr.startswith("5 images: 3 scored, 2 failed") or "2>&-" in closed
+
+
+def test_rows_are_written_where_standard_error_is_closed(shared_bundle: Path, photos: Path) -> None:
+    done = run_closed("2>&-", photos / "img0.png", "--bundle", shared_bundle)
+    assert (done.returncode, done.stdout) == (0, run("score", photos / "img0.png", "--bundle", shared_bundle).stdout)
+
+
+@pytest.mark.parametrize(
+    ("closed", "args", "message"),
+    [
+        (">&-", ["img0.png"], "rows go to standard output, which is closed; name a file with -o"),
+        (">&-", ["img0.png", "--format", "csv", "-o", "/dev/stdout"], "-o /dev/stdout is not open for writing"),
+        ("<&-", ["--list", "-"], "--list - reads standard input, which is closed"),
+    ],
+)
+def test_a_closed_stream_that_is_needed_is_one_line(
+    shared_bundle: Path, photos: Path, closed: str, args: list[str], message: str
+) -> None:
+    args = [str(photos / arg) if arg == "img0.png" else arg for arg in args]
+    done = run_closed(closed, *args, "--bundle", shared_bundle)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
 
 
 SUFFIX_FORMATS = {
