@@ -91,6 +91,7 @@ def import_(
             null_prompt_file=null_prompt,
             seed=seed,
             on_step=step,
+            on_note=lambda note: say(f"note: {note}"),
         )
         step(f"writing {output}")
         save_checkpoint(imported.model, output, notes={"command": command_line(), **imported.notes})
