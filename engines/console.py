@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -42,6 +43,7 @@ class Command(click.Group):
             return result
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **kwargs: Any) -> NoReturn:
+        _fill_closed_streams()
         argv = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in argv
         kwargs["standalone_mode"] = False
@@ -69,6 +71,22 @@ class Command(click.Group):
             code = _say(f"unexpected {type(error).__name__}: {text} (add --debug for the traceback)", 1)
         _mute_if_unwritable()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fill_closed_streams() -> None:
+    """Where the shell has closed a standard stream (`2>&-`), take its number, which the next file would get.
+
+    Messages are then dropped. `sys.stdin` and `sys.stdout` stay None, so that whoever needs them can say so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(
+                os.devnull, os.O_RDONLY
+            )  # the lowest number that is free; to be written to it is as closed as before
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process lives)
 
 
 @contextlib.contextmanager
@@ -106,6 +124,11 @@ def _say(message: str, code: int) -> int:
 def say(message: str) -> None:
     """One line to standard error: what is happening, for people. Results go to standard output."""
     click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+
+
+def stdout_is_terminal() -> bool:
+    """Whether somebody watches standard output; false too where it is closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def output() -> Console:

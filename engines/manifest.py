@@ -106,6 +106,16 @@ class Preprocessing(Part):
     crop: Literal["center"] = "center"
     jpeg_draft: Literal[2] = 2
     """JPEGs are decoded at a reduced size that is still at least this many times `image_size`."""
+    colour: Literal["as_stored", "srgb"] = "as_stored"
+    """Whether the colour profile of a file is applied; bundles that do not say were made when none was."""
+
+    @property
+    def to_srgb(self) -> bool:
+        return self.colour == "srgb"
+
+    def digested(self) -> str:
+        """What the bundle's digest has of it: without `colour` where that is as it was before there was a choice."""
+        return self.model_dump_json(exclude=None if self.to_srgb else {"colour"})
 
 
 class ScoreScale(Part):
@@ -324,7 +334,7 @@ class Manifest(Part):
     def digest(self) -> str:
         """One sha256 for what decides the scores: the graphs, their weights, preprocessing. Plans don't change it."""
         parts = [file.sha256 for name in GRAPH_NAMES for file in self.graphs[name].files()]
-        return hashlib.sha256("\n".join([*parts, self.preprocessing.model_dump_json()]).encode()).hexdigest()
+        return hashlib.sha256("\n".join([*parts, self.preprocessing.digested()]).encode()).hexdigest()
 
     def files(self) -> list[FileEntry]:
         """Every file the bundle can't do without. Plans are not among them."""

@@ -6,10 +6,12 @@ does not expand the operator's function body: Vim stays with ONNX Runtime.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -64,6 +66,8 @@ class OpenVINOSession:
             options["CACHE_DIR"] = os.fspath(cache)
         try:
             self._model = core.compile_model(_read(path), "CPU", options)
+        except MDNetError:
+            raise
         except Exception as error:  # RuntimeError or one of the front end's own, which differ between versions
             if "mdnet." in str(error):
                 raise MDNetError(f"{Path(path).name} holds the selective scan: it stays on ONNX Runtime") from None
@@ -153,7 +157,32 @@ def _read(path: str | os.PathLike[str]) -> Any:
     from openvino.frontend import FrontEndManager
 
     front_end = FrontEndManager().load_by_framework("onnx")
-    return front_end.convert(front_end.load(os.fspath(path)))
+    with _without_links(Path(path)) as file:
+        return front_end.convert(front_end.load(os.fspath(file)))
+
+
+@contextlib.contextmanager
+def _without_links(path: Path) -> Iterator[Path]:
+    """The graph, beside weights that are no links: OpenVINO refuses those that lead out of the folder, as in the
+    Hugging Face cache. What is linked gets a second name (a hard link) for as long as it is read.
+
+    Raises:
+        MDNetError: the folder or the file system does not allow that.
+    """
+    weights = [file for file in path.parent.glob("*.data") if file.is_symlink()]
+    if not weights:
+        yield path
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=".openvino.", dir=path.parent) as folder:
+            for file in [path, *weights]:
+                os.link(file.resolve(), Path(folder, file.name))
+            yield Path(folder, path.name)
+    except OSError as error:
+        raise MDNetError(
+            f"{weights[0]} is a link, where OpenVINO reads no weights ({first_line(error)}); "
+            "copy the bundle with its contents (cp -rL), or take --backend onnxruntime-cpu"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -263,7 +263,7 @@ def _write_draft(folder: Path, weights: Weights, precision: Precision, made: Pre
     manifest = Manifest(
         preset=config.preset,
         precision=precision,
-        preprocessing=Preprocessing(image_size=config.image_size),
+        preprocessing=Preprocessing(image_size=config.image_size, colour="srgb"),
         score=ScoreScale(minimum=config.score_min, maximum=config.score_max),
         graphs={name: graph_entry(folder / f"{name}.onnx", graph_precision(name, precision)) for name in GRAPH_NAMES},
         probes=file_entry(folder / PROBES_NAME),

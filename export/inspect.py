@@ -28,9 +28,11 @@ def print_bundle(bundle: Bundle) -> None:
     parity, provenance = manifest.parity, manifest.provenance
     verdict = "passed" if parity.passed else "FAILED, forced"
     digest = f", sha256 {provenance.checkpoint_sha256}" if provenance.checkpoint_sha256 else ""
+    made = manifest.preprocessing
+    colours = "colours to sRGB" if made.to_srgb else "colours as stored"
     facts = {
         "preset": f"{manifest.preset}, schema {manifest.schema_version}; every file's sha256 is as the manifest says",
-        "input": f"{manifest.preprocessing.image_size} px, {manifest.preprocessing.resample}, centre crop",
+        "input": f"{made.image_size} px, {made.resample}, centre crop, {colours}",
         "score": f"{manifest.score.minimum:g} to {manifest.score.maximum:g}",
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),

@@ -8,13 +8,21 @@ from mdnet_engines.manifest import Manifest
 
 def preprocessing(manifest: Manifest) -> list[str]:
     """How an image file becomes the ensemble's input, step by step: what `mdnet_rt.preprocess` does, in words."""
-    size, draft = manifest.preprocessing.image_size, manifest.preprocessing.jpeg_draft
+    made = manifest.preprocessing
+    size, draft = made.image_size, made.jpeg_draft
+    if made.to_srgb:
+        colours = (
+            "convert its colours from the file's ICC profile to sRGB (relative colorimetric, black point compensation)"
+        )
+    else:
+        colours = "leave its colours as they are stored: colour profiles are not applied"
     return [
         f"decode; a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 of its size that keeps both sides at {draft * size} "
         "pixels or more (Pillow's draft)",
-        "convert to 8-bit RGB, transparency on white, 16-bit grey by its high byte; colour profiles are not applied",
+        "convert to 8-bit RGB, transparency on white, 16-bit grey by its high byte",
         "turn upright by the EXIF orientation",
         f"resize the central square to {size} x {size} in one step (Pillow's bicubic, antialiased)",
+        colours,
         "do not normalise: that is inside the graphs",
     ]
 
@@ -33,6 +41,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "resample": made.resample,
         "crop": made.crop,
         "jpeg_draft": str(made.jpeg_draft),
+        "colour": made.colour,
         "score_minimum": f"{manifest.score.minimum:g}",
         "score_maximum": f"{manifest.score.maximum:g}",
         "licenses": "; ".join(manifest.licenses),
@@ -47,7 +56,8 @@ def readme(manifest: Manifest, name: str, models: list[str], max_batch_size: int
         models: what it runs, in order.
         served: what there is to say of how the models are run, a line each.
     """
-    size, weights = manifest.preprocessing.image_size, manifest.provenance.weights
+    made, weights = manifest.preprocessing, manifest.provenance.weights
+    size = made.image_size
     notes = [f"bundle {manifest.digest()}", f"{manifest.preset}, {manifest.precision}, {weights} weights", *served]
     if weights != "checkpoint":
         notes.append("**The scores mean nothing for real people.**")
@@ -65,7 +75,7 @@ Written by `mdnet-export triton`. Call the ensemble `{name}`; it runs {", ".join
 
 {steps}
 
-In Python `mdnet_rt.preprocess.load_image(path, {size})` does all of it.
+In Python `mdnet_rt.preprocess.load_image(path, {size}, to_srgb={made.to_srgb})` does all of it.
 
 ## These models
 

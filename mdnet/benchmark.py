@@ -137,7 +137,14 @@ def run_benchmark(
         if loaded is None or loaded[0] is not subject:
             loaded = None  # before the next one is read: two full-size models need not fit side by side
             loaded = subject, subject.load(device, backend)
-        scores = predict(loaded[1], subject.image_size, split.test, batch_size=batch_size, on_image=on_split(split))
+        scores = predict(
+            loaded[1],
+            subject.image_size,
+            split.test,
+            to_srgb=subject.to_srgb,
+            batch_size=batch_size,
+            on_image=on_split(split),
+        )
         results.append(SplitResult(split.name, subject, split.test, scores))
         on_result(results[-1])
     return Benchmark(protocol, str(data), results, notes)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mdnet.config import MDNetConfig
 from mdnet.model import MDNet
-from mdnet_engines.errors import MDNetError, printable
+from mdnet_engines.errors import MDNetError, UsageError, first_line, printable
 
 CONFIG_KEY = "mdnet_config"
 NOTES_KEY = "mdnet_notes"
@@ -64,7 +64,11 @@ def load_checkpoint(file: str | os.PathLike[str], *, expect_preset: str | None =
 
 
 def read_metadata(file: str | os.PathLike[str]) -> tuple[MDNetConfig, dict[str, object]]:
-    """The configuration and the notes of a checkpoint, without reading its weights."""
+    """The configuration and the notes of a checkpoint, without reading its weights.
+
+    Raises:
+        MDNetError: there is no such file, it is no checkpoint, or its configuration can't be one.
+    """
     if not Path(file).is_file():
         raise MDNetError(f"{file}: no such file; a checkpoint is what `mdnet train` and `mdnet import` write")
     try:
@@ -74,7 +78,16 @@ def read_metadata(file: str | os.PathLike[str]) -> tuple[MDNetConfig, dict[str, 
         raise MDNetError(f"{file} is not a safetensors file ({error})") from None
     if CONFIG_KEY not in metadata:
         raise MDNetError(f"{file} has no MD-Net configuration inside; is it another model's checkpoint?")
-    return MDNetConfig.from_dict(json.loads(metadata[CONFIG_KEY])), json.loads(metadata.get(NOTES_KEY, "{}"))
+    try:
+        fields, notes = (json.loads(metadata.get(key, "{}")) for key in (CONFIG_KEY, NOTES_KEY))
+    except (ValueError, RecursionError) as error:
+        raise MDNetError(f"{file}: its configuration or notes are not JSON ({first_line(error)})") from None
+    if not isinstance(fields, dict) or not isinstance(notes, dict):
+        raise MDNetError(f"{file}: its configuration and notes are no JSON objects; was it altered?")
+    try:
+        return MDNetConfig.from_dict(fields), notes
+    except UsageError as error:
+        raise MDNetError(f"{file} has no usable configuration: {error}") from None
 
 
 def demo_checkpoint() -> Path:

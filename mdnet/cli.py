@@ -17,6 +17,7 @@ from mdnet.cli_train import ablate, prior, train
 from mdnet_engines.backends import BACKENDS
 from mdnet_engines.console import Command, progress, say, steps
 from mdnet_engines.errors import require
+from mdnet_engines.outputs import write_text
 
 if TYPE_CHECKING:
     from mdnet.benchmark import SplitResult
@@ -92,6 +93,7 @@ def import_(
             null_prompt_file=null_prompt,
             seed=seed,
             on_step=step,
+            on_note=lambda note: say(f"note: {note}"),
         )
         step(f"writing {output}")
         save_checkpoint(imported.model, output, notes={"command": command_line(), **imported.notes})
@@ -166,9 +168,9 @@ def evaluate(
     if len(benchmark.splits) > 1:
         click.echo(f"{protocol}: {benchmark.spread()}")
     if json_:
-        json_.write_text(json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_, json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n")
     if report:
         from mdnet.evaluation_report import render_report
 
         facts = {"command": command_line(), "mdnet": version("mdnet"), "device": device, "backend": backend}
-        report.write_text(render_report(benchmark, facts=facts), encoding="utf-8")
+        write_text(report, render_report(benchmark, facts=facts))

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mdnet_engines.errors import UsageError, require
+from mdnet_engines.outputs import is_special
 
 DRAWN_FACES = 2000
 
@@ -21,6 +22,8 @@ def check_output(file: Path | None, option: str = "-o", what: str = "the checkpo
     """Raise `UsageError` where `file` can't be written, before the work starts."""
     if file and (not file.parent.is_dir() or file.is_dir()):
         raise UsageError(f"{file}: {option} takes a file in a folder that exists, to write {what} to")
+    if file and option == "-o" and is_special(file):  # these files are replaced when the new one is whole
+        raise UsageError(f"{file}: -o takes the name of a regular file, to write {what} to")
 
 
 def command_line() -> str:

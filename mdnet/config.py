@@ -8,61 +8,79 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from mdnet_engines.errors import UsageError
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from mdnet_engines.errors import UsageError, printable
 
 FUSIONS = ("cross-attention", "concatenation", "diffusion-only", "vim-only")
 """How the streams are joined: MD-Net's way, then its ablations."""
 
+# Far above every model there is, and small enough to be multiplied.
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Count = Annotated[int, Field(ge=1, le=1024)]
+Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
 
-@dataclass(frozen=True)
+
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class MDNetConfig:
     """Everything that determines MD-Net's graphs. Sizes are in channels, tokens or pixels."""
 
-    preset: str
-    image_size: int = 256
+    preset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,100}$")]
+    image_size: Pixels = 256
     """Side of the square input, S. Ours: the smallest size that gives Stable Diffusion's U-Net a 4×4 mid block."""
 
     # Frozen diffusion encoder: the VAE's encoder, then the U-Net's down path and mid block (SD 1.5 by default).
-    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
-    vae_layers: int = 2
-    latent_channels: int = 4
-    vae_scaling: float = 0.18215
-    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    unet_layers: int = 2
-    unet_heads: int = 8
+    vae_channels: tuple[Width, ...] = (128, 256, 512, 512)
+    vae_layers: Count = 2
+    latent_channels: Width = 4
+    vae_scaling: Annotated[float, Field(gt=0, le=1000)] = 0.18215
+    unet_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    unet_layers: Count = 2
+    unet_heads: Count = 8
     """Heads of every attention; diffusers' SD 1.5 configuration calls this count `attention_head_dim`."""
-    context_dim: int = 768
-    context_length: int = 77
-    norm_groups: int = 32
-    timestep: int = 1
+    context_dim: Width = 768
+    context_length: Width = 77
+    norm_groups: Count = 32
+    timestep: Annotated[int, Field(ge=0, lt=1000)] = 1
     """Ours: nearly no noise is assumed in the latent, and none is added (as VPD does), so scores are deterministic."""
 
     # Vision Mamba
-    vim_dim: int = 384
-    vim_depth: int = 24
-    vim_patch: int = 16
-    vim_stride: int = 16
-    vim_state: int = 16
-    vim_conv: int = 4
-    vim_expand: int = 2
+    vim_dim: Width = 384
+    vim_depth: Count = 24
+    vim_patch: Pixels = 16
+    vim_stride: Pixels = 16
+    vim_state: Count = 16
+    vim_conv: Count = 4
+    vim_expand: Count = 2
 
     # Fusion and head (ours)
     fusion: str = "cross-attention"
     """One of `FUSIONS`; see `mdnet.fusion`. All but the first are there to be compared with."""
-    fusion_depth: int = 2
-    fusion_heads: int = 6
-    fusion_mlp: int = 4
-    head_dim: int = 128
-    score_min: float = 1.0
-    score_max: float = 5.0
+    fusion_depth: Count = 2
+    fusion_heads: Count = 6
+    fusion_mlp: Count = 4
+    head_dim: Width = 128
+    score_min: Rating = 1.0
+    score_max: Rating = 5.0
 
     def __post_init__(self) -> None:
         if self.image_size % 64 or self.image_size <= 0:
             raise UsageError(f"image_size is {self.image_size}; the U-Net's mid block needs a multiple of 64")
         if len(self.vae_channels) != 4 or len(self.unet_channels) != 4:
             raise UsageError("vae_channels and unet_channels need four entries each: S/8 latents, S/64 mid block")
+        for name in ("vae_channels", "unet_channels"):
+            for divisor in ("norm_groups", *(["unet_heads"] if name == "unet_channels" else [])):
+                if any(width % getattr(self, divisor) for width in getattr(self, name)):
+                    widths = ", ".join(map(str, getattr(self, name)))
+                    raise UsageError(f"{name} {widths} are not multiples of {divisor} {getattr(self, divisor)}")
+        if self.vim_patch > self.image_size:
+            raise UsageError(f"vim_patch is {self.vim_patch}, larger than image_size {self.image_size}")
+        if self.score_min >= self.score_max:
+            raise UsageError(f"score_min {self.score_min} is not below score_max {self.score_max}")
         if self.vim_dim % self.fusion_heads:
             raise UsageError(f"vim_dim {self.vim_dim} is not a multiple of fusion_heads {self.fusion_heads}")
         if self.fusion not in FUSIONS:
@@ -107,7 +125,7 @@ class MDNetConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            UsageError: a field is unknown or missing; the message names it.
+            UsageError: a field is unknown, missing, of another type or out of its range; the message names it.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
@@ -116,7 +134,12 @@ class MDNetConfig:
             raise UsageError("the configuration lacks its preset's name")
         # JSON has no tuples.
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = printable(".".join(str(part) for part in first["loc"]))
+            raise UsageError(f"{where} is {first['input']!r:.80}: {first['msg'].lower()}") from None
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,13 @@ def predict(
     image_size: int,
     data: Rated,
     *,
+    to_srgb: bool = True,
     batch_size: int = BATCH_SIZE,
     on_image: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """The scores of `data`'s images, float64 (n,); `on_image` is called with the number of images just scored.
+
+    `to_srgb`: whether colour profiles of images are applied.
 
     Raises:
         MDNetError: an image can't be read, or its score is not finite. A benchmark with missing images is none.
@@ -65,7 +68,7 @@ def predict(
         pixels = []
         for file in files:
             try:
-                pixels.append(load_image(file, image_size))
+                pixels.append(load_image(file, image_size, to_srgb=to_srgb))
             except ImageError as error:
                 raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
         scores = np.asarray(score(np.stack(pixels)), dtype=np.float64)

@@ -6,9 +6,10 @@ Tensors are read one by one, when asked for: what MD-Net leaves out (decoders, o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ class Weights:
     tensors: dict[str, Stored]
     files: tuple[Path, ...]
     extras: dict[str, Any] = field(default_factory=dict)
+    state_key: str = ""
+    """Where in a pickle the tensors were; empty where they were all of it."""
 
 
 class _Inert:
@@ -55,13 +58,24 @@ ALLOWED: list[Any] = [
     argparse.Namespace,
     (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_Inert, "numpy.core.multiarray.scalar"),
+    (_Inert, "numpy._core.multiarray.scalar"),  # NumPy 2's name for it
     (_Inert, "numpy.dtype"),
     (_Inert, "_codecs.encode"),
+    *((_Inert, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(
+        (_Inert, f"{module}.Pure{kind}Path")
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows")
+    ),
 ]
+STATE_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema")
+"""Where a pickle may have its state dict; averaged weights are taken where there are no others."""
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, `torch.compile` and PyTorch Lightning put before every name."""
 
 
 def open_weights(file: Path) -> Weights:
-    """Open a safetensors file or what `torch.save` wrote: a state dict, alone or as `state_dict` or `model`.
+    """Open a safetensors file or what `torch.save` wrote: a state dict, alone or under one of `STATE_KEYS`.
 
     Raises:
         MDNetError: neither, cut short, a Git LFS pointer, or a pickle that wants more than tensors and `ALLOWED`.
@@ -80,17 +94,49 @@ def open_weights(file: Path) -> Weights:
     content = load_pickle(file)
     if isinstance(content, Tensor):
         content = {"": content}
-    state, extras = content, {}
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            state, extras = content[key], {name: value for name, value in content.items() if name != key}
-            break
-    tensors = {}
-    if isinstance(state, Mapping):
-        tensors = {k: _in_memory(v) for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise MDNetError(f"{file} holds no state dict; expected named tensors, alone or as `state_dict` or `model`")
-    return Weights(file, tensors, (file,), extras)
+    key, state = next(_states(content), ("", {}))
+    if not state:
+        raise MDNetError(
+            f"{file} holds no state dict; expected named tensors, alone or under one of {', '.join(STATE_KEYS)}"
+        )
+    extras = {name: value for name, value in content.items() if name != key} if key else {}
+    return Weights(file, {name: _in_memory(tensor) for name, tensor in state.items()}, (file,), extras, key)
+
+
+def _states(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts in a pickle, each with the key that it is under."""
+    if not isinstance(content, Mapping):
+        return
+    for key, state in [*((key, content.get(key)) for key in STATE_KEYS), ("", content)]:
+        if isinstance(state, Mapping):
+            tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+            if tensors:
+                yield key, tensors
+
+
+def unwrap(weights: Weights, telling: str) -> tuple[Weights, str]:
+    """Take away what wrappers put before the names, and what they hold beside the model.
+
+    Args:
+        telling: the name of a tensor that the model has; without it, wrapped or not, nothing changes.
+
+    Returns:
+        The weights, and in one line what was found; empty where there is nothing to say.
+    """
+    prefix = next((name.removesuffix(telling) for name in weights.tensors if _is_wrapped(name, telling)), "")
+    tensors = {name.removeprefix(prefix): each for name, each in weights.tensors.items() if name.startswith(prefix)}
+    told = [f"`{weights.state_key}`"] if weights.state_key not in ("", *STATE_KEYS[:2]) else []
+    told += [f"names without `{prefix}`"] if prefix else []
+    if left_out := len(weights.tensors) - len(tensors):
+        told.append(f"{left_out} other tensors left out")
+    return dataclasses.replace(weights, tensors=tensors), f"{weights.source.name}: {', '.join(told)}" if told else ""
+
+
+def _is_wrapped(name: str, telling: str) -> bool:
+    prefix = name.removesuffix(telling)
+    while wrapper := next((each for each in WRAPPERS if prefix.startswith(each)), ""):
+        prefix = prefix.removeprefix(wrapper)
+    return name.endswith(telling) and not prefix
 
 
 def load_pickle(file: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mdnet.checkpoint import few
 from mdnet.config import PRESETS, MDNetConfig, preset
-from mdnet.import_files import Stored, Weights, open_weights, take
+from mdnet.import_files import Stored, Weights, open_weights, take, unwrap
 from mdnet.vim import VisionMamba
 from mdnet_engines.errors import MDNetError, UsageError, printable
 
@@ -23,12 +24,15 @@ TELLING = ("cls_token", "pos_embed", "patch_embed.proj.weight", "layers.0.mixer.
 VARIANT = ("bimambav2", "midclstok", "div2")
 
 
-def open_vim(file: Path, preset_name: str | None, image_size: int | None) -> tuple[MDNetConfig, Weights]:
+def open_vim(
+    file: Path, preset_name: str | None, image_size: int | None, *, on_note: Callable[[str], None] = lambda _: None
+) -> tuple[MDNetConfig, Weights]:
     """Find out what `file` is.
 
     Args:
         preset_name: taken from the width of the checkpoint where it is None.
         image_size: of the model to be; the preset's where it is None.
+        on_note: called with what is unusual about the file, in one line.
 
     Returns:
         The preset with `image_size` and the checkpoint's stride, and the checkpoint.
@@ -36,7 +40,9 @@ def open_vim(file: Path, preset_name: str | None, image_size: int | None) -> tup
     Raises:
         MDNetError: not such a checkpoint, or not one of the preset's size.
     """
-    weights = open_weights(file)
+    weights, note = unwrap(open_weights(file), TELLING[0])
+    if note:
+        on_note(note)
     if absent := [name for name in TELLING if name not in weights.tensors]:
         raise MDNetError(
             f"{file} is no Vision Mamba of hustvl/Vim: it lacks {few(absent)} and holds "
@@ -106,9 +112,10 @@ def _preset_of_width(file: Path, width: int) -> str:
 
 def _stride(file: Path, shape: tuple[int, ...], patch: int, weights: Weights) -> int:
     """Overlapping patches leave no trace in the weights but the number of positions at the training resolution."""
-    size = getattr(weights.extras.get("args"), "input_size", PUBLISHED_SIZE)
+    size = getattr(weights.extras.get("args"), "input_size", None)
+    size = size if isinstance(size, int) else PUBLISHED_SIZE
     counts = {}
-    if isinstance(size, int) and size >= patch:
+    if size >= patch:
         counts = {((size - patch) // stride + 1) ** 2 + 1: stride for stride in reversed(STRIDES)}
     if len(shape) != 3 or shape[1] not in counts:
         fitting = " or ".join(f"{count} (stride {stride})" for count, stride in counts.items())

@@ -35,6 +35,7 @@ def import_weights(
     null_prompt_file: Path | None = None,
     seed: int = 0,
     on_step: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Imported:
     """Put published weights together.
 
@@ -45,6 +46,7 @@ def import_weights(
         image_size: the preset's where it is None.
         null_prompt_file: the null prompt's embedding, in place of `sd`'s text encoder.
         seed: for the fusion, which nobody has published.
+        on_step, on_note: called with a line each for what is being done, and for what is unusual about a file.
 
     Returns:
         The model in evaluation mode, float32, on the CPU; notes with the sources' hashes and licences.
@@ -53,7 +55,7 @@ def import_weights(
         MDNetError: a file is missing, damaged, unsafe, or of another model.
     """
     on_step("opening the files")
-    config, vim_weights = open_vim(vim, preset, image_size)
+    config, vim_weights = open_vim(vim, preset, image_size, on_note=on_note)
     sd_weights = open_encoder(sd, config)
     on_step("Vision Mamba")
     vim_state, dropped = take_vim(vim_weights, config)

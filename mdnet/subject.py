@@ -35,6 +35,8 @@ class Subject:
     """Which images it learned from, as far as it says."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """For a report: preset, precision, hash."""
+    to_srgb: bool = True
+    """Whether colour profiles of images are applied."""
     _bundle: Bundle | None = None
 
     def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
@@ -118,6 +120,7 @@ def _open_bundle(path: Path) -> Subject:
             "precision": manifest.precision,
             "weights": f"{provenance.weights}, sha256 {str(provenance.checkpoint_sha256)[:12]}…",
         },
+        manifest.preprocessing.to_srgb,
         bundle,
     )
 

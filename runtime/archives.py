@@ -14,8 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from mdnet_engines.errors import first_line, require
-from mdnet_rt.preprocess import MAX_BYTES, ImageError, too_large
-from mdnet_rt.sources import SUFFIXES, Entry
+from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
+from mdnet_rt.sources import FOUND_SUFFIXES, Entry, archive_kind
 
 _MAX_HEADER = 2**20
 """Bytes of long names, pax headers and maps of holes between two members; tarfile reads them into memory too."""
@@ -29,7 +29,7 @@ def read_archive(name: str, open_stream: Callable[[], BinaryIO], column: str | N
     Raises:
         MDNetError: Parquet without pyarrow.
     """
-    parquet = name.lower().endswith(".parquet")
+    parquet = archive_kind(name) == "parquet"
     if parquet:
         require("pyarrow", "parquet")
     count = 0
@@ -108,7 +108,7 @@ def _members(name: str, stream: BinaryIO) -> Iterator[Entry]:
             archive.members.clear()  # it keeps each for getmembers(): memory that grows
             source.left = archive.offset - archive.fileobj.tell() + _MAX_HEADER
             path = PurePosixPath(member.name)
-            if member.isdir() or path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            if member.isdir() or path.suffix.lower() not in FOUND_SUFFIXES or path.name.startswith("."):
                 continue
             yield Entry(f"{name}::{member.name}", _member_bytes(archive, member))
         # A header full of zeros, as a copy with holes has it, looks like the end too.

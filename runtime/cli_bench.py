@@ -15,6 +15,7 @@ import click
 from mdnet_engines.backends import BACKENDS, Backend
 from mdnet_engines.console import say, steps
 from mdnet_engines.errors import UsageError, printable
+from mdnet_engines.outputs import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,7 +97,7 @@ def bench(
         results.append(result)
     if json_:
         document = to_json(setup, results, shlex.join(["mdnet-rt", *sys.argv[1:]]))
-        json_.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _parse_batch_sizes(text: str) -> list[int]:

@@ -16,6 +16,7 @@ import click
 from mdnet_engines.backends import BACKENDS, Backend
 from mdnet_engines.console import progress, say
 from mdnet_engines.errors import printable
+from mdnet_engines.outputs import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,7 +90,7 @@ def compare(
             "graphs": {name: dict(scorer.choice.graphs) for name, scorer in zip("ab", scorers, strict=True)},
             **to_json(found, *manifests, worst=worst),
         }
-        json_.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return 1 if found.failures else 0
 
 

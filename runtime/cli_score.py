@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends import BACKENDS, Backend
-from mdnet_engines.console import progress, say
+from mdnet_engines.console import progress, say, stdout_is_terminal
 from mdnet_engines.errors import UsageError, printable
 from mdnet_rt.results import Stamp
 from mdnet_rt.writers import FORMATS, Format, check_output, choose_format, is_finished, open_writer
@@ -91,13 +91,13 @@ def score(
 
     _quiet_pillow()
     locations = _locations(paths, list_, null)
-    rows = choose_format(output, format_, terminal=sys.stdout.isatty())
+    rows = choose_format(output, format_, terminal=stdout_is_terminal())
     _check(output, rows, resume, report)
     if output and resume and is_finished(output):
         say(f"{printable(output)} is of a run that was not interrupted; without --resume it is replaced")
         return 0
     # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
-    bar = sys.stderr.isatty() and (rows == "table" or output is not None or not sys.stdout.isatty())
+    bar = sys.stderr.isatty() and (rows == "table" or output is not None or not stdout_is_terminal())
     workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
     settings = Settings(
         bundle,
@@ -158,6 +158,8 @@ def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callab
         find_locations(paths)  # so that what is wrong with them is told before a bundle is opened
         return lambda: find_locations(paths)
     if list_ == _STDIN:
+        if sys.stdin is None:
+            raise UsageError("--list - reads standard input, which is closed; give a file")
         return lambda: read_list(sys.stdin.buffer, null=null)
     if not list_.is_file():
         raise UsageError(f"--list {printable(list_)}: no such file")
@@ -171,13 +173,13 @@ def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callab
 
 def _count(locations: Callable[[], Iterator[str]], list_: Path | None) -> int | None:
     """How many images there are; None where only reading them all tells."""
-    from mdnet_rt.sources import is_archive
+    from mdnet_rt.sources import archive_kind
 
     if list_ == _STDIN:
         return None
     count = 0
     for location in locations():
-        if is_archive(location):
+        if archive_kind(location):
             return None
         count += 1
     return count
@@ -186,6 +188,8 @@ def _count(locations: Callable[[], Iterator[str]], list_: Path | None) -> int | 
 def _check(output: Path | None, rows: Format, resume: bool, report: Path | None) -> None:
     if output:
         check_output(output, rows, resume=resume)
+    elif sys.stdout is None:
+        raise UsageError("rows go to standard output, which is closed; name a file with -o")
     elif resume:
         raise UsageError("--resume goes on with a file: name it with -o")
     if report:

@@ -6,6 +6,7 @@ turned order every other batch. Pixels are held for one batch; for an image, its
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from mdnet_rt.bench.images import decode, fetch
 from mdnet_rt.preprocess import ImageError
 
 if TYPE_CHECKING:
-    from mdnet_engines.manifest import Manifest
+    from mdnet_engines.manifest import Manifest, Preprocessing
     from mdnet_rt.scorer import Scorer
     from mdnet_rt.sources import Entry
 
@@ -140,16 +141,15 @@ def compare_bundles(
     with ThreadPoolExecutor(min(4, available_cores()), thread_name_prefix="mdnet-decode") as pool:
         for number, batch in enumerate(_batches(entries, batch_size)):
             held = [fetch(entry) for entry in batch]
-            # Bundles of the same size have the same preprocessing.
             images = {
-                size: list(pool.map(lambda entry, size=size: _decode(entry, size), held))
-                for size in {a.image_size, b.image_size}
+                made: list(pool.map(functools.partial(_decode, made=made), held))
+                for made in {scorer.manifest.preprocessing for scorer in scorers.values()}
             }
             if not number:  # whatever is set up by the first run
                 for scorer in scorers.values():
-                    _score(scorer, images[scorer.image_size])
+                    _score(scorer, images[scorer.manifest.preprocessing])
             order = ("a", "b") if number % 2 == 0 else ("b", "a")
-            results = {name: _score(scorers[name], images[scorers[name].image_size]) for name in order}
+            results = {name: _score(scorers[name], images[scorers[name].manifest.preprocessing]) for name in order}
             _add(comparison, batch, results["a"], results["b"])
             on_images(len(batch))
     return comparison
@@ -222,9 +222,9 @@ def _batches(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _decode(entry: Entry, size: int) -> np.ndarray | ImageError:
+def _decode(entry: Entry, made: Preprocessing) -> np.ndarray | ImageError:
     try:
-        return decode(entry, size)
+        return decode(entry, made.image_size, to_srgb=made.to_srgb)
     except ImageError as error:
         return error
 

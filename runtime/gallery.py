@@ -10,7 +10,6 @@ import os
 import random
 import re
 import secrets
-import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
 from mdnet_engines.numbers import score_text
+from mdnet_engines.outputs import is_special
 from mdnet_engines.thumbnails import Thumbnail, thumbnail
 from mdnet_rt.results import Result, Stamp, Summary
 
@@ -106,6 +106,8 @@ class Gallery:
         summary = self._summary
         facts = {"model": stamp.model, "bundle": stamp.bundle, "scored": f"{summary.scored:,}"}
         facts["failed"] = f"{summary.failed:,}"
+        if summary.doubtful:
+            facts["with a warning"] = f"{summary.doubtful:,}"
         if summary.scored:
             facts["lowest score"], facts["highest score"] = score_text(summary.low), score_text(summary.high)
             facts["mean score"] = score_text(self._histogram.total / summary.scored)
@@ -123,10 +125,10 @@ def check_report(output: Path) -> None:
     target, name = Path(os.path.realpath(output)), f"--report {printable(output)}"
     if target.is_dir():
         raise UsageError(f"{name} is a folder; give the file to write")
+    if is_special(output):
+        raise UsageError(f"{name} is no regular file, which a page needs")
     if not target.parent.is_dir():
         raise UsageError(f"{name}: there is no folder {printable(target.parent)}; make it first")
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise UsageError(f"{name} is no regular file, which a page needs")
     # Replacing takes a writable folder only, but a read-only file was made so for a reason.
     for place in [target.parent, *([target] if target.exists() else [])]:
         if not os.access(place, os.W_OK):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -155,14 +156,23 @@ class _Batch:
 
     def _decode(self, row: int, task: Task) -> _Found:
         try:
-            self._pixels[row], width, height = task.decode()
+            decoded = task.decode()
         except ImageError as error:
             return error
-        return width, height
+        self._pixels[row] = decoded.pixels
+        return _Facts(decoded.width, decoded.height, decoded.warning)
 
 
-_Found = tuple[int, int] | ImageError
-"""Width and height of an image that could be decoded, or what is wrong with it."""
+class _Facts(NamedTuple):
+    """What is known of an image that could be decoded."""
+
+    width: int
+    height: int
+    warning: str | None
+
+
+_Found: TypeAlias = _Facts | ImageError
+"""An image that could be decoded, or what is wrong with it."""
 
 
 class _Held:
@@ -187,7 +197,7 @@ class _Held:
 def _row(name: str, found: _Found, scores: Iterator[np.floating]) -> Result:
     if isinstance(found, ImageError):
         return Result(name, None, found.status, str(found))
-    score, (width, height) = float(next(scores)), found
+    score = float(next(scores))
     if not np.isfinite(score):
-        return Result(name, None, "not_finite", f"score is not finite ({score})", width, height)
-    return Result(name, score, "ok", None, width, height)
+        return Result(name, None, "not_finite", f"score is not finite ({score})", found.width, found.height)
+    return Result(name, score, "ok", found.warning, found.width, found.height)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_rt.results import Result
-from mdnet_rt.sources import is_archive
+from mdnet_rt.sources import archive_kind
 
 _ROW = pa.struct(
     [
@@ -71,7 +71,7 @@ def split(locations: Iterable[str], done: Iterator[str], size: int) -> Iterator[
     resumed = left.any
     held: list[str] = []
     for location in locations:
-        if not _may_hold_many(location):
+        if not archive_kind(location):
             if not left.take(location):
                 held.append(location)
             if len(held) < size:
@@ -79,7 +79,7 @@ def split(locations: Iterable[str], done: Iterator[str], size: int) -> Iterator[
         if held:
             yield Shard(number, held)
             number, held = number + 1, []
-        if _may_hold_many(location):
+        if archive_kind(location):
             if resumed and location in archives:
                 raise UsageError(f"{printable(location)} comes twice, which --engine ray can't resume; use local")
             archives.add(location)
@@ -87,10 +87,6 @@ def split(locations: Iterable[str], done: Iterator[str], size: int) -> Iterator[
             number += 1
     if held:
         yield Shard(number, held)
-
-
-def _may_hold_many(location: str) -> bool:
-    return is_archive(location) or is_archive(location.partition("?")[0])  # the latter is a URL with a query
 
 
 def encode_shard(shard: Shard) -> pa.Table:

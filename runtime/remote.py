@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import posixpath
 import re
+import string
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
 from mdnet_rt.archives import read_archive
-from mdnet_rt.preprocess import MAX_BYTES, ImageError, too_large
-from mdnet_rt.sources import SUFFIXES, Entry, is_archive, natural_key
+from mdnet_rt.image_files import MAX_BYTES, ImageError, too_large
+from mdnet_rt.sources import FOUND_SUFFIXES, Entry, archive_kind, natural_key
+
+_HTTP = re.compile("https?://", re.IGNORECASE)
 
 
 def expand_url(url: str) -> Callable[[], Iterator[str]]:
@@ -22,7 +26,7 @@ def expand_url(url: str) -> Callable[[], Iterator[str]]:
         UsageError: nothing is there or nothing matches.
         MDNetError: the package for its scheme is missing, or the other side refuses.
     """
-    if re.match(r"https?://", url):
+    if _HTTP.match(url):
         return lambda: iter([url])
     system, path = _open_system(url)
     try:
@@ -46,7 +50,7 @@ def expand_url(url: str) -> Callable[[], Iterator[str]]:
 
 def read_url(url: str, column: str | None = None) -> Iterator[Entry]:
     """The image behind a URL, fetched when it is decoded; or those of an archive, read as it arrives."""
-    if is_archive(url.partition("?")[0]):
+    if archive_kind(url):
         yield from read_archive(url, lambda: _open(url), column)
     else:
         yield Entry(url, lambda: _fetch(url))
@@ -69,7 +73,7 @@ def _images_below(system: Any, folder: str) -> list[str]:
 
 def _is_image(path: str) -> bool:
     name = posixpath.basename(path)
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(FOUND_SUFFIXES) and not name.startswith(".")
 
 
 def _fetch(url: str) -> bytes:
@@ -102,7 +106,12 @@ def _open_system(url: str) -> tuple[Any, str]:
     require("fsspec", "remote")
     import fsspec
 
+    options: dict[str, Any] = {}
+    if _HTTP.match(url):
+        # Signatures hold for the bytes that were signed: only what no request may have in it is encoded.
+        url = quote(url, safe=string.punctuation, errors="surrogateescape")
+        options = {"encoded": True, "client_kwargs": {"requote_redirect_url": False}}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # no package for the scheme, or no such scheme
         raise MDNetError(f"{printable(url)}: {first_line(error)}") from error

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Result:
     """One image: its score on the bundle's rating scale, or why there is none.
 
+    `reason` says why there is no score, or, where there is one, why it is doubtful.
+
     `width` and `height` are those of the image as its file has it, before EXIF turns it; None where it could not be
     read. `pixels`, what the graphs were given (uint8 `[S, S, 3]`), is there where `Scorer.stream` was asked for it.
     """
@@ -52,6 +54,8 @@ class Summary:
 
     scored: int = 0
     failed: int = 0
+    doubtful: int = 0
+    """Of those scored: with a warning."""
     low: float = float("inf")
     high: float = float("-inf")
 
@@ -61,11 +65,13 @@ class Summary:
             self.failed += 1
             return
         self.scored += 1
+        self.doubtful += result.reason is not None
         self.low, self.high = min(self.low, result.score), max(self.high, result.score)
 
     def line(self, seconds: float) -> str:
         """The run in one line; `seconds` is what reading and scoring took."""
         images = self.scored + self.failed
-        text = f"{images} image{'' if images == 1 else 's'}: {self.scored} scored, {self.failed} failed, "
+        doubtful = f" ({self.doubtful} with a warning)" if self.doubtful else ""
+        text = f"{images} image{'' if images == 1 else 's'}: {self.scored} scored{doubtful}, {self.failed} failed, "
         text += f"{seconds:.1f} s, {images / max(seconds, 1e-9):.1f} images/s"
         return text + (f"; scores {self.low:.1f} to {self.high:.1f}" if self.scored else "")

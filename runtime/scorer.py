@@ -23,7 +23,7 @@ from mdnet_engines.probes import read_probes
 from mdnet_engines.session import Session, available_cores
 from mdnet_engines.trial import QUICK
 from mdnet_rt.pipeline import Pipeline, Task
-from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, preprocess
+from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory
 from mdnet_rt.results import Result
 from mdnet_rt.sources import Entry
 
@@ -155,7 +155,8 @@ class Scorer:
             keep_pixels=keep_pixels,
             stop=stop,
         )
-        tasks = (_task(item, i, self.image_size, find_box) for i, item in enumerate(_several(items)))
+        to_srgb = self.manifest.preprocessing.to_srgb
+        tasks = (_task(item, i, self.image_size, find_box, to_srgb) for i, item in enumerate(_several(items)))
         with closing(pipeline.run(tasks)) as rows:
             yield from rows
 
@@ -196,24 +197,19 @@ class Scorer:
         self.close()
 
 
-def _task(item: Item, index: int, size: int, find_box: FindBox | None) -> Task:
+def _task(item: Item, index: int, size: int, find_box: FindBox | None, to_srgb: bool) -> Task:
     name, data = (item.name, item.data) if isinstance(item, Entry) else (_name(item, index), item)
     if isinstance(data, (str, os.PathLike, bytes)):
         held = len(data) if isinstance(data, bytes) else 0
-        return Task(name, functools.partial(decode, data, size, find_box=find_box), held)
+        return Task(name, functools.partial(decode, data, size, find_box=find_box, to_srgb=to_srgb), held)
     if isinstance(data, ImageError):
         return Task(name, functools.partial(_refuse, data))
     if callable(data):
-        return Task(name, lambda: decode(data(), size, find_box=find_box))
+        return Task(name, lambda: decode(data(), size, find_box=find_box, to_srgb=to_srgb))
     # What is in memory is the caller's, who may go on to change it (a video reader's one frame buffer), and PIL images
     # load lazily and not thread-safely: done where it is taken.
-    return Task(name, functools.partial(_in_memory, data, size, find_box), at_once=True)
-
-
-def _in_memory(image: Image.Image | np.ndarray, size: int, find_box: FindBox | None) -> Decoded:
-    pixels = preprocess(image, size, find_box=find_box)
-    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    return Decoded(pixels, width, height)
+    in_memory = functools.partial(decode_in_memory, data, size, find_box=find_box, to_srgb=to_srgb)
+    return Task(name, in_memory, at_once=True)
 
 
 def _refuse(error: ImageError) -> Decoded:

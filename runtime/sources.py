@@ -6,6 +6,7 @@ Folders and patterns are walked while images are scored, so that a million names
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import functools
 import os
@@ -14,13 +15,22 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, Literal, NoReturn
 
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_rt.preprocess import ImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What counts as an image when a folder or an archive is searched, in any case of letters."""
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".heic", ".heif", ".hif"),
+    *(".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
+)
+"""Names of images that can be decoded, in any case of letters (HEIF with the extra `heif`)."""
+FOUND_SUFFIXES = (
+    *SUFFIXES,
+    *(".dds", ".dib", ".exr", ".hdr", ".ico", ".jxl", ".psd", ".svg", ".tga"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),  # cameras' raw files
+)
+"""What counts as an image when a folder or an archive is searched; the row of one that can't be decoded says so."""
 
 _MAGIC = re.compile(r"[*?[]")
 _DIGITS = re.compile("[0-9]+")
@@ -48,7 +58,7 @@ def read_locations(locations: Iterable[str], *, column: str | None = None) -> It
             from mdnet_rt.remote import read_url
 
             yield from read_url(location, column)
-        elif is_archive(location) and not _is_folder(location):
+        elif archive_kind(location) and not _is_folder(location):
             yield from read_archive(location, functools.partial(_open_file, location), column)
         else:
             yield Entry(location, Path(location))
@@ -63,8 +73,8 @@ def find_locations(patterns: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     """Expand files, folders, glob patterns and URLs into the locations they mean.
 
     - A file is kept whatever its suffix; a broken link or a FIFO too, to become a row that says what is wrong.
-    - A folder is searched with its subfolders for `SUFFIXES`. Linked files count (broken links too, so that a data
-      set with files missing is not scored as if complete); linked folders are not entered, so there are no loops.
+    - A folder is searched with its subfolders for `FOUND_SUFFIXES`. Linked files count (broken links too, so that a
+      data set with files missing is not scored as if complete); linked folders are not entered, so there are no loops.
       FIFOs, sockets, devices and names that begin with a dot (macOS leaves `._face.jpg` beside `face.jpg`) are skipped.
     - A pattern (`*`, `?`, `[…]`, and `**` for any depth of folders) counts only where no such file exists; each match
       is then treated as if it had been named, as when the shell expands it.
@@ -95,10 +105,17 @@ def read_list(stream: BinaryIO, *, null: bool = False) -> Iterator[str]:
     """The locations in a text file, one a line; `null`: each ended by a NUL byte, as `find -print0` has them.
 
     Nothing is expanded and nothing left out but empty lines: what is not there becomes a row. Bytes are taken as the
-    file system's.
+    file system's, behind a byte-order mark of UTF-8.
+
+    Raises:
+        UsageError: it begins with a byte-order mark of UTF-16.
     """
-    for line in _split(stream) if null else stream:
+    for number, line in enumerate(_split(stream) if null else stream):
         name = line if null else line.rstrip(b"\r\n")
+        if number == 0:
+            if name.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UsageError("the list is in UTF-16; save it as UTF-8")
+            name = name.removeprefix(codecs.BOM_UTF8)
         if name:
             yield os.fsdecode(name)
 
@@ -113,9 +130,12 @@ def is_url(location: str) -> bool:
     return _URL.match(location) is not None
 
 
-def is_archive(location: str) -> bool:
-    """Whether its name is that of a tar archive or a Parquet file."""
-    return location.lower().endswith((".tar", ".tar.gz", ".tgz", ".parquet"))
+def archive_kind(location: str) -> Literal["tar", "parquet"] | None:
+    """What kind of archive its name says it is; of a URL the path decides, whatever its query looks like."""
+    name = (location.partition("?")[0] if is_url(location) else location).lower()
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "tar" if name.endswith((".tar", ".tar.gz", ".tgz")) else None
 
 
 def _name_key(name: str) -> str:
@@ -174,7 +194,7 @@ def _walk(folder: Path) -> Iterator[str]:
             continue
         if entry.is_dir(follow_symlinks=False):
             folders.add(entry.name)
-        elif entry.name.lower().endswith(SUFFIXES) and _is_file_or_broken(entry):
+        elif entry.name.lower().endswith(FOUND_SUFFIXES) and _is_file_or_broken(entry):
             files.append(entry.name)
     names = sorted([*files, *folders])
     del files

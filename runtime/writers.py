@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import os
-import stat
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -15,6 +14,7 @@ from typing import BinaryIO, Literal, Protocol
 
 from mdnet_engines.console import INTERRUPTED, explain_os_error
 from mdnet_engines.errors import MDNetError, UsageError, printable, require
+from mdnet_engines.outputs import descriptor_of, is_special, open_special
 from mdnet_rt.results import Result, Stamp
 from mdnet_rt.rows import RowFormat, encode, header, read_rows
 
@@ -142,20 +142,34 @@ def check_output(output: Path, format: Format, *, resume: bool = False) -> None:
     target = _target(output)
     if "://" in os.fspath(output) or ":/" in os.fspath(output):
         raise UsageError(f"-o {printable(output)} is a URL; rows are written to a local file")
+    if is_special(output) and not target.is_dir():
+        _check_special(output, format, resume)
+        return
     if target.is_dir():
         raise UsageError(f"-o {printable(output)} is a folder; give the file to write")
     if not target.parent.is_dir():
         raise UsageError(f"-o {printable(output)}: there is no folder {printable(target.parent)}; make it first")
-    # Replacing takes a writable folder only, but a read-only file was made so for a reason. A device is its own place.
-    needed = [target] if target.exists() else []
-    needed += [] if _is_special(target) else [target.parent]
-    for place in needed:
+    # Replacing takes a writable folder only, but a read-only file was made so for a reason.
+    for place in [target.parent, *([target] if target.exists() else [])]:
         if not os.access(place, os.W_OK):
             raise UsageError(f"-o {printable(output)}: no permission to write to {printable(place)}")
-    if _is_special(target) and (resume or format == "parquet"):
-        raise UsageError(f"-o {printable(output)} is no regular file, which --resume and Parquet need")
     if resume and format == "table":
         raise UsageError("--resume continues .csv, .jsonl and .parquet files; a table can't be continued")
+
+
+def _check_special(output: Path, format: Format, resume: bool) -> None:
+    """Refuse what rows can't be written through to: no such open file, one for reading, a device without permission."""
+    if resume or format == "parquet":
+        raise UsageError(f"-o {printable(output)} is no regular file, which --resume and Parquet need")
+    descriptor = descriptor_of(output)
+    if descriptor is None:
+        if not os.access(output, os.W_OK):
+            raise UsageError(f"-o {printable(output)}: no permission to write to it")
+        return
+    try:
+        os.write(descriptor, b"")
+    except OSError:
+        raise UsageError(f"-o {printable(output)} is not open for writing; give the name of a file") from None
 
 
 def is_finished(output: Path) -> bool:
@@ -171,8 +185,8 @@ def open_writer(format: Format, output: Path | None, stamp: Stamp, *, resume: bo
     A file is written as `<output>.partial`, row by row, and takes its name when the block ends well. If the block
     fails, or the process is killed, the partial file stays as long as there are rows in it, and `resume` continues it:
     a row that was cut is taken away, and `Writer.earlier` gives those that are whole. Only one run at a time has the
-    partial file. Parquet, which can't be continued, is made of JSON Lines at the end. A link is followed; a device or
-    a FIFO is written to directly, since a rename would put a file in its place.
+    partial file. Parquet, which can't be continued, is made of JSON Lines at the end. A link is followed; an open
+    file (`/dev/stdout`), a device or a FIFO is written through, since a rename would put a file in its place.
 
     Raises:
         MDNetError: what the block raised, with the place of the rows so far; also for a full disk and the like.
@@ -183,11 +197,11 @@ def open_writer(format: Format, output: Path | None, stamp: Stamp, *, resume: bo
     if output is None:
         yield from _finished(_plain_writer(format, sys.stdout.buffer, stamp))
         return
-    target = _target(output)
-    if _is_special(target):
-        with target.open("wb") as stream:
+    if is_special(output):
+        with open_special(output) as stream:
             yield from _finished(_plain_writer(format, stream, stamp))
         return
+    target = _target(output)
     partial = _partial(target)
     writer: Writer | None = None
     try:
@@ -308,13 +322,6 @@ def _partial(target: Path) -> Path:
 
 def _target(output: Path) -> Path:
     return Path(os.path.realpath(output))  # not Path.resolve(), which raises on a loop of links
-
-
-def _is_special(path: Path) -> bool:
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def _put(stream: BinaryIO, line: bytes) -> None:

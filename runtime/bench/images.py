@@ -60,8 +60,8 @@ def fetch(entry: Entry) -> Entry:
         return replace(entry, data=error)
 
 
-def decode(entry: Entry, size: int) -> np.ndarray:
-    """What `fetch` or `make_jpegs` gave → uint8 `[size, size, 3]`.
+def decode(entry: Entry, size: int, *, to_srgb: bool = True) -> np.ndarray:
+    """What `fetch` or `make_jpegs` gave → uint8 `[size, size, 3]`; `to_srgb` as `load_image` has it.
 
     Raises:
         ImageError: it can't be decoded, or could not be fetched.
@@ -69,7 +69,7 @@ def decode(entry: Entry, size: int) -> np.ndarray:
     if isinstance(entry.data, ImageError):
         raise entry.data
     assert not callable(entry.data)
-    return load_image(entry.data, size)
+    return load_image(entry.data, size, to_srgb=to_srgb)
 
 
 def _make_jpeg(random: np.random.Generator, width: int, height: int) -> bytes:

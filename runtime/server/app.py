@@ -134,6 +134,23 @@ class Service:
         return answer_json(answer)
 
 
+class HeadAsGet:
+    """An ASGI application that answers HEAD as GET, without the body."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Mapping[str, Any]) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
+
+
 class Counted:
     """An ASGI application whose answers are counted and, where they were scored, timed."""
 

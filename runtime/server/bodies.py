@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mdnet_rt.server.wire import ClientLeftError, RefusedError, Wire
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 MAX_NAME = 255
 """Characters of a file's name that come back with its result."""
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _TYPES = "image/*, application/octet-stream, multipart/form-data, application/json"
 
 
@@ -132,7 +134,10 @@ def parse_json(text: bytes, most_values: int) -> Any:
 
 
 def from_base64(text: str) -> bytes | ImageError:
-    """An image file's bytes, or that this is not base64."""
+    """An image file's bytes, or that this is not base64: with line breaks or without, also in a `data:` URI."""
+    if uri := _DATA_URI.match(text):
+        text = text[uri.end() :]
+    text = text.replace("\n", "").replace("\r", "")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):  # the latter for text that is not ASCII

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from mdnet_rt.server import schema
-from mdnet_rt.server.app import Service, answer_json
+from mdnet_rt.server.app import HeadAsGet, Service, answer_json
 from mdnet_rt.server.metrics import CONTENT_TYPE, Metrics
 from mdnet_rt.server.schema import body, errors, schema_of
 
@@ -30,6 +30,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
     _add_score(app, service)
     _add_protocol(app, service)
     app.add_exception_handler(HTTPException, _no_such_thing)
+    app.add_middleware(HeadAsGet)
     return app
 
 

@@ -131,7 +131,8 @@ class Engine(Protocol):
 async def run(engine: Engine, listener: socket.socket, settings: Settings, tell: Callable[[str], None]) -> int:
     """Serve an engine on a bound socket until the process is told to stop; the exit code is that of `serve`."""
     metrics = Metrics(max_batch=settings.max_batch)
-    work = Work(engine.score_batch, engine.image_size, settings, metrics)
+    to_srgb = engine.manifest.preprocessing.to_srgb
+    work = Work(engine.score_batch, engine.image_size, settings, metrics, to_srgb=to_srgb)
     service = Service(engine.manifest, work, settings, metrics, tell)
     config = uvicorn.Config(
         Counted(make_app(service, metrics), metrics),

@@ -13,7 +13,7 @@ class ImageResult(BaseModel):
     name: str | None = Field(description="The file's name in a multipart body, else the field's; null elsewhere.")
     status: Literal["ok", "unreadable", "not_finite"]
     score: float | None = Field(description="On the rating scale; null unless status is ok.")
-    reason: str | None = Field(description="Why there is no score, in one line.")
+    reason: str | None = Field(description="Why there is no score, or why it is doubtful, in one line.")
 
 
 class ScoreAnswer(BaseModel):

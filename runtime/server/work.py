@@ -21,7 +21,7 @@ from PIL import Image
 
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.session import available_cores
-from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, load_image
+from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, decode
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.settings import Settings
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image; `status` is that of `mdnet_rt.results.Result`."""
+    """What became of one image; `status` and `reason` are those of `mdnet_rt.results.Result`."""
 
     score: float | None
     status: str = "ok"
@@ -63,6 +63,7 @@ class _ImageJob:
     index: int
     payload: Payload
     image: np.ndarray = field(init=False, repr=False)
+    warning: str | None = None
     decoded_at: float = 0.0
 
     @property
@@ -76,14 +77,21 @@ class Work:
     Args:
         score: uint8 `[n, S, S, 3]` → `[n]` scores.
         image_size: S.
+        to_srgb: whether colour profiles of images are applied.
     """
 
     def __init__(
-        self, score: Callable[[np.ndarray], np.ndarray], image_size: int, settings: Settings, metrics: Metrics
+        self,
+        score: Callable[[np.ndarray], np.ndarray],
+        image_size: int,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        to_srgb: bool = True,
     ):
         self.image_size = image_size
         self.load = 0
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._to_srgb = settings, metrics, to_srgb
         self._seconds_per_image = 0.0
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
@@ -148,7 +156,7 @@ class Work:
         outcome: Outcome | MDNetError | None = None
         if not job.unwanted:
             try:
-                job.image = self._pixels(job.payload)
+                job.image, job.warning = self._pixels(job.payload)
             except ImageError as error:
                 outcome = Outcome(None, error.status, str(error))
             except Exception as error:  # the image must leave the queue, whatever a decoder raises
@@ -161,14 +169,16 @@ class Work:
         job.decoded_at = time.monotonic()
         self._batcher.put(job)
 
-    def _pixels(self, payload: Payload) -> np.ndarray:
+    def _pixels(self, payload: Payload) -> tuple[np.ndarray, str | None]:
+        """The pixels, and what makes their score doubtful."""
         if isinstance(payload, ImageError):
             raise payload
         if isinstance(payload, np.ndarray):
-            return payload
+            return payload, None
         if self._settings.max_pixels < MAX_PIXELS:
             check_pixels(payload, self._settings.max_pixels)
-        return load_image(payload, self.image_size)
+        decoded = decode(payload, self.image_size, to_srgb=self._to_srgb)
+        return decoded.pixels, decoded.warning
 
     # In the engine's thread.
 
@@ -194,7 +204,7 @@ class Work:
         self._seconds_per_image += (newest - self._seconds_per_image) * (_SMOOTHING if self._seconds_per_image else 1)
         for index, job in enumerate(jobs):
             self._metrics.queue_seconds.observe(start - job.decoded_at)
-            self._finish(job, scores if isinstance(scores, MDNetError) else _outcome(scores[index]))
+            self._finish(job, scores if isinstance(scores, MDNetError) else _outcome(scores[index], job.warning))
 
     def _finish(self, job: _ImageJob, outcome: Outcome | MDNetError | None) -> None:
         """An image leaves: with its outcome, with an error of ours, or with neither as nobody wants it any more."""
@@ -214,11 +224,11 @@ class Work:
 
 
 def check_pixels(data: bytes, most: int) -> None:
-    """Raise `ImageError` where an image file declares more than `most` pixels; `load_image` has a limit of its own."""
+    """Raise `ImageError` where an image file declares more than `most` pixels; `decode` has a limit of its own."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-    except Exception:  # `load_image` meets it too, and has the words for it
+    except Exception:  # `decode` meets it too, and has the words for it
         return
     if width * height > most:
         raise ImageError(f"{width}x{height} pixels exceed the limit of {most}")
@@ -229,7 +239,7 @@ def _give_up(task: _Task, reason: Exception) -> None:
         task.done.set_exception(reason)
 
 
-def _outcome(score: float) -> Outcome:
+def _outcome(score: float, warning: str | None) -> Outcome:
     if math.isfinite(score):
-        return Outcome(score)
+        return Outcome(score, reason=warning)
     return Outcome(None, "not_finite", f"score is not finite ({score})")

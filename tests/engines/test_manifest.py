@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ DOCUMENT: dict[str, Any] = {
     "model": "md-net",
     "preset": "demo",
     "precision": "fp16",
-    "preprocessing": {"image_size": 64, "resample": "bicubic", "crop": "center", "jpeg_draft": 2},
+    "preprocessing": {"image_size": 64, "resample": "bicubic", "crop": "center", "jpeg_draft": 2, "colour": "srgb"},
     "score": {"minimum": 1.0, "maximum": 5.0},
     "graphs": {
         "encoder": {
@@ -144,6 +145,21 @@ def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
         node = node[key]
     node[path[-1]] = value
     return document
+
+
+def test_a_bundle_that_does_not_say_what_becomes_of_colours_keeps_them_and_its_digest() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    del document["preprocessing"]["colour"]
+    manifest = Manifest.model_validate(document)
+    assert not manifest.preprocessing.to_srgb
+    files = [entry for name in ("encoder", "vim", "fusion") for entry in manifest.graphs[name].files()]
+    made = (
+        '{"image_size":64,"resample":"bicubic","crop":"center","jpeg_draft":2}'  # as it was before there was a choice
+    )
+    text = "\n".join([*(file.sha256 for file in files), made])
+    assert manifest.digest() == hashlib.sha256(text.encode()).hexdigest()
+    assert Manifest.model_validate(DOCUMENT).preprocessing.to_srgb
+    assert Manifest.model_validate(DOCUMENT).digest() != manifest.digest()
 
 
 def test_what_is_written_is_read_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -140,6 +141,37 @@ def test_external_weights_are_found_beside_the_graph(tmp_path: Path, monkeypatch
 
 # 64 rows and columns: large enough for the kernels that have a bf16 form.
 LARGE = np.random.default_rng(7).standard_normal((64, 64)).astype(np.float32)
+
+
+def linked_weights(tmp_path: Path) -> Path:
+    """A graph and its weights as the Hugging Face cache has them: links to files of other names in another folder."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    onnx.save(product(), tmp_path / "g.onnx", save_as_external_data=True, location="g.onnx.data", size_threshold=0)
+    for number, name in enumerate(("g.onnx", "g.onnx.data")):
+        blob = (tmp_path / name).rename(tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    return tmp_path / "snapshot" / "g.onnx"
+
+
+def test_weights_may_be_links_out_of_the_folder(tmp_path: Path) -> None:
+    file = linked_weights(tmp_path)
+    given = feeds()
+    assert_right(OpenVINOSession(file).run(given), given)
+    assert sorted(os.listdir(file.parent)) == ["g.onnx", "g.onnx.data"]
+
+
+def test_where_linked_weights_get_no_second_name_the_way_out_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    file = linked_weights(tmp_path)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(MDNetError, match=r"g\.onnx\.data is a link.*cp -rL") as error:
+        OpenVINOSession(file)
+    assert one_line(error)
 
 
 @pytest.fixture

@@ -138,11 +138,6 @@ def _alter(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"X")
 
 
-def _link(file: Path) -> None:
-    file.rename(file.with_name("elsewhere"))
-    file.symlink_to("elsewhere")
-
-
 def _link_folder(file: Path) -> None:
     elsewhere = file.parents[3] / "elsewhere"
     file.parent.rename(elsewhere)
@@ -159,7 +154,6 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (_cut, "incomplete"),
     (_alter, "altered"),
     (Path.unlink, "missing"),
-    (_link, "link"),
     (_link_folder, "link"),
     (_link_engines, "link"),
 ]

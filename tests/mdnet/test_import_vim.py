@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import published_weights as published
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mdnet.config import MDNetConfig, preset
@@ -126,6 +127,63 @@ def test_optimiser_and_average_are_left_alone(tmp_path: Path) -> None:
     file, _ = make(tmp_path)
     config, weights = open_vim(file, None, None)
     assert all(tensor.abs().max() > 0 for tensor in take_vim(weights, config)[0].values())
+
+
+def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+STATE = published.vim_state(CONFIG, 224)
+WRAPPED: dict[str, tuple[object, str | None]] = {
+    "DistributedDataParallel": ({"model": renamed(STATE, "module.")}, "names without `module.`"),
+    "torch.compile": (renamed(STATE, "_orig_mod."), "names without `_orig_mod.`"),
+    "compiled and distributed": ({"model": renamed(STATE, "module._orig_mod.")}, "names without `module._orig_mod.`"),
+    "Lightning": (
+        {
+            "state_dict": {**renamed(STATE, "model."), "loss.weight": torch.ones(3)},
+            "pytorch-lightning_version": "2.5",
+            "hyper_parameters": {"folder": Path("data")},
+        },
+        "names without `model.`, 1 other tensors left out",
+    ),
+    "timm's average": ({"state_dict_ema": STATE, "epoch": 3}, "`state_dict_ema`"),
+    "average alone": ({"model_ema": renamed(STATE, "module.")}, "`model_ema`, names without `module.`"),
+    "plain": (STATE, None),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_wrapped_checkpoint_is_recognised_and_said_in_one_line(case: str, tmp_path: Path) -> None:
+    content, told = WRAPPED[case]
+    torch.save(content, tmp_path / "vim.pth")
+    notes: list[str] = []
+    config, weights = open_vim(tmp_path / "vim.pth", None, 224 // 64 * 64, on_note=notes.append)
+    got, _ = take_vim(weights, config)
+    assert all(torch.equal(got[name], STATE[name]) for name in got if name != "pos_embed")
+    assert notes == ([f"vim.pth: {told}"] if told else [])
+
+
+def test_wrapped_safetensors_are_recognised(tmp_path: Path) -> None:
+    save_file(renamed(STATE, "module."), tmp_path / "vim.safetensors")
+    config, weights = open_vim(tmp_path / "vim.safetensors", None, None)
+    assert torch.equal(take_vim(weights, config)[0]["cls_token"], STATE["cls_token"])
+
+
+@pytest.mark.parametrize(("noted", "size"), [(384, 384), (np.float64(224.0), 224)], ids=["int", "numpy"])
+def test_scalars_of_numpy_and_paths_in_the_command_line_are_no_obstacle(
+    noted: object, size: int, tmp_path: Path
+) -> None:
+    state = published.vim_state(CONFIG, size)
+    args = argparse.Namespace(input_size=noted, lr=np.float32(0.1), output_dir=tmp_path, pure=PurePosixPath("/data"))
+    torch.save({"model": state, "args": args}, tmp_path / "vim.pth")
+    config, weights = open_vim(tmp_path / "vim.pth", None, None)
+    assert torch.equal(take_vim(weights, config)[0]["cls_token"], state["cls_token"])
+
+
+def test_tensors_of_no_wrapper_that_is_known_are_not_taken(tmp_path: Path) -> None:
+    torch.save(renamed(STATE, "teacher."), tmp_path / "vim.pth")
+    with pytest.raises(MDNetError, match="is no Vision Mamba of hustvl/Vim: it lacks cls_token"):
+        open_vim(tmp_path / "vim.pth", None, None)
 
 
 def drop(*names: str) -> Callable[[dict[str, Tensor]], object]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdnet.checkpoint import CONFIG_KEY, demo_checkpoint, load_checkpoint, read_metadata, save_checkpoint
+from mdnet.checkpoint import CONFIG_KEY, NOTES_KEY, demo_checkpoint, load_checkpoint, read_metadata, save_checkpoint
 from mdnet.config import PRESETS, MDNetConfig, preset
 from mdnet.fusion import sine_positions
 from mdnet.model import MDNet, random_mdnet
@@ -143,6 +145,61 @@ def test_another_models_safetensors_is_explained(tmp_path: Path) -> None:
 def test_configuration_survives_json(name: str) -> None:
     config = preset(name)
     assert MDNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+NO_SIZE = [-1, 0, 10**18, None, "16", 1.5, math.nan, True, [], {}]
+NO_FIELD: dict[str, list[object]] = {
+    **dict.fromkeys(
+        ("image_size", "vae_layers", "latent_channels", "unet_layers", "unet_heads", "context_dim"), NO_SIZE
+    ),
+    **dict.fromkeys(("context_length", "norm_groups", "vim_dim", "vim_depth", "vim_patch", "vim_stride"), NO_SIZE),
+    **dict.fromkeys(("vim_state", "vim_conv", "vim_expand", "fusion_depth", "fusion_heads", "fusion_mlp"), NO_SIZE),
+    "head_dim": NO_SIZE,
+    "timestep": [-1, 1000, None, "1", 1.5],
+    "vae_scaling": [0, -1, math.nan, math.inf, None, "1"],
+    "score_min": [math.nan, -math.inf, None, "1", 6],
+    "score_max": [math.nan, math.inf, None, "5", 1],
+    "vae_channels": [None, "8", [8, 16, 24], [8, 16, 24, -1], [8, 16, 24, "32"], [8, 16, 24, 33], 8],
+    "unet_channels": [None, [32, 48, 64, 10**18], [32, 48, 64, 64.5], [32, 48, 64, 64, 64]],
+    "fusion": [None, 3, "by magic"],
+    "preset": [None, 3, "", "line\nbreak"],
+}
+
+
+def test_every_field_of_the_configuration_is_among_those_tried() -> None:
+    assert set(NO_FIELD) == {field.name for field in dataclasses.fields(MDNetConfig)}
+
+
+@pytest.mark.parametrize("name", NO_FIELD)
+def test_a_checkpoint_with_a_field_that_cant_be_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    fields = preset("demo").to_dict()
+    for value in NO_FIELD[name]:
+        file = tmp_path / "model.safetensors"
+        save_file({"x": torch.ones(1)}, file, {CONFIG_KEY: json.dumps({**fields, name: value})})
+        with pytest.raises(MDNetError, match=rf"model\.safetensors has no usable configuration: .*{name}") as caught:
+            load_checkpoint(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
+@pytest.mark.parametrize("key", [CONFIG_KEY, NOTES_KEY])
+def test_a_checkpoint_whose_configuration_or_notes_are_no_json_is_refused(key: str, text: str, tmp_path: Path) -> None:
+    metadata = {CONFIG_KEY: json.dumps(preset("demo").to_dict()), NOTES_KEY: "{}", key: text}
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(MDNetError, match=r"its configuration (and|or) notes are no") as caught:
+        load_checkpoint(tmp_path / "model.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_largest_configuration_that_is_allowed_takes_no_memory_before_its_weights_are_missed(
+    tmp_path: Path,
+) -> None:
+    fields = {**preset("demo").to_dict(), "image_size": 4096, "vim_stride": 1, "vim_dim": 65_536, "head_dim": 65_536}
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors", {CONFIG_KEY: json.dumps(fields)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MDNetError, match="does not fit its own configuration"):
+        load_checkpoint(tmp_path / "model.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024  # KiB; the weights are terabytes
 
 
 def test_configuration_says_what_is_wrong() -> None:

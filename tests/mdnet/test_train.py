@@ -192,6 +192,7 @@ def test_the_train_command_resumes_logs_and_notes_its_fold(
         (["train"], "--preset demo, or --init"),
         (["train", "--preset", "sd15-vim-s"], "--init CHECKPOINT"),
         (["train", "--preset", "nope"], "no preset 'nope'"),
+        (["train", "--preset", "demo", "-o", "/dev/null"], "-o takes the name of a regular file"),
         (["train", "--preset", "demo", "-o", "missing/model.safetensors"], "-o takes a file in a folder that exists"),
         (["train", "--preset", "demo", "--data", "missing"], "no folder Images"),
         (["train", "--preset", "demo", "--epochs", "0"], "0 is not in the range"),

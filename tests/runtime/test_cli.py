@@ -7,10 +7,13 @@ import io
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +250,101 @@ def test_scores_without_meaning_come_with_a_note(
     assert result.exit_code == 0
     assert (note in lines[0] and len(lines) == 2) if note else len(lines) == 1
     assert len(rows(result.stdout)) == 2
+
+
+def run_closed(closed: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run `mdnet-rt score` with a standard stream that the shell has closed."""
+    command = shlex.join([sys.executable, "-m", "mdnet_rt", "score", *map(str, args)])
+    return subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_that_is_not_needed_changes_nothing(
+    shared_bundle: Path, photos: Path, tmp_path: Path, closed: str
+) -> None:
+    output = tmp_path / "scores.csv"
+    done = run_closed(closed, photos, "--bundle", shared_bundle, "-o", output)
+    assert done.returncode == 1  # two of the images are bad
+    assert output.read_text() == run("score", photos, "--bundle", shared_bundle).stdout
+    assert done.stdout == ""
+    assert done.stderr.startswith("5 images: 3 scored, 2 failed") or "2>&-" in closed
+
+
+def test_rows_are_written_where_standard_error_is_closed(shared_bundle: Path, photos: Path) -> None:
+    done = run_closed("2>&-", photos / "img0.png", "--bundle", shared_bundle)
+    assert (done.returncode, done.stdout) == (0, run("score", photos / "img0.png", "--bundle", shared_bundle).stdout)
+
+
+@pytest.mark.parametrize(
+    ("closed", "args", "message"),
+    [
+        (">&-", ["img0.png"], "rows go to standard output, which is closed; name a file with -o"),
+        (">&-", ["img0.png", "--format", "csv", "-o", "/dev/stdout"], "-o /dev/stdout is not open for writing"),
+        ("<&-", ["--list", "-"], "--list - reads standard input, which is closed"),
+    ],
+)
+def test_a_closed_stream_that_is_needed_is_one_line(
+    shared_bundle: Path, photos: Path, closed: str, args: list[str], message: str
+) -> None:
+    args = [str(photos / arg) if arg == "img0.png" else arg for arg in args]
+    done = run_closed(closed, *args, "--bundle", shared_bundle)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+SUFFIX_FORMATS = {
+    "AVIF": [".avif"],
+    "BMP": [".bmp"],
+    "GIF": [".gif"],
+    "JPEG": [".jpg", ".JPG", ".jpeg", ".jpe", ".jfif"],
+    "JPEG2000": [".jp2"],
+    "PNG": [".png"],
+    "PPM": [".ppm", ".pnm"],
+    "TIFF": [".tif", ".tiff"],
+    "WEBP": [".webp"],
+}
+
+
+@pytest.mark.parametrize("place", ["folder", "archive"])
+def test_an_image_of_any_suffix_is_found_in_a_folder_and_an_archive(
+    shared_bundle: Path, tmp_path: Path, place: str
+) -> None:
+    folder, image = tmp_path / "in", Image.effect_noise((40, 40), 50).convert("RGB")
+    folder.mkdir()
+    for format, suffixes in SUFFIX_FORMATS.items():
+        for suffix in suffixes:
+            image.save(folder / f"image{suffix}", format)
+    for name in ("drawing.svg", "icon.ico", "raw.nef", "photo.jxl"):
+        (folder / name).write_bytes(b"of a format that is not decoded")
+    for name in ("notes.txt", "scores.csv", "Thumbs.db", "clip.mp4"):
+        (folder / name).write_bytes(b"no image")
+    location = folder
+    if place == "archive":
+        location = tmp_path / "in.tar"
+        with tarfile.open(location, "w") as archive:
+            for file in folder.iterdir():
+                archive.add(file, file.name)
+    result = run("score", location, "--bundle", shared_bundle, "--format", "jsonl")
+    statuses = {re.split("::|/", row["path"])[-1]: row["status"] for row in map(json.loads, result.stdout.splitlines())}
+    good = {f"image{suffix}": "ok" for suffixes in SUFFIX_FORMATS.values() for suffix in suffixes}
+    assert statuses == good | dict.fromkeys(("drawing.svg", "icon.ico", "raw.nef", "photo.jxl"), "unreadable")
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("into", ["a file that is appended to", "a pipe"])
+def test_rows_for_standard_output_by_name_come_there_and_nothing_is_lost(
+    shared_bundle: Path, photos: Path, tmp_path: Path, name: str, into: str
+) -> None:
+    command = [sys.executable, "-m", "mdnet_rt.cli", "score", str(photos / "img0.png"), "--bundle", str(shared_bundle)]
+    log = tmp_path / "log"
+    log.write_bytes(b"earlier\n")
+    with log.open("ab") as stream:
+        out = subprocess.PIPE if into == "a pipe" else stream
+        done = subprocess.run([*command, "-o", name, "--format", "csv"], stdout=out, check=True)
+    found = done.stdout if into == "a pipe" else log.read_bytes().removeprefix(b"earlier\n")
+    assert found.decode() == run(*command[3:]).stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")

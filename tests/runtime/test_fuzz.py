@@ -194,16 +194,17 @@ def images_of(format: str) -> list[bytes]:
         "GIF": [(flat.convert("P"), {"transparency": 3}), (flat, frames), (flat, {"interlace": True})],
         "BMP": [(noise, {}), (flat.convert("P"), {}), (noise.convert("1"), {}), (noise.convert("RGBA"), {})],
         "PPM": [(noise, {}), (grey16, {}), (noise.convert("1"), {})],
+        "AVIF": [(noise, {}), (noise.convert("RGBA"), {})],
         "JPEG2000": [(noise, {}), (noise.convert("LA"), {"irreversible": True})],
     }
     return [encoded(image, format, **options) for image, options in seeds[format]]
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"])
 def test_mutated_images_are_decoded_or_refused(tmp_path: Path, format: str) -> None:
     def check(data: bytes) -> bool:
         try:
-            pixels, width, height = decode(data, SIZE)
+            pixels, width, height, _ = decode(data, SIZE)
         except ImageError as error:
             assert str(error)
             assert "\n" not in str(error)

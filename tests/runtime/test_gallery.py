@@ -398,6 +398,11 @@ def test_a_page_that_could_not_be_written_is_refused_before_any_work(
     assert message in done.stderr
 
 
+def test_a_page_does_not_take_the_place_of_an_open_file(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("ab") as stream, pytest.raises(UsageError, match="is no regular file"):
+        check_report(Path(f"/dev/fd/{stream.fileno()}"))
+
+
 def test_without_jinja2_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MDNetError, match=r"mdnet\[report\]"):

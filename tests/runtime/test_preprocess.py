@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import errno
+import importlib.util
 import io
 import os
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -15,10 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, ImageOps, features
 
+from mdnet_rt import image_files
 from mdnet_rt import preprocess as module
-from mdnet_rt.preprocess import MAX_PIXELS, ImageError, load_image, preprocess
+from mdnet_rt.preprocess import (
+    MAX_PIXELS,
+    Decoded,
+    ImageError,
+    decode,
+    decode_in_memory,
+    load_image,
+    preprocess,
+)
 
 SIZE = 32
 ORIENTATION = 0x0112
@@ -138,7 +149,7 @@ def test_jpeg_is_decoded_small_but_never_under_twice_the_size(
     monkeypatch: pytest.MonkeyPatch, stored: tuple[int, int], decoded: tuple[int, int]
 ) -> None:
     seen = []
-    monkeypatch.setattr(module, "_square", lambda image, size, find_box: seen.append(image.size))
+    monkeypatch.setattr(module, "_decoded", lambda image, *_: Decoded(seen.append(image.size), 0, 0))
     for oriented in (1, 6):
         exif = Image.Exif()
         exif[ORIENTATION] = oriented
@@ -176,9 +187,9 @@ def solid(mode: str, colour: object) -> Image.Image:
         (solid("CMYK", (255, 0, 0, 0)), "JPEG", (0, 255, 255)),
         (solid("CMYK", (0, 0, 255, 0)), "TIFF", (255, 255, 0)),
         (solid("YCbCr", (100, 128, 128)), "JPEG", (100, 100, 100)),
-        (solid("LA", (0, 0)), "PNG", (255, 255, 255)),
+        (solid("LA", (0, 0)), "PNG", (0, 0, 0)),
         (solid("LA", (0, 51)), "PNG", (204, 204, 204)),
-        (solid("RGBA", (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (solid("RGBA", (255, 0, 0, 0)), "PNG", (255, 0, 0)),
         (solid("RGBA", (255, 0, 0, 51)), "PNG", (255, 204, 204)),
         (solid("RGBA", (10, 20, 30, 255)), "WEBP", (10, 20, 30)),
         (solid("P", 3), "GIF", None),
@@ -208,6 +219,46 @@ def test_partly_transparent_palette_is_blended() -> None:
     image.putpalette([0, 0, 0])
     pixels = load_image(encoded(image, "PNG", transparency=bytes([51])), SIZE)
     assert np.abs(pixels.astype(int) - 204).max() <= 1
+
+
+def bmp_with_alpha(pixels: np.ndarray, alpha: int) -> bytes:
+    """A BMP of 32 bits a pixel with masks for all four channels (BITMAPV3INFOHEADER)."""
+    height, width, _ = pixels.shape
+    body = np.dstack([pixels[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 56, width, height, 1, 32, 3, len(body), 0, 0, 0, 0)
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    return struct.pack("<2sIHHI", b"BM", 70 + len(body), 0, 0, 70) + header + masks + body
+
+
+def test_a_bmp_whose_alpha_was_never_set_is_opaque() -> None:
+    pixels = noise(40, 30)
+    assert Image.open(io.BytesIO(bmp_with_alpha(pixels, 0))).mode == "RGBA"
+    np.testing.assert_array_equal(load_image(bmp_with_alpha(pixels, 0), SIZE), preprocess(pixels, SIZE))
+    faint = load_image(bmp_with_alpha(pixels, 1), SIZE)  # which was set
+    assert faint.min() >= 253
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "TIFF"), ("LA", "TIFF"), ("PA", "TIFF")]
+)
+def test_alpha_that_is_0_everywhere_is_unset_and_alpha_that_is_set_anywhere_is_alpha(mode: str, format: str) -> None:
+    opaque = Image.fromarray(noise(40, 40)[:, :, 0]).convert(mode[:-1])
+    image = Image.merge("LA", (opaque, Image.new("L", (40, 40), 0))) if mode == "LA" else opaque.convert(mode)
+    image.putalpha(0)
+    np.testing.assert_array_equal(load_image(encoded(image, format), SIZE), preprocess(opaque, SIZE))
+    alpha = Image.new("L", (40, 40), 0)
+    alpha.putpixel((0, 0), 255)
+    image.putalpha(alpha)
+    np.testing.assert_array_equal(load_image(encoded(image, format), SIZE)[5:, 5:], 255)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (3, 500)])
+def test_a_picture_of_one_colour_has_a_warning_and_one_pixel_takes_it_away(shape: tuple[int, int]) -> None:
+    pixels = np.full((*shape, 3), 77, np.uint8)
+    assert decode_in_memory(pixels, SIZE).warning == "one flat colour"
+    assert decode(encoded(Image.fromarray(pixels), "PNG"), SIZE).warning == "one flat colour"
+    pixels[shape[0] // 2, shape[1] // 2] = 255
+    assert decode_in_memory(pixels, SIZE).warning is None
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 200, 255])
@@ -250,6 +301,33 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
     np.testing.assert_array_equal(load_image(data, SIZE), np.broadcast_to([255, 0, 0], (SIZE, SIZE, 3)))
 
 
+HEIC = Path(__file__).parents[1] / "data" / "turned.heic"
+"""`smooth(64, 48)`, stored upright, to be shown turned by 90° clockwise (`irot`); made by pillow-heif."""
+
+
+def test_a_heic_is_decoded_as_it_is_to_be_shown() -> None:
+    pytest.importorskip("pi_heif")
+    upright = smooth(64, 48).transpose(Image.Transpose.ROTATE_270)
+    # 4 levels: HEVC's own loss; a wrong turn is off by up to 247.
+    np.testing.assert_allclose(load_image(HEIC, SIZE).astype(int), preprocess(upright, SIZE), atol=4)
+
+
+def test_without_its_decoder_a_heic_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for source in (HEIC, HEIC.read_bytes()):
+        with pytest.raises(ImageError, match=r"HEIF.*mdnet\[heif\]"):
+            load_image(source, SIZE)
+
+
+@pytest.mark.filterwarnings("ignore:image file could not be identified because AVIF support not installed")
+def test_a_pillow_without_avif_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(smooth(40, 40), "AVIF")
+    monkeypatch.setattr(features, "check", lambda name: False)
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    with pytest.raises(ImageError, match="AVIF image, which this Pillow was built without"):
+        load_image(data, SIZE)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 20000)])
 def test_tiny_and_very_long_images_cost_nothing(size: tuple[int, int]) -> None:
     data = encoded(Image.new("RGB", size, (10, 200, 30)), "PNG")
@@ -273,7 +351,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
 
 
 def test_the_pixel_limit_is_what_is_still_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PIXELS", 100)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     assert preprocess(noise(10, 10), SIZE).shape == (SIZE, SIZE, 3)
     for too_large in (noise(101, 1), Image.new("L", (1, 101))):
         with pytest.raises(ImageError, match="exceed the limit of 100"):
@@ -307,7 +385,7 @@ def test_a_cut_file_is_an_image_error(format: str) -> None:
         assert str(caught.value).startswith("truncated (")
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"])
 def test_corrupted_bytes_give_pixels_or_an_image_error(format: str) -> None:
     rng = np.random.default_rng(0)
     data = np.frombuffer(encoded(Image.fromarray(noise(24, 24)), format), np.uint8)

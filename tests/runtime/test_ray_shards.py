@@ -14,7 +14,7 @@ from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_rt.ray_shards import Part, Shard, decode_parts, decode_shards, encode_part, encode_shard, split
 from mdnet_rt.results import Result
 from mdnet_rt.run import unfinished
-from mdnet_rt.sources import Entry, is_archive
+from mdnet_rt.sources import Entry, archive_kind
 
 Members = dict[str, list[str]]
 
@@ -22,7 +22,7 @@ Members = dict[str, list[str]]
 def entries(locations: Iterable[str], members: Members) -> Iterator[Entry]:
     """As `read_locations` would give them, were the archives to hold `members`."""
     for location in locations:
-        if is_archive(location):
+        if archive_kind(location):
             yield from (Entry(f"{location}::{member}", b"") for member in members[location])
         else:
             yield Entry(location, b"")

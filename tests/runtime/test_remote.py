@@ -231,10 +231,59 @@ def test_http_is_read_as_it_is_named(server: str) -> None:
     assert read(*urls) == [FILES["ok.jpg"]] * 4 + [b""]
 
 
+SIGNED = "?Credential=AK%2F2026%2Feast&Signature=ab%2Bcd%3D&name=%22x%20y.jpg%22&odd=a+b%7E~"
+
+
+class Store(Handler):
+    """An object store: answers only GET of the very bytes that were signed, of one of them with a redirection."""
+
+    def do_HEAD(self) -> None:
+        self.send_error(403)
+
+    def do_GET(self) -> None:
+        name = self.path.removesuffix(SIGNED).removeprefix("/b/my%20face%2B1/")
+        if name == "moved.jpg":
+            self.send_response(302)
+            self.send_header("Location", f"/b/my%20face%2B1/ok.jpg{SIGNED}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path == f"/b/my%20face%2B1/{name}{SIGNED}" and name in FILES:
+            self.path = name
+            self._answer()
+        else:
+            self.send_error(403)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    pytest.importorskip("aiohttp", reason="fsspec's http needs it")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store) as running:
+        threading.Thread(target=functools.partial(running.serve_forever, 0.01)).start()
+        yield f"http://127.0.0.1:{running.server_port}/b"
+        running.shutdown()
+
+
+def test_a_signed_url_goes_out_byte_for_byte(store: str) -> None:
+    folder = f"{store}/my%20face%2B1"
+    assert read(f"{folder}/ok.jpg{SIGNED}") == [FILES["ok.jpg"]]
+    assert read(f"{folder}/moved.jpg{SIGNED}") == [FILES["ok.jpg"]]  # where the signature is in the redirection
+    assert read(f"{folder}/a.tgz{SIGNED}") == [data for _, data in MEMBERS]
+    assert read(f"{folder}/a.parquet{SIGNED}", column="left") == [b"1", b"2"]
+
+
+def test_what_no_request_may_hold_is_encoded(server: str) -> None:
+    assert read(f"{server}/slow/é à/ok.jpg?a=b c") == [FILES["ok.jpg"]]
+
+
 @pytest.mark.parametrize("name", ["a.tgz", "a.tgz?token=a.jpg", "unsized/a.tgz", "slow/a.tgz"])
 def test_an_archive_over_http_is_read(server: str, name: str) -> None:
     entries = list(read_locations([f"{server}/{name}"]))
     assert [(entry.name, entry.data) for entry in entries] == [(f"{server}/{name}::{n}", data) for n, data in MEMBERS]
+
+
+def test_a_urls_path_says_what_it_is_and_not_its_query(server: str) -> None:
+    assert read(f"{server}/a.parquet?signature", column="left") == [b"1", b"2"]
+    assert read(f"{server}/ok.jpg?then=a.tar") == [FILES["ok.jpg"]]
 
 
 def test_parquet_over_http_is_read(server: str) -> None:

@@ -30,6 +30,10 @@ def test_a_stamp_names_the_model_and_the_digest_of_what_decides_its_scores(share
         ([GOOD, BAD], "2 images: 1 scored, 1 failed, 0.5 s, 4.0 images/s; scores 3.1 to 3.1"),
         ([BAD], "1 image: 0 scored, 1 failed, 0.5 s, 2.0 images/s"),
         ([GOOD, Result("c", 1.94)], "2 images: 2 scored, 0 failed, 0.5 s, 4.0 images/s; scores 1.9 to 3.1"),
+        (
+            [GOOD, Result("c", 1.94, reason="one flat colour"), BAD],
+            "3 images: 2 scored (1 with a warning), 1 failed, 0.5 s, 6.0 images/s; scores 1.9 to 3.1",
+        ),
         ([], "0 images: 0 scored, 0 failed, 0.5 s, 0.0 images/s"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from icc import rgb_profile
 from PIL import Image
 
 from mdnet_engines.backends import Backend
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
+from mdnet_engines.manifest import MANIFEST_NAME
 from mdnet_engines.session import OrtSession
 from mdnet_rt import Result, Scorer
 from mdnet_rt import scorer as module
@@ -152,6 +155,27 @@ def test_a_bad_image_is_a_row_and_the_others_are_scored(
         assert (result.score is None) is not result.ok
         if result.ok:
             assert result.score == pytest.approx(expected_score(load_image(result.path, SIZE)), abs=TOLERANCE)
+
+
+def test_a_flat_picture_is_scored_with_a_warning(scorer: Scorer, expected_score: Expected, tmp_path: Path) -> None:
+    pixels = np.full((40, 50, 3), 200, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    for result in scorer.score([tmp_path / "grey.png", pixels]):
+        assert (result.status, result.reason) == ("ok", "one flat colour")
+        assert result.score == pytest.approx(expected_score(preprocess(pixels, SIZE)), abs=1e-5)
+
+
+def test_colours_are_converted_where_the_bundle_says_so(bundle: Path, expected_score: Expected, tmp_path: Path) -> None:
+    noise, file = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), tmp_path / "a.png"
+    Image.fromarray(noise).save(file, icc_profile=rgb_profile("ProPhoto"))
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    for colour in ("as_stored", "srgb"):
+        manifest["preprocessing"]["colour"] = colour
+        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+        with Scorer.open(bundle, backend="onnxruntime-cpu") as scorer:
+            results = scorer.score([file, Image.open(file)])
+        expected = expected_score(load_image(file, SIZE, to_srgb=colour == "srgb"))
+        assert [result.score for result in results] == pytest.approx([expected] * 2, abs=1e-5)
 
 
 def test_only_bad_images_run_no_graph(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

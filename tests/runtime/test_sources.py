@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mdnet_engines.errors import UsageError
 from mdnet_rt.sources import (
     Entry,
+    archive_kind,
     find_images,
     find_locations,
-    is_archive,
     is_url,
     natural_key,
     printable,
@@ -309,6 +309,22 @@ def test_a_list_from_a_pipe_is_read_as_it_comes(null: bool) -> None:
             assert os.fsencode(next(locations)) == name  # before the next is written
 
 
+@pytest.mark.parametrize("null", [False, True])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(null: bool) -> None:
+    end = b"\0" if null else b"\r\n"
+    assert listed("a.jpg".encode("utf-8-sig") + end + b"\xef\xbb\xbfb.jpg", null=null) == [
+        b"a.jpg",
+        b"\xef\xbb\xbfb.jpg",
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_list_in_utf_16_is_refused_by_name(encoding: str, null: bool) -> None:
+    with pytest.raises(UsageError, match=r"^the list is in UTF-16; save it as UTF-8$"):
+        listed("\ufeffa.jpg\n".encode(encoding), null=null)
+
+
 def test_whatever_a_list_names_is_an_entry_of_that_name(tree: Path) -> None:
     (tree / "folder.tar").mkdir()
     names = ["photos/img2.JPG", "gone.jpg", "photos", "folder.tar", "", "n" * 5000, "a\0b.jpg", "*.jpg"]
@@ -370,6 +386,6 @@ def test_a_url_has_a_scheme(text: str, url: bool) -> None:
 
 @pytest.mark.parametrize("name", ["a.tar", "A.TAR", "a.tar.gz", "a.tgz", "a.Parquet", "folder/.tar"])
 def test_an_archive_is_known_by_its_name(name: str) -> None:
-    assert is_archive(name)
-    assert not is_archive(name + ".txt")
-    assert not is_archive(name.replace(".", "_"))
+    assert archive_kind(name)
+    assert not archive_kind(name + ".txt")
+    assert not archive_kind(name.replace(".", "_"))

@@ -192,6 +192,30 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
             check_output(Path("/dev/null"), format, resume=resume)  # type: ignore[arg-type]
 
 
+def test_a_link_to_an_open_file_is_written_through_from_where_the_file_stands(tmp_path: Path) -> None:
+    log, link = tmp_path / "log.csv", tmp_path / "scores.csv"
+    log.write_bytes(b"earlier\n")
+    with log.open("ab") as stream:
+        link.symlink_to(f"/proc/self/fd/{stream.fileno()}")
+        check_output(link, "csv")
+        run("csv", link, GOOD, BAD)
+    run("csv", tmp_path / "plain.csv", GOOD, BAD)
+    assert log.read_bytes() == b"earlier\n" + (tmp_path / "plain.csv").read_bytes()
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "plain.csv", "scores.csv"]
+
+
+def test_an_open_file_that_rows_cant_be_written_to_is_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "file.csv").write_text("earlier")
+    with (tmp_path / "file.csv").open("rb") as stream:
+        with pytest.raises(UsageError, match="not open for writing"):
+            check_output(Path(f"/dev/fd/{stream.fileno()}"), "csv")
+        with pytest.raises(UsageError, match="no regular file"):
+            check_output(Path(f"/proc/self/fd/{stream.fileno()}"), "csv", resume=True)
+    with pytest.raises(UsageError, match="not open for writing"):
+        check_output(Path("/dev/fd/1048000"), "csv")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
 def test_a_full_disk_is_an_error() -> None:
     with pytest.raises(OSError, match="No space left"):

@@ -166,6 +166,52 @@ def test_health_and_readiness(server: Server) -> None:
         assert server.request("GET", path).status == 200
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/healthz", "/readyz", "/metrics", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready"]
+    + [f"/v2/models/mdnet{version}{part}" for version in ("", "/versions/1") for part in ("", "/ready")],
+)
+def test_head_is_answered_as_get_without_the_body(server: Server, path: str) -> None:
+    get = server.request("GET", path)
+    # On one connection: what comes behind an answer without a body is the next answer, not a rest of the first.
+    request = f"HEAD {path} HTTP/1.1\r\nHost: test\r\n{{}}\r\n".encode()
+    with server.connect() as client:
+        client.sendall(request.replace(b"{}", b"") + request.replace(b"{}", b"Connection: close\r\n"))
+        received = b""
+        while data := client.recv(65536):
+            received += data
+    heads = received.split(b"\r\n\r\n")
+    assert [head.split(b" ")[1] for head in heads[:2]] == [b"200", b"200"]
+    assert heads[2:] == [b""]
+    assert f"content-type: {get.headers['content-type']}".encode() in heads[0].lower()
+    if path != "/metrics":  # whose counts grow from one answer to the next
+        assert f"content-length: {len(get.body)}".encode() in heads[0].lower()
+
+
+def test_head_of_a_path_that_has_no_get_is_405(server: Server) -> None:
+    assert server.request("HEAD", "/score").status == 405
+
+
+@pytest.mark.parametrize("kind", ["data URI", "data URI with parameters", "lines", "lines of Windows"])
+def test_base64_comes_as_browsers_and_mail_programs_write_it(
+    server: Server, images: list[bytes], scores: list[float], kind: str
+) -> None:
+    text = base64.b64encode(images[0]).decode()
+    lines = [text[at : at + 76] for at in range(0, len(text), 76)]
+    written = {
+        "data URI": f"data:image/jpeg;base64,{text}",
+        "data URI with parameters": f"DATA:image/jpeg;name=a.jpg;BASE64,{text}",
+        "lines": base64.encodebytes(images[0]).decode(),
+        "lines of Windows": "\r\n".join(lines),
+    }[kind]
+    answer = server.score(json.dumps({"images": [written]}).encode(), "application/json")
+    assert values(answer) == pytest.approx(scores[:1], abs=1e-5)
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [written]}
+    body = json.dumps({"inputs": [tensor], "outputs": [{"name": "score"}]}).encode()
+    answer = server.request("POST", "/v2/models/mdnet/infer", body)
+    assert answer.json["outputs"][0]["data"] == pytest.approx(scores[:1], abs=1e-5)
+
+
 def test_openapi_is_valid_and_lists_what_is_there(server: Server, images: list[bytes]) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
     document = server.request("GET", "/openapi.json").json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from mdnet_engines.bundle import read_manifest
 from mdnet_engines.errors import MDNetError
@@ -100,6 +102,17 @@ def images(photo: Callable[..., Path]) -> list[bytes]:
 
 def first_value(image: bytes) -> float:
     return float(load_image(image, SIZE)[0, 0, 0])
+
+
+def test_the_warning_of_an_image_comes_with_its_score(run: Callable[..., None]) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 40), (77, 0, 0)).save(stream, "PNG")
+
+    async def test(lab: Lab) -> None:
+        (result,) = (await lab.score(stream.getvalue())).json()["results"]
+        assert result == {"name": None, "status": "ok", "score": 77.0, "reason": "one flat colour"}
+
+    run(test)
 
 
 def test_a_full_queue_answers_429_at_once_and_what_was_let_in_is_answered(
@@ -191,7 +204,7 @@ def test_a_decoder_that_fails_unforeseen_leaves_the_queue_as_it_was(
 ) -> None:
     async def test(lab: Lab) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("mdnet_rt.server.work.load_image", None)
+            patch.setattr("mdnet_rt.server.work.decode", None)
             answer = await lab.score(images[0])
         assert answer.status_code == 500
         assert answer.json()["error"].startswith("scoring failed: unexpected TypeError")

@@ -1,0 +1,6 @@
+"""`python -m mdnet_export`: the command `mdnet-export`."""
+
+from mdnet_export.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""`python -m mdnet`: the command `mdnet`."""
+
+from mdnet.cli import main
+
+if __name__ == "__main__":
+    main()
