@@ -178,11 +178,6 @@ def _cut(bundle: Path) -> None:
     (bundle / "vim.onnx").write_bytes((bundle / "vim.onnx").read_bytes()[:-1])
 
 
-def _link(bundle: Path) -> None:
-    shutil.move(bundle / "vim.onnx", bundle.parent / "elsewhere.onnx")
-    (bundle / "vim.onnx").symlink_to(bundle.parent / "elsewhere.onnx")
-
-
 def _edit(**changes: object) -> Callable[[Path], None]:
     def edit(bundle: Path) -> None:
         manifest = json.loads((bundle / MANIFEST_NAME).read_text())
@@ -202,9 +197,8 @@ def _outside(bundle: Path) -> None:
     [
         (_wrong_hash, "it was altered"),
         (_cut, "the copy is incomplete or altered"),
-        (_link, "is a link"),
         (_outside, "graphs.vim.file.name"),
-        (_edit(schema_version=2), "schema version 2"),
+        (_edit(schema_version=3), "schema version 3"),
         (_edit(surprise=1), "surprise"),
         (_edit(graphs={}), "lacks the graphs"),
         (lambda bundle: (bundle / "fusion.onnx").unlink(), "fusion.onnx is missing"),
@@ -215,7 +209,6 @@ def _outside(bundle: Path) -> None:
     ids=[
         "hash",
         "cut",
-        "link",
         "outside",
         "schema",
         "unknown-field",
