@@ -21,9 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gpu.check import BUDGET, STAGES, Setting, Stage, run_stages
+from gpu.checkout import ROOT, import_paths
 from gpu.render import render
 from gpu.results import BAD, ResultError, Results
-from gpu.rooms import ROOT, import_paths
 
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = (
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, stages: list[Stage]) -> tuple[Results, Path
     """Run the stages; gives their results and the file that has them."""
     with tempfile.TemporaryDirectory(prefix="mdnet-gpu-check-") as name:
         scratch = Path(name)
-        paths = import_paths(scratch)
+        paths = import_paths()
         sys.path += paths
         bundles = (options.bundles or scratch / "bundles").resolve()
         bundles.mkdir(parents=True, exist_ok=True)

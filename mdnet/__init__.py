@@ -1,5 +1,8 @@
 """MD-Net in PyTorch: the model, its checkpoints, data, training and evaluation."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("mdnet")
+try:
+    __version__ = version("mdnet")
+except PackageNotFoundError:  # a checkout that nobody installed
+    __version__ = "0"

@@ -6,12 +6,12 @@ import contextlib
 import json
 import shlex
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from mdnet import __version__
 from mdnet.cli_common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
 from mdnet.cli_train import ablate, prior, train
 from mdnet_engines.backends import BACKENDS
@@ -172,5 +172,5 @@ def evaluate(
     if report:
         from mdnet.evaluation_report import render_report
 
-        facts = {"command": command_line(), "mdnet": version("mdnet"), "device": device, "backend": backend}
+        facts = {"command": command_line(), "mdnet": __version__, "device": device, "backend": backend}
         write_text(report, render_report(benchmark, facts=facts))

@@ -22,8 +22,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "gpu_check.py"
 sys.path.append(str(SCRIPT.parent))  # at the end: it has modules of common names
-check, claims, render, results, rooms = (
-    importlib.import_module(f"gpu.{name}") for name in ("check", "claims", "render", "results", "rooms")
+check, checkout, claims, render, results = (
+    importlib.import_module(f"gpu.{name}") for name in ("check", "checkout", "claims", "render", "results")
 )
 sys.path.remove(str(SCRIPT.parent))
 STAGES = [stage.name for stage in check.STAGES]
@@ -166,7 +166,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     stages.insert(3, check.Stage("missing", "broken:fine", 60, needs=("json", "no_such_module", "nor_this")))
     stages.append(check.Stage("fine", "broken:fine", 60, needs=()))
     (folder / "bundles").mkdir()
-    paths = (*rooms.import_paths(folder), str(folder))
+    paths = (*checkout.import_paths(), str(folder))
     setting = check.Setting("cpu", "tiny", folder, folder / "bundles", paths)
     begin = results.Results("none", f"{DAY}T10:00:00+00:00", True, "command", {})
     output = folder / "out.json"
@@ -467,29 +467,22 @@ def test_figures_that_are_not_finite_are_written_by_name(tmp_path: Path) -> None
 # What the stages are made of.
 
 
-def test_rooms_are_where_pyproject_maps_them() -> None:
-    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[tool.scikit-build.wheel.force-include]\n")[2].partition("\n\n")[0]
-    assert {name: room for room, name in re.findall(r'^(\w+) = "(\w+)"$', section, re.MULTILINE)} == rooms.ROOMS
-
-
 def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda name: None)
-    paths = rooms.import_paths(tmp_path)
+    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
     program = "import mdnet, mdnet_engines.cuda_kernel as k; print(mdnet.__version__, len(k.ptx()), k.__file__)"
     # -S: no site-packages, so that what is installed here can't help.
     done = subprocess.run(
         [sys.executable, "-S", "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout.import_paths())},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     version, length, file = done.stdout.split()
-    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert version == "0"
     assert int(length) > 10_000
-    assert Path(file).is_relative_to(tmp_path)
+    assert Path(file).is_relative_to(REPOSITORY)
 
 
 LAUNCH = """

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gpu.checkout import ROOT
 from gpu.results import CRASHED, FAILED, NO_TIME, PASSED, TIMED_OUT, Results, Row, StageResult, worst, write
-from gpu.rooms import ROOT
 
 BUDGET = 540.0
 """Seconds for everything: nine minutes."""
@@ -57,7 +57,7 @@ def limits(stages: Sequence[Stage], budget: float) -> list[float]:
 class Setting:
     """Where and how the stages run: `device` is cuda or cpu, `sizes` full or tiny, both folders exist.
 
-    `paths` is where the stages find modules (`rooms.import_paths`).
+    `paths` is where the stages find modules (`checkout.import_paths`).
     """
 
     device: str

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+from gpu.checkout import ROOT
 from gpu.context import CheckFailed, Context, NotSupported
 from gpu.results import Figure
-from gpu.rooms import ROOT
 
 _MARK = "pytest.mark." + "gpu"
 

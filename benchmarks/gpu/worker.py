@@ -17,10 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gpu.checkout import ROOT
 from gpu.clock import Device
 from gpu.context import Context, judge
 from gpu.results import NOT_INSTALLED, Row, plain
-from gpu.rooms import ROOT
 from gpu.sizes import SIZES
 
 

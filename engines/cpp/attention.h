@@ -1,4 +1,4 @@
-// The C interface of attention with products in bfloat16. See engines/product_op.py.
+// The C interface of attention with products in bfloat16. See mdnet_engines/product_op.py.
 #pragma once
 
 #include "product.h"

@@ -1,5 +1,5 @@
 // The C interface of two convolutions in float32: depthwise along a sequence, with SiLU behind it; and of an image with
-// few channels. See engines/conv_op.py.
+// few channels. See mdnet_engines/conv_op.py.
 #pragma once
 
 #include "scan.h"

@@ -1,4 +1,4 @@
-// mdnet::DepthwiseConvSilu and mdnet::ImageConv for ONNX Runtime on the CPU (engines/conv_op.py).
+// mdnet::DepthwiseConvSilu and mdnet::ImageConv for ONNX Runtime on the CPU (mdnet_engines/conv_op.py).
 #include <stdlib.h>
 
 #include "conv.h"

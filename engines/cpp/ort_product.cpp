@@ -1,4 +1,4 @@
-// mdnet::BFloat16MatMul and its transposed forms for ONNX Runtime on the CPU (engines/product_op.py).
+// mdnet::BFloat16MatMul and its transposed forms for ONNX Runtime on the CPU (mdnet_engines/product_op.py).
 #include <stdlib.h>
 
 #include <initializer_list>

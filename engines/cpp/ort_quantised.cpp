@@ -1,4 +1,4 @@
-// The operators of engines/quantised_ops.py for ONNX Runtime on the CPU.
+// The operators of mdnet_engines/quantised_ops.py for ONNX Runtime on the CPU.
 #include <stdlib.h>
 
 #include <initializer_list>

@@ -1,6 +1,6 @@
 // The C interface of what runs natively between two quantised layers: group normalisation, the residual sum, GEGLU.
 //
-// See engines/quantised_ops.py for the formulas and the operators.
+// See mdnet_engines/quantised_ops.py for the formulas and the operators.
 #pragma once
 
 #include "scan.h"

@@ -1,7 +1,7 @@
 // The C interface of the native selective scan: what Python (ctypes) and the ONNX Runtime operators call.
 //
 // Tensors are described by a pointer and two strides in elements; the steps of a row are always contiguous.
-// See engines/scan_op.py for the formula and the shapes.
+// See mdnet_engines/scan_op.py for the formula and the shapes.
 #pragma once
 
 #include <stddef.h>

@@ -3,7 +3,7 @@
 // chooses MDNET_NAMESPACE and MDNET_VECTOR_BYTES (CMakeLists.txt).
 //
 // Written with the vector extensions that GCC (12 and newer) and Clang share; the compiler picks the instructions.
-// Relative errors in float32, for results above 1e-36 (tests/engines/test_native.py holds them):
+// Relative errors in float32, for results above 1e-36 (tests/mdnet_engines/test_native.py holds them):
 //   exp(x) 1.5e-7, softplus(x) 2.5e-7, silu(x) 3e-7, and 8e-8 |x| more where x is negative (x log2(e) is rounded).
 // NaN gives NaN; exp(-inf) = 0, exp(inf) = inf, softplus(-inf) = 0, softplus(inf) = inf. Results below 1e-36 may be 0.
 #pragma once
