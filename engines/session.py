@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from mdnet_engines import native
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, UsageError, first_line
 from mdnet_engines.gpu import visible_gpu
 
@@ -140,11 +141,6 @@ def has_vnni() -> bool:
     except OSError:
         return True
     return "vnni" in flags or "sse" not in flags  # the latter is no x86, whose case this is
-
-
-def available_cores() -> int:
-    """Cores this process may use; a container's CPU set counts, the machine's total does not."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _import_onnxruntime() -> Any:

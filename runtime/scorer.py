@@ -15,9 +15,10 @@ from PIL import Image
 
 from mdnet_engines.backends import Backend, open_graphs
 from mdnet_engines.bundle import Bundle
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
-from mdnet_engines.session import Session, available_cores
+from mdnet_engines.session import Session
 from mdnet_rt.pipeline import Pipeline, Task
 from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, preprocess
 from mdnet_rt.results import Result

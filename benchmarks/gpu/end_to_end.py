@@ -12,7 +12,7 @@ from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.results import Figure
 from mdnet.faces import draw_face
 from mdnet_engines.backends import choose, describe
-from mdnet_engines.session import available_cores
+from mdnet_engines.cpu import available_cores
 from mdnet_export.parity import LIMITS
 from mdnet_rt.scorer import Scorer
 

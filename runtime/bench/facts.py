@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.gpu import visible_gpu
 from mdnet_engines.manifest import Manifest
-from mdnet_engines.session import available_cores
 from mdnet_rt.results import Stamp
 
 _PACKAGES = (

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mdnet_engines.backends import Backend
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Manifest
-from mdnet_engines.session import available_cores
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.process import Worker
 
