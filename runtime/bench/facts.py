@@ -15,6 +15,8 @@ from mdnet_engines.gpu import visible_gpu
 from mdnet_engines.manifest import Manifest
 from mdnet_rt.results import Stamp
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+"""Those that decide which kernels run, by Linux' names."""
 _PACKAGES = (
     *("mdnet", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu"),
     *("openvino", "tensorrt", "tensorrt-rtx", "torch"),
@@ -27,7 +29,8 @@ def describe_host() -> dict[str, Any]:
     machine = {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or None,
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpuinfo("flags").split()],
         "cores": os.cpu_count(),
         "cores_usable": available_cores(),
         "gpu": gpu.name if gpu else None,
@@ -46,13 +49,13 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _processor() -> str | None:
-    """The processor's name; on Linux Python itself does not know it."""
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor, whose name Python itself does not know; "" where it says nothing."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+        if found := re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE):
             return found[1]
-    return platform.processor() or None
+    return ""
 
 
 def _versions() -> dict[str, str]:
