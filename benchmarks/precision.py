@@ -5,29 +5,30 @@ Python loop. Each contestant takes turns with it, run by run, in a process of it
 median of the pairs' ratios, and peak memory is that process's. Weights are random: as much work as others, and scores
 that mean nothing, so agreement is `mdnet-export verify`'s to show. Images are preprocessed and in memory.
 
-"OpenVINO, its own conversion" is the same PyTorch encoder through `openvino.convert_model`, beside our Vim and fusion.
+"OpenVINO, its own conversion" is the same PyTorch encoder through `openvino.convert_model`, beside our Vim and fusion;
+"auto" is what a user gets who names no backend. A contestant that can't run here has the reason in place of figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mdnet.config import PRESETS
+from mdnet_engines.errors import MDNetError
+from mdnet_rt.bench.facts import describe_host
+from mdnet_rt.bench.process import Worker
+from mdnet_rt.bench.worker import answer
 
 BASELINE = "PyTorch eager"
 _EXPORT = "from mdnet_export.cli import main; main()"
@@ -44,136 +45,131 @@ CONTESTANTS: dict[str, tuple[str, str]] = {  # name → (how it is opened, its p
     "OpenVINO, its own conversion, bf16": ("convert", "bf16"),
     "OpenVINO, int8": ("openvino", "int8"),
     "OpenVINO, int8, the rest in bf16": ("openvino-bf16", "int8"),
+    "auto, fp32": ("auto", "fp32"),
+    "auto, int8": ("auto", "int8"),
 }
 
 
 def main() -> None:
     """Measure, print, and write the figures where `-o` says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--preset", choices=list(PRESETS), default="sd15-vim-s")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="contestants whose name holds this")
-    parser.add_argument("--bundles", type=Path, help="folder that keeps the bundles (built when missing)")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = _parse()
     if options.worker:
-        return work(options)
-    if min(options.batch_size, options.rounds, options.threads) < 1:
-        parser.error("--batch-size, --rounds and --threads must be 1 or more")
+        return answer(lambda: open_contestant(options))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.bundles or Path(scratch)
-        chosen = {name: way for name, way in CONTESTANTS.items() if name != BASELINE and options.only in name}
-        build_bundles(folder, options.preset, {kind for way, kind in chosen.values() if way != "torch"})
-        figures = {name: against_baseline(name, folder, options) for name in chosen}
-    print(f"{options.preset}, batch {options.batch_size}, {options.threads} threads; × is the speed of {BASELINE}")
-    for name, figure in figures.items():
-        print(f"{figure['speedup']:6.2f}×  {figure['ms']:9.1f} ms  {figure['peak_gib']:5.2f} GiB  {name}")
-    first = next(iter(figures.values()))
-    print(f"  1.00×  {first['baseline_ms']:9.1f} ms  {first['baseline_peak_gib']:5.2f} GiB  {BASELINE}")
-    if options.output:
+        refused = build_bundles(folder, options.preset, {_bundle_of(name) for name in options.chosen} - {None})
         facts = {
             "command": f"python {' '.join(sys.argv)}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {package: _version(package) for package in ("torch", "onnxruntime", "openvino")},
+            **describe_host(),
             "preset": options.preset,
             "batch_size": options.batch_size,
             "threads": options.threads,
         }
-        options.output.write_text(json.dumps({**facts, "contestants": figures}, indent=1) + "\n")
+        rows: dict[str, dict[str, Any]] = {}
+        for name in options.chosen:
+            try:
+                if reason := refused.get(_bundle_of(name)):
+                    raise MDNetError(f"{name}: its bundle can't be built: {reason}")
+                rows[name] = against_baseline(name, folder, options)
+            except MDNetError as error:
+                rows[name] = {"reason": str(error)}
+            if options.output:  # each time: what comes next may end this process too
+                options.output.write_text(json.dumps({**facts, "contestants": rows}, indent=1) + "\n")
+    show(rows, options)
+    if all("reason" in row for row in rows.values()):
+        sys.exit(1)
     return None
 
 
-def build_bundles(folder: Path, preset: str, wanted: set[str]) -> None:
-    """Build what is missing, with random weights; ranges from a few faces, since they change no speed."""
-    needed = {"fp32"} | (wanted & {"fp16", "int8"})
-    for precision in sorted(needed):
+def show(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print a line for each contestant, and one for the baseline."""
+    print(f"{options.preset}, batch {options.batch_size}, {options.threads} threads; × is the speed of {BASELINE}")
+    line = "{:6.2f}×  {:9.1f} ms  {:5.2f} GiB  {}".format
+    for name, row in rows.items():
+        if "reason" in row:
+            print(f"not measured: {row['reason']}")
+        else:
+            print(line(row["speedup"], row["ms"], row["peak_gib"] or nan, name))
+    if measured := [row for row in rows.values() if "reason" not in row]:
+        print(line(1, measured[0]["baseline_ms"], measured[0]["baseline_peak_gib"] or nan, BASELINE))
+
+
+def build_bundles(folder: Path, preset: str, precisions: set[str]) -> dict[str | None, str]:
+    """Build what is missing, with random weights; ranges from a few faces, since they change no speed.
+
+    Gives the reason for each precision whose bundle could not be built.
+    """
+    refused: dict[str | None, str] = {}
+    for precision in sorted(precisions):
         if (folder / precision / "manifest.json").is_file():
             continue
         command = [sys.executable, "-c", _EXPORT, "build", "--preset", preset, "--random-init", "--force"]
         command += ["--precision", precision, "--num-images", "2", "-o", str(folder / precision)]
         command += ["--num-calib", "8"] if precision != "fp32" else []
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        last = ""
+        with subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True) as build:
+            assert build.stderr is not None
+            for line in build.stderr:
+                sys.stderr.write(line)
+                last = line.strip() or last
+        if build.returncode:
+            refused[precision] = last.removeprefix("error: ") or f"exit code {build.returncode}"
+    return refused
 
 
-def against_baseline(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Time one contestant and the baseline in turns."""
-    workers = [Worker(BASELINE, folder, options), Worker(name, folder, options)]
-    try:
-        pairs = [[worker.run() for worker in workers] for _ in range(options.rounds)]
-        peaks = [worker.stop() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
-    baseline, seconds = zip(*pairs, strict=True)
+def against_baseline(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Time one contestant and the baseline in turns.
+
+    Raises:
+        MDNetError: one of them can't run here, for the reason given.
+    """
+    with _start(BASELINE, folder, options) as baseline, _start(name, folder, options) as contestant:
+        workers = (baseline, contestant)
+        about = [worker.ready() for worker in workers]
+        for worker in workers:  # warms up
+            worker.run("graphs")
+        pairs = [[worker.run("graphs") for worker in workers] for _ in range(options.rounds)]
+        peaks = [(peak := worker.peak_memory()) and peak / 2**30 for worker in workers]
+    baseline_seconds, seconds = zip(*pairs, strict=True)
     return {
+        **about[1],
         "ms": statistics.median(seconds) * 1e3,
-        "baseline_ms": statistics.median(baseline) * 1e3,
+        "baseline_ms": statistics.median(baseline_seconds) * 1e3,
         "speedup": statistics.median(b / s for b, s in pairs),
         "peak_gib": peaks[1],
         "baseline_peak_gib": peaks[0],
     }
 
 
-class Worker:
-    """A contestant in a process of its own; one line in for a run, one line out with its seconds."""
-
-    def __init__(self, name: str, folder: Path, options: argparse.Namespace):
-        numbers = {"--batch-size": options.batch_size, "--threads": options.threads}
-        arguments = [str(part) for pair in numbers.items() for part in pair]
-        # Threads that spin while the other contestant runs would take its cores.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(options.threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--preset", options.preset, "--bundles", folder, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.run()  # which warms up
-
-    def run(self) -> float:
-        """Seconds of one run."""
-        return float(self._ask("run"))
-
-    def stop(self) -> float:
-        """End it; its peak memory, GiB."""
-        return float(self._ask("stop"))
-
-    def _ask(self, what: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{what}\n")
-        self.process.stdin.flush()
-        if not (answer := self.process.stdout.readline()):
-            sys.exit("error: a contestant died; its message is above")
-        return answer
+def _start(name: str, folder: Path, options: argparse.Namespace) -> Worker:
+    program = [__file__, "--worker", name, "--preset", options.preset, "--bundles", str(folder)]
+    program += ["--batch-size", str(options.batch_size), "--threads", str(options.threads)]
+    return Worker(name, program, threads=options.threads)
 
 
-def work(options: argparse.Namespace) -> None:
-    """Run as a contestant: a line in, a line out."""
+def _bundle_of(name: str) -> str | None:
+    how, kind = CONTESTANTS[name]
+    return {"torch": None, "convert": "fp32"}.get(how, kind)
+
+
+def open_contestant(options: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """The contestant `options.worker`: the whole model as its only stage, and what there is to say of it."""
     size = PRESETS[options.preset].image_size
     images = np.random.default_rng(0).integers(0, 256, (options.batch_size, size, size, 3), dtype=np.uint8)
     how, kind = CONTESTANTS[options.worker]
+    about: dict[str, Any] = {}
     if how == "torch":
         score = open_torch(options.preset, kind, options.threads)
     elif how == "convert":
         score = open_converted(options.preset, kind, options.threads, options.bundles / "fp32")
     else:
-        score = open_bundle(options.bundles / kind, how, options.threads)
-    for line in sys.stdin:
-        if line.strip() == "stop":
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
-            return
-        start = time.perf_counter()
-        scores = score(images)
-        seconds = time.perf_counter() - start
-        if not np.isfinite(scores).all():
-            sys.exit(f"error: {options.worker} gave {scores}")
-        print(seconds, flush=True)
+        score, about["graphs"] = open_bundle(options.bundles / kind, how, options)
+
+    def run() -> None:
+        if not np.isfinite(scores := score(images)).all():
+            raise MDNetError(f"its scores are {scores}")
+
+    return {"graphs": run}, about
 
 
 def open_torch(preset_name: str, kind: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -232,18 +228,37 @@ def open_converted(preset_name: str, arithmetic: str, threads: int, bundle: Path
     return score
 
 
-def open_bundle(bundle: Path, backend: Any, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A bundle, through the runtime."""
+def open_bundle(
+    bundle: Path, backend: Any, options: argparse.Namespace
+) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, str]]:
+    """A bundle, through the runtime, and what runs each of its graphs."""
+    from mdnet_engines.backends import choose
+    from mdnet_engines.bundle import Bundle
     from mdnet_rt import Scorer
 
-    return Scorer.open(bundle, backend=backend, threads=threads).score_batch
+    opened = Bundle.open(bundle)
+    scorer = Scorer(opened, backend=backend, threads=options.threads, batch_size=options.batch_size)
+    return scorer.score_batch, dict(choose(opened, backend))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--preset", choices=list(PRESETS), default="sd15-vim-s")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", action="append", help="contestants whose name holds this; may be repeated")
+    parser.add_argument("--bundles", type=Path, help="folder that keeps the bundles (built when missing)")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if min(options.batch_size, options.rounds, options.threads) < 1:
+        parser.error("--batch-size, --rounds and --threads must be 1 or more")
+    known = [name for name in CONTESTANTS if name != BASELINE]
+    options.chosen = [name for name in known if any(part in name for part in options.only or [""])]
+    if not options.chosen:
+        parser.error(f"no contestant's name holds {' or '.join(options.only)}; there are: {'; '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,57 @@ def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (figures,) = json.loads((tmp_path / "figures.json").read_text())["contestants"].values()
     assert all(figures[name] > 0 for name in ("ms", "baseline_ms", "speedup", "peak_gib", "baseline_peak_gib"))
+
+
+@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+def test_precision_has_a_row_with_the_reason_for_what_can_not_run(tmp_path: Path) -> None:
+    """One bundle can't be built, since something else lies there, and OpenVINO crashes; the rest is measured."""
+    broken = tmp_path / "site" / "openvino"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    for name in ("fp32/manifest.json", "int8/holiday.txt"):
+        (tmp_path / "bundles" / name).parent.mkdir(parents=True)
+        (tmp_path / "bundles" / name).touch()
+    only = [option for name in ("Runtime, int8", "own conversion, fp32", "Python loop") for option in ("--only", name)]
+    options = ["--preset", "demo", *only, "--rounds", "1", "--bundles", "bundles", "-o", "figures.json"]
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "precision.py", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.fspath(broken.parent)},
+    )
+    assert result.returncode == 0, result.stderr
+    loop, refused, crashed = json.loads((tmp_path / "figures.json").read_text())["contestants"].values()
+    assert loop["speedup"] > 0
+    assert "int8" in refused["reason"]
+    assert "not a bundle" in refused["reason"]
+    assert "SIGSEGV" in crashed["reason"]
+    assert all(row["reason"] in result.stdout for row in (refused, crashed))
+
+
+def test_precision_keeps_the_figures_of_a_run_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("precision", BENCHMARKS / "precision.py")
+    assert spec is not None
+    assert spec.loader is not None
+    precision = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(precision)
+
+    def against_baseline(name: str, *_: object) -> dict[str, float]:
+        if name == "torch.compile":
+            raise KeyboardInterrupt
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(precision, "against_baseline", against_baseline)
+    arguments = ["--only", "Python loop", "--only", "torch.compile", "-o", os.fspath(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", ["precision.py", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        precision.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["contestants"] == {"PyTorch eager, scan in a Python loop": {"ms": 1.0}}
+    assert {"processor", "instruction_sets"} <= set(figures["machine"])
 
 
 def test_runtime_measures_a_start_and_peak_memory(tmp_path: Path) -> None:

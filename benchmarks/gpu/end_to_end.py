@@ -12,8 +12,8 @@ from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.results import Figure
 from mdnet.faces import draw_face
 from mdnet_engines.choice import choose
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.parity import LIMITS
-from mdnet_engines.session import available_cores
 from mdnet_rt.scorer import Scorer
 
 _FILES, _SIDE = 32, 350  # different pictures, as large as the data set's

@@ -42,7 +42,6 @@ class ImageConv {
   ~ImageConv() { free(weights_); }
   ImageConv(const ImageConv&) = delete;
   ImageConv& operator=(const ImageConv&) = delete;
-  bool empty() const { return height_ < 1 || width_ < 1; }
   int status() const { return weights_ ? status_.load() : int(MDNET_NO_MEMORY); }
   int64_t tasks() const { return call_.batch * height_; }
 
@@ -93,7 +92,8 @@ class ImageConv {
 
 bool sensible(const MdnetImageConv& call) {
   return call.batch > 0 && call.height > 0 && call.width > 0 && call.channels > 0 && call.outputs > 0 &&
-         call.kernel_height > 0 && call.kernel_width > 0 && call.pad >= 0;
+         call.kernel_height > 0 && call.kernel_width > 0 && call.pad >= 0 &&
+         call.height + 2 * call.pad >= call.kernel_height && call.width + 2 * call.pad >= call.kernel_width;
 }
 
 bool sensible(const MdnetConvSilu& call) {
@@ -120,7 +120,6 @@ int mdnet_image_conv(const MdnetImageConv* call, MdnetParallelFor parallel_for, 
   const MdnetConvKernel* kernel = build_for(call->isa, kBuilds);
   if (!kernel) return MDNET_NO_ISA;
   ImageConv conv(*call, *kernel);
-  if (conv.empty()) return MDNET_BAD_ARGUMENT;
   if (conv.status() == MDNET_OK) {
     parallel_for(
         host, [](void* conv, size_t i) { static_cast<ImageConv*>(conv)->run(int64_t(i)); }, &conv,

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from mdnet_engines import record as records
 from mdnet_engines.backends import Backend, Choice, Graphs, candidates, named, open_choice
 from mdnet_engines.bundle import Bundle
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.machine import this_machine
 from mdnet_engines.manifest import BackendCheck, GraphBackend, GraphName
 from mdnet_engines.parity import LIMITS, ParityReport
 from mdnet_engines.probes import read_probes
 from mdnet_engines.record import Tuned
-from mdnet_engines.session import available_cores
 from mdnet_engines.trial import Measured, Times, measure_apart, time_apart
 
 SECONDS = 1.0

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, first_line, printable
 from mdnet_engines.machine import cache_folder
-from mdnet_engines.session import available_cores
 
 Arithmetic = Literal["f32", "bf16"]
 _SINK = "/sink_port_0"  # OpenVINO's name of a graph's result is the ONNX output's name and this

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from mdnet_engines import native
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, UsageError, first_line
 from mdnet_engines.gpu import visible_gpu
 
@@ -125,11 +126,6 @@ def has_cuda() -> bool:
     except MDNetError:
         return False
     return PROVIDERS["onnxruntime-cuda"] in ort.get_available_providers() and visible_gpu() is not None
-
-
-def available_cores() -> int:
-    """Cores this process may use; a container's CPU set counts, the machine's total does not."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _import_onnxruntime() -> Any:

@@ -55,7 +55,7 @@ def compare(
     Exit code 0: both scored every image; 1: some were not scored by A or by B.
     """
     from mdnet_engines.bundle import Bundle
-    from mdnet_engines.session import available_cores
+    from mdnet_engines.cpu import available_cores
     from mdnet_rt.compare import compare_bundles, to_json
     from mdnet_rt.scorer import Scorer
     from mdnet_rt.sources import find_locations, read_locations

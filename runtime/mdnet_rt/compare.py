@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.metrics import pearson, ranks, spearman
-from mdnet_engines.session import available_cores
 from mdnet_rt.bench.clock import timed
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.images import decode, fetch

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdnet_engines.backends import Backend
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, UsageError, first_line
-from mdnet_engines.session import available_cores
 
 _CPUS_OF_AN_ACTOR = 4
 """At most: each opens the bundle, so that many small ones would take much memory."""

@@ -16,11 +16,12 @@ from PIL import Image
 from mdnet_engines.backends import Backend, open_choice
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.choice import choose
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.parity import measure_scores
 from mdnet_engines.probes import read_probes
-from mdnet_engines.session import Session, available_cores
+from mdnet_engines.session import Session
 from mdnet_engines.trial import QUICK
 from mdnet_rt.pipeline import Pipeline, Task
 from mdnet_rt.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from fences import fenced
 from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines import native
@@ -50,7 +51,7 @@ def inputs_of(name: str) -> list[np.ndarray]:
     shapes = ((*q_batch, rows, inner), (*k_batch, inner, keys), (*v_batch, keys, columns))
     made = [RANDOM.normal(size=shape).astype(np.float32) for shape in shapes]
     made[0] *= np.float32(2 / np.sqrt(inner))
-    return made
+    return [fenced(array) for array in made]
 
 
 def tolerance(v: np.ndarray) -> float:

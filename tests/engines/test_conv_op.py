@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
-import torch.nn.functional as F
+from fences import FENCE, fenced
 from native_scan import isas
+from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto, helper
 
 from mdnet_engines import native
@@ -23,7 +23,6 @@ from mdnet_engines.scan_op import DOMAIN, VERSION
 RANDOM = np.random.default_rng(0)
 needs_library = pytest.mark.skipif(native.custom_op_library() is None, reason="installed without its native library")
 TOLERANCE = 1e-5  # sums of at most 200 products of normal numbers, in float32
-FENCE = 5  # elements on both sides of a tensor, so that nothing is aligned to more than an element
 EITHER = [False, pytest.param(True, marks=needs_library)]
 
 
@@ -36,27 +35,22 @@ def whole(*shape: int) -> np.ndarray:
     return RANDOM.integers(-60, 61, shape).astype(np.float32)
 
 
-def fenced(array: np.ndarray) -> np.ndarray:
-    """A copy between NaNs, one of which would show in a result that reads it."""
-    memory = np.full(array.size + 2 * FENCE, np.nan, np.float32)
-    inside = memory[FENCE:-FENCE].reshape(array.shape)
-    inside[...] = array
-    return inside
-
-
-def wide(*arrays: np.ndarray) -> list[torch.Tensor]:
-    return [torch.from_numpy(array).double() for array in arrays]
+def wide(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [array.astype(np.float64) for array in arrays]
 
 
 def conv_silu(x: np.ndarray, w: np.ndarray, bias: np.ndarray, before: int) -> np.ndarray:
     x64, w64, bias64 = wide(x, w, bias)
-    padded = F.pad(x64, (before, w.shape[2] - 1 - before))
-    return F.silu(F.conv1d(padded, w64, bias64, groups=len(w))).numpy()
+    taps = w.shape[2]
+    padded = np.pad(x64, ((0, 0), (0, 0), (before, taps - 1 - before)))
+    sums = np.einsum("bclk,ck->bcl", sliding_window_view(padded, taps, axis=2), w64[:, 0]) + bias64[:, None]
+    return sums / (1 + np.exp(-sums))
 
 
 def image_conv(x: np.ndarray, w: np.ndarray, bias: np.ndarray, pad: int) -> np.ndarray:
     x64, w64, bias64 = wide(x, w, bias)
-    return F.conv2d(x64.permute(0, 3, 1, 2), w64, bias64, padding=pad).permute(0, 2, 3, 1).numpy()
+    padded = np.pad(x64, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return np.einsum("bhwcij,ocij->bhwo", sliding_window_view(padded, w.shape[2:], axis=(1, 2)), w64) + bias64
 
 
 def native_call(

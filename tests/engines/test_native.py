@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_scan import arguments, isas, native_scan
+from native_scan import arguments, isas, native_gradients, native_scan
 from scan_cases import EVERY_CASE, PARAMETERS, SCAN_CASES, ScanCase, assert_close, make_inputs, reference_scan
 
 from mdnet_engines import native
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ISAS = isas()
+GENTLE_CASES = [case for case in SCAN_CASES if case.elements < 100_000 and case.delta_mean == 0 and case.delta_std == 1]
+SLOPE_TOLERANCE = {"float32": 1e-5, "float64": 1e-7}
 UNIT_GATE = 1.2784645427610738  # silu of it is 1
 
 
@@ -44,6 +46,26 @@ def test_float64_is_exact_to_its_rounding(case: ScanCase, isa: str) -> None:
     got = native_scan(inputs, reverse=case.reverse, isa=isa)
     # Some 200 units of float64's 2⁻⁵³, as the long cases sum that many products.
     assert np.abs(got - expected).max() <= 2e-14 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", GENTLE_CASES, ids=lambda case: case.name)
+def test_gradients_are_the_slopes_of_the_reference(case: ScanCase, dtype: str, isa: str) -> None:
+    """Of each input in turn, along one direction: by central differences of the float64 reference."""
+    inputs = in_float64(make_inputs(case))
+    random = np.random.default_rng(1)
+    grad = random.standard_normal(inputs["u"].shape)
+    given = {name: np.ascontiguousarray(x, dtype) for name, x in inputs.items()}
+    got = native_gradients(given, grad.astype(dtype), reverse=case.reverse, isa=isa)
+    for name, x in inputs.items():
+        direction = random.standard_normal(x.shape)
+        step = 1e-5 * direction
+        up, down = (reference_scan(**{**inputs, name: x + s}, reverse=case.reverse) for s in (step, -step))
+        slope = (grad * (up - down)).sum() / 2e-5
+        # The differences' own error is some 1e-10 of the terms, float32's that of the forward pass.
+        scale = np.abs(got[name].astype(np.float64) * direction).sum()
+        assert abs((got[name].astype(np.float64) * direction).sum() - slope) <= SLOPE_TOLERANCE[dtype] * scale
 
 
 # What can be wrong with one number: (input, value). A zero decay rate times an infinite step is NaN by the formula.

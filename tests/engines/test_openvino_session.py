@@ -18,9 +18,9 @@ import scan_model
 from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines import openvino_session, scan_op
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.openvino_session import OpenVINOSession, is_installed
-from mdnet_engines.session import available_cores
 
 openvino = pytest.importorskip("openvino", reason="needs the [openvino] extra")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from fences import FENCE, fenced
 from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines import native
@@ -33,7 +35,6 @@ EDGES = [
     *((2, inner, 3) for inner in (1, 2, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 1026, 2047, 2048, 2049)),
     (25, 1055, 65),
 ]
-FENCE = 5  # elements on both sides of a tensor, so that nothing is aligned to more than an element
 
 # What a float32 becomes, by the rules of IEEE 754 for 8 bits of precision: to the nearest, halves to even.
 STEP = 2.0**-7  # from 1 to the next bfloat16
@@ -94,14 +95,6 @@ class Product(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("a", "b", "a_packed", "b_packed", "y")),
         *((n, ctypes.c_int32) for n in ("a_transposed", "b_transposed")),
     ]
-
-
-def fenced(x: np.ndarray) -> np.ndarray:
-    """A copy between NaNs, one of which would show in a result that reads it."""
-    memory = np.full(x.size + 2 * FENCE, np.nan, np.float32)
-    inside = memory[FENCE:-FENCE].reshape(x.shape)
-    inside[...] = x
-    return inside
 
 
 def run_native(
@@ -351,6 +344,20 @@ def test_the_number_of_threads_changes_no_bit(constant: str) -> None:
     one, *others = (run(a, b, registered=True, constant=constant, threads=threads) for threads in (1, 2, 5))
     for other in others:
         np.testing.assert_array_equal(one, other)
+
+
+@needs_kernel
+@pytest.mark.parametrize("constant", ["", "b"])
+def test_one_session_serves_many_threads(constant: str) -> None:
+    """A constant's packed form is shared by all of them."""
+    b = whole(33, 49)
+    session = open_session({"a": np.empty((1, 1)), "b": b}, "BFloat16MatMul", registered=True, constant=constant)
+    calls = [whole(1 + i % 30, 33) for i in range(24)]
+    more = {} if constant else {"b": b}
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda a: session.run(None, {"a": a, **more})[0], calls))
+    for a, y in zip(calls, results, strict=True):
+        np.testing.assert_array_equal(y, a @ b)
 
 
 @pytest.mark.parametrize("registered", EITHER)

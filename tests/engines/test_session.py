@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.gpu import Gpu
-from mdnet_engines.session import OrtSession, available_cores, has_cuda
+from mdnet_engines.session import OrtSession, has_cuda
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -250,25 +249,13 @@ def test_threads_are_as_asked(file: Path, recorder: Recorder) -> None:
     assert recorder.threads == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no CPU sets")
-def test_threads_are_by_default_the_cores_of_the_cpu_set(
+def test_threads_are_by_default_the_cores_of_this_process(
     file: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime's own default counts the machine's cores, which a container may not have."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 6})
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert available_cores() == 3
+    monkeypatch.setattr("mdnet_engines.session.available_cores", lambda: 3)
     OrtSession(file)
     assert recorder.threads == 3
-
-
-@pytest.mark.parametrize(("count", "expected"), [(8, 8), (None, 1)])
-def test_cores_where_the_system_has_no_cpu_sets(
-    count: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: count)
-    assert available_cores() == expected
 
 
 def test_one_session_serves_several_threads(file: Path) -> None:

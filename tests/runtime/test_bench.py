@@ -27,6 +27,7 @@ from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.manifest import Manifest, TensorSpec
 from mdnet_rt.bench import clock as bench_clock
 from mdnet_rt.bench import run as bench
+from mdnet_rt.bench.facts import INSTRUCTION_SETS
 from mdnet_rt.bench.images import decode, make_jpegs, take_images
 from mdnet_rt.bench.process import Worker
 from mdnet_rt.cli import main
@@ -75,8 +76,8 @@ class Fake:
     log: list[tuple[str, str]] = []  # noqa: RUF012 (the test clears it)
     drift = 1.0
 
-    def __init__(self, name: str, module: str, arguments: list[str], *, threads: int):
-        self.name, self.module = name, module
+    def __init__(self, name: str, program: list[str], *, threads: int):
+        self.name = name
 
     def ready(self) -> dict[str, Any]:
         parts = {"encoder": 2, "vim": 2, "fusion": 2, "graphs": 2}
@@ -143,6 +144,7 @@ def test_the_file_has_every_stage_and_what_a_reader_needs(shared_bundle: Path, t
     assert (found["bundle"]["preset"], found["bundle"]["precision"]) == ("tiny", "fp32")
     assert (found["subject"], found["threads"]) == ("onnxruntime-cpu", 1)
     assert found["machine"]["cores_usable"] >= 1
+    assert set(found["machine"]["instruction_sets"]) <= set(INSTRUCTION_SETS)
     assert {"python", "mdnet", "numpy", "pillow"} <= set(found["versions"])
     assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
     for batch in found["batches"]:
@@ -256,7 +258,7 @@ def test_a_worker_that_ends_by_an_error_is_told_of_by_its_last_line(module: Call
     name = module(
         "import sys\nprint('{}', flush=True)\ninput()\nprint('noise', file=sys.stderr)\nsys.exit('no memory')"
     )
-    with Worker("it", name, [], threads=1) as worker:
+    with Worker("it", ["-m", name], threads=1) as worker:
         assert worker.ready() == {}
         with pytest.raises(MDNetError, match=r"^it: no memory$"):
             worker.run("graphs")
@@ -275,7 +277,7 @@ def test_a_worker_that_ends_by_an_error_is_told_of_by_its_last_line(module: Call
     ],
 )
 def test_a_worker_that_dies_before_it_is_ready_is_no_hang(module: Callable[[str], str], end: str, message: str) -> None:
-    with Worker("it", module(f"import os, signal, sys\n{end}"), [], threads=1) as worker:
+    with Worker("it", ["-m", module(f"import os, signal, sys\n{end}")], threads=1) as worker:
         with pytest.raises(MDNetError, match=message) as caught:
             worker.ready()
         assert type(caught.value) is MDNetError
@@ -284,7 +286,7 @@ def test_a_worker_that_dies_before_it_is_ready_is_no_hang(module: Callable[[str]
 @pytest.mark.usefixtures("deadline")
 def test_a_worker_that_was_asked_for_what_can_not_be_is_bad_usage(module: Callable[[str], str]) -> None:
     name = module("import sys\nprint('not for this', file=sys.stderr)\nsys.exit(2)")
-    with Worker("it", name, [], threads=1) as worker, pytest.raises(UsageError, match=r"^it: not for this$"):
+    with Worker("it", ["-m", name], threads=1) as worker, pytest.raises(UsageError, match=r"^it: not for this$"):
         worker.ready()
 
 
@@ -295,7 +297,7 @@ def test_peak_memory_is_that_of_the_worker_alone(module: Callable[[str], str]) -
         "print('{}', flush=True)\ninput()\nheld = bytearray(2**26)\nheld[::4096] = b'1' * 2**14\n"
         "print(1, flush=True)\ninput()"
     )
-    with Worker("it", name, [], threads=1) as worker:
+    with Worker("it", ["-m", name], threads=1) as worker:
         worker.ready()
         before = worker.peak_memory()
         worker.run("graphs")

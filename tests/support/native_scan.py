@@ -40,3 +40,27 @@ def native_scan(inputs: dict[str, np.ndarray], *, reverse: bool = False, isa: st
     y = np.full(inputs["u"].shape, np.nan, inputs["u"].dtype)
     native.run(arguments(inputs, y, reverse=reverse, isa=isa))
     return y
+
+
+def native_gradients(
+    inputs: dict[str, np.ndarray], grad: np.ndarray, *, reverse: bool = False, isa: str = "best"
+) -> dict[str, np.ndarray]:
+    """The gradients of the sum of grad · y, by the names of the inputs; float32 or float64, as these are."""
+    batch, channels, length = inputs["u"].shape
+    states = inputs["A"].shape[1]
+    splits = native._required().mdnet_scan_splits(channels)
+    shapes = {
+        **dict.fromkeys(("u", "delta", "z"), (batch, channels, length)),
+        "A": (batch, channels, states),
+        **dict.fromkeys(("B", "C"), (splits, batch, length, states)),
+        **dict.fromkeys(("D", "delta_bias"), (batch, channels)),
+    }
+    parts = {name: np.full(shape, np.nan, grad.dtype) for name, shape in shapes.items()}
+    y = np.empty_like(grad)
+    gradients = native.Gradients(rows(grad), **{name: part.ctypes.data for name, part in parts.items()})
+    native.run(arguments(inputs, y, reverse=reverse, isa=isa), gradients)
+    return {
+        **{name: parts[name] for name in ("u", "delta", "z")},
+        **{name: parts[name].sum(0) for name in ("A", "D", "delta_bias")},
+        **{name: parts[name].sum(0).swapaxes(1, 2) for name in ("B", "C")},
+    }

@@ -8,10 +8,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.gpu import visible_gpu
 from mdnet_engines.machine import processor_name, this_machine
 from mdnet_engines.manifest import Manifest
-from mdnet_engines.session import available_cores
 from mdnet_rt.results import Stamp
 
 _PACKAGES = (
@@ -27,7 +27,7 @@ def describe_host() -> dict[str, Any]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "processor": processor_name(),
-        "features": this_machine().features,
+        "instruction_sets": this_machine().features,
         "cores": os.cpu_count(),
         "cores_usable": available_cores(),
         "gpu": gpu.name if gpu else None,

@@ -28,11 +28,11 @@ class Worker:
 
     Args:
         name: what messages call it.
-        module: run as `python -m module`.
+        program: what Python runs, with its arguments: `-m` and a module, or a file.
         threads: of OpenMP, for libraries that take no other word.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], *, threads: int):
+    def __init__(self, name: str, program: Sequence[str], *, threads: int):
         self.name = name
         environment = {
             **os.environ,
@@ -42,7 +42,7 @@ class Worker:
         }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

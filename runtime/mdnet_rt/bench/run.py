@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mdnet_engines.backends import Backend
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import UsageError
 from mdnet_engines.manifest import Manifest
-from mdnet_engines.session import available_cores
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.process import Worker
 
@@ -172,13 +172,13 @@ def _start(setup: Setup, name: str, what: str, batch_size: int) -> Worker:
     if what == PYTORCH:
         arguments += ["--preset", setup.manifest.preset]
         arguments += ["--image-size", str(setup.manifest.preprocessing.image_size)]
-        return Worker(name, "mdnet.timing", arguments, threads=threads)
+        return Worker(name, ["-m", "mdnet.timing", *arguments], threads=threads)
     arguments += ["--bundle", os.path.abspath(setup.bundle), "--backend", what]  # noqa: PTH100 (resolve() follows links)
     if setup.images:
         arguments += [f"--images={location}" for location in setup.images]
     else:
         arguments += ["--image-size", "{}x{}".format(*setup.image_size)]
-    return Worker(name, "mdnet_rt.bench.worker", arguments, threads=threads)
+    return Worker(name, ["-m", "mdnet_rt.bench.worker", *arguments], threads=threads)
 
 
 def _check_shapes(name: str, said: dict[str, Any], manifest: Manifest) -> None:

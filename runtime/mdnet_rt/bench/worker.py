@@ -27,13 +27,25 @@ MADE = 8
 """Distinct images that are made where none are given; they are used over and over."""
 
 
+Stages = dict[str, Callable[[], object]]
+
+
 def main() -> None:
-    """Answer on standard output until standard input ends."""
+    """Answer for the bundle that the command line names."""
+    answer(lambda: open_stages(_parse()))
+
+
+def answer(opened: Callable[[], tuple[Stages, dict[str, Any]]]) -> None:
+    """Answer on standard output until standard input ends.
+
+    Args:
+        opened: gives the stages that can be run, and what there is to say about them.
+    """
     # A library that prints must not write between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
-        stages, facts = open_stages(_parse())
+        stages, facts = opened()
         print(json.dumps(facts), file=answers, flush=True)
         for line in sys.stdin:
             _, seconds = timed(stages[line.strip()])
@@ -46,7 +58,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
     """What can be run, and what there is to say about it.
 
     Raises:
@@ -66,7 +78,7 @@ def open_stages(options: argparse.Namespace) -> tuple[dict[str, Callable[[], obj
     graphs, size = scorer._graphs, scorer.image_size
     pixels = np.stack([decode(entry, size) for entry in batch])
     features = {**graphs["encoder"].run({"image": pixels}), **graphs["vim"].run({"image": pixels})}
-    stages: dict[str, Callable[[], object]] = {
+    stages: Stages = {
         "decode": lambda: [decode(entry, size) for entry in batch],
         "encoder": lambda: graphs["encoder"].run({"image": pixels}),
         "vim": lambda: graphs["vim"].run({"image": pixels}),

@@ -19,8 +19,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
+from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, first_line
-from mdnet_engines.session import available_cores
 from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, decode
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 from mdnet_rt.server.metrics import Metrics
