@@ -232,13 +232,17 @@ def open_bundle(
     bundle: Path, backend: Any, options: argparse.Namespace
 ) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, str]]:
     """A bundle, through the runtime, and what runs each of its graphs."""
-    from mdnet_engines.backends import choose
     from mdnet_engines.bundle import Bundle
     from mdnet_rt import Scorer
 
-    opened = Bundle.open(bundle)
-    scorer = Scorer(opened, backend=backend, threads=options.threads, batch_size=options.batch_size)
-    return scorer.score_batch, dict(choose(opened, backend))
+    scorer = Scorer(
+        Bundle.open(bundle),
+        backend=backend,
+        threads=options.threads,
+        batch_size=options.batch_size,
+        check=backend == "auto",
+    )
+    return scorer.score_batch, dict(scorer.choice.graphs)
 
 
 def _parse() -> argparse.Namespace:

@@ -24,10 +24,10 @@ from scipy import stats
 
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.machine import this_machine
 from mdnet_engines.manifest import Manifest, TensorSpec
 from mdnet_rt.bench import clock as bench_clock
 from mdnet_rt.bench import run as bench
-from mdnet_rt.bench.facts import INSTRUCTION_SETS
 from mdnet_rt.bench.images import decode, make_jpegs, take_images
 from mdnet_rt.bench.process import Worker
 from mdnet_rt.cli import main
@@ -144,7 +144,7 @@ def test_the_file_has_every_stage_and_what_a_reader_needs(shared_bundle: Path, t
     assert (found["bundle"]["preset"], found["bundle"]["precision"]) == ("tiny", "fp32")
     assert (found["subject"], found["threads"]) == ("onnxruntime-cpu", 1)
     assert found["machine"]["cores_usable"] >= 1
-    assert set(found["machine"]["instruction_sets"]) <= set(INSTRUCTION_SETS)
+    assert found["machine"]["instruction_sets"] == this_machine().features
     assert {"python", "mdnet", "numpy", "pillow"} <= set(found["versions"])
     assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
     for batch in found["batches"]:
