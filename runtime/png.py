@@ -40,7 +40,8 @@ def without_baggage(stream: BinaryIO) -> tuple[BinaryIO, bool]:
 
 def _baggage(stream: BinaryIO) -> list[tuple[int, int, bytes]]:
     """Beginning, end and kind of each part that is to be left out."""
-    found, texts, at = [], 0, len(SIGNATURE)
+    found: list[tuple[int, int, bytes]] = []
+    texts, at = 0, len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         stream.seek(at)
         header = stream.read(_HEADER.size)

@@ -85,12 +85,14 @@ class LargeDecoders:
 
     def _run(self) -> None:
         child: _Child | None = None
+        found: Decoded | ImageError
         while True:
             try:
                 job = self._jobs.get(timeout=_IDLE if child else None)
             except queue.Empty:
                 assert child is not None
-                child = child.end()
+                child.end()
+                child = None
                 continue
             if job is None:
                 break
@@ -99,10 +101,13 @@ class LargeDecoders:
                 continue
             try:
                 child = child or _Child()
-                job.deliver(child.decode(job, self._seconds))
+                found = child.decode(job, self._seconds)
             except Exception as error:  # no process could be started, or it died
-                child = child.end() if child else None
-                job.deliver(ImageError(f"its decoder failed ({first_line(error)})"))
+                if child:
+                    child.end()
+                child = None
+                found = ImageError(f"its decoder failed ({first_line(error)})")
+            job.deliver(found)
         if child:
             child.end()
 
