@@ -31,7 +31,13 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option("--max-images", type=_COUNT, default=64, show_default=True, help="Images a request; beyond it 413.")
 @click.option("--max-body-mib", type=_COUNT, default=32, show_default=True, help="A request's body; beyond it 413.")
 @click.option("--max-held-mib", type=_COUNT, default=512, show_default=True, help="All bodies; beyond it 429.")
-@click.option("--max-pixels", type=click.IntRange(1), help="Width times height of an image. Default: 89478485.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=25_000_000,
+    show_default=True,
+    help="Width times height of an image.",
+)
 @click.option("--max-connections", type=_COUNT, default=512, show_default=True, help="Beyond it 503.")
 @click.option("--read-timeout", type=_SECONDS, default=30, show_default=True, help="Seconds for a request to arrive.")
 @click.option("--score-timeout", type=_SECONDS, default=30, show_default=True, help="Seconds for its scores.")
@@ -53,7 +59,7 @@ def serve(
     max_images: int,
     max_body_mib: int,
     max_held_mib: int,
-    max_pixels: int | None,
+    max_pixels: int,
     max_connections: int,
     read_timeout: float,
     score_timeout: float,
@@ -74,7 +80,6 @@ def serve(
     for module in _MODULES:
         require(module, "serve")
 
-    from mdnet_rt.preprocess import MAX_PIXELS
     from mdnet_rt.server.run import serve as run
     from mdnet_rt.server.settings import Settings
 
@@ -86,7 +91,7 @@ def serve(
         max_images=max_images,
         max_body=max_body_mib * _MEBIBYTE,
         max_held=max_held_mib * _MEBIBYTE,
-        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+        max_pixels=max_pixels,
         max_connections=max_connections,
         read_timeout=read_timeout,
         score_timeout=score_timeout,

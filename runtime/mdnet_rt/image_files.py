@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import io
 import os
@@ -37,16 +38,25 @@ class ImageError(MDNetError):
 
 
 @contextlib.contextmanager
-def open_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Image.Image]:
+def open_image(
+    source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int | None = None
+) -> Iterator[Image.Image]:
     """Open an image file, given as a path, as its bytes or as an open binary file. Its pixels are not decoded yet.
 
+    Args:
+        max_pixels: the most there may be; `MAX_PIXELS` where it is None.
+
     Raises:
-        ImageError: unreadable, not an image, or larger than `MAX_PIXELS` or `MAX_BYTES`; and in place of whatever
+        ImageError: unreadable, not an image, or larger than `max_pixels` or `MAX_BYTES`; and in place of whatever
             else the block raises.
     """
-    with image_errors(), _binary(source) as stream, _open(stream) as image:
-        check_pixels(*image.size)
-        yield image
+    with image_errors(), _binary(source) as stream:
+        prefix = _prefix(stream)
+        if size := _webp_size(prefix):  # Pillow makes room for all pixels of a WebP when it opens one
+            check_pixels(*size, max_pixels)
+        with _open(stream, prefix) as image:
+            check_pixels(*image.size, max_pixels)
+            yield image
 
 
 @contextlib.contextmanager
@@ -66,10 +76,11 @@ def image_errors() -> Iterator[None]:
         raise ImageError(f"damaged ({first_line(error)[:200]})") from error
 
 
-def check_pixels(width: int, height: int) -> None:
-    """Raise `ImageError` where an image has no pixels, or more than `MAX_PIXELS`."""
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width}x{height} pixels exceed the limit of {MAX_PIXELS}")
+def check_pixels(width: int, height: int, limit: int | None = None) -> None:
+    """Raise `ImageError` where an image has no pixels, or more than `limit` (`MAX_PIXELS` where it is None)."""
+    limit = MAX_PIXELS if limit is None else limit
+    if width * height > limit:
+        raise ImageError(f"{width}x{height} pixels exceed the limit of {limit}")
     if not width * height:
         raise ImageError("no pixels")
 
@@ -104,8 +115,8 @@ def _binary(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[Binar
         raise ImageError(f"{type(source).__name__} is not a path, bytes or a binary file")
 
 
-def _open(stream: BinaryIO) -> Image.Image:
-    if _prefix(stream).startswith(png.SIGNATURE):
+def _open(stream: BinaryIO, prefix: bytes) -> Image.Image:
+    if prefix.startswith(png.SIGNATURE):
         stream, profile_lost = png.without_baggage(stream)
         image = _open_any(stream)
         if profile_lost:
@@ -143,12 +154,28 @@ def _open_other(stream: BinaryIO, prefix: bytes) -> Image.Image:
 
 def _prefix(stream: BinaryIO) -> bytes:
     stream.seek(0)
-    return stream.read(16)
+    return stream.read(32)
+
+
+def _webp_size(prefix: bytes) -> tuple[int, int] | None:
+    """Width and height by a WebP's header (RFC 9649, section 2); None where it is none."""
+    if prefix[:4] != b"RIFF" or prefix[8:12] != b"WEBP" or len(prefix) < 30:
+        return None
+    little = functools.partial(int.from_bytes, byteorder="little")
+    match prefix[12:16]:
+        case b"VP8X":
+            return little(prefix[24:27]) + 1, little(prefix[27:30]) + 1
+        case b"VP8L":
+            bits = little(prefix[21:25])
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            return little(prefix[26:28]) & 0x3FFF, little(prefix[28:30]) & 0x3FFF
+    return None
 
 
 def _declared_size(stream: BinaryIO) -> tuple[int, int]:
     """Width and height by the file's header, without Pillow's own limit and without decoding."""
-    prefix = _prefix(stream)
+    prefix = _prefix(stream)[:16]
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(prefix) is True:

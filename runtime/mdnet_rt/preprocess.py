@@ -87,21 +87,27 @@ def decode(
     *,
     find_box: FindBox | None = None,
     to_srgb: bool = True,
+    max_pixels: int | None = None,
+    admit: Callable[[Image.Image, int], None] = lambda image, pixels: None,
 ) -> Decoded:
     """As `load_image`, with the size that the file declares, and a warning where its score is doubtful.
 
     Args:
         find_box: which square to take in place of the central one. A JPEG is then decoded at its full size.
         to_srgb: as `load_image`.
+        max_pixels: the most that the file may declare; `MAX_PIXELS` where it is None.
+        admit: called before pixels are decoded, with the opened image and how many its decoder will hold.
 
     Raises:
-        ImageError: as `load_image`, and what `find_box` raises.
+        ImageError: as `load_image`, and what `find_box` and `admit` raise.
     """
-    with open_image(source) as image:
+    with open_image(source, max_pixels=max_pixels) as image:
         width, height = image.size
         if find_box is None:
             # Square, so that it holds for both orientations that EXIF may ask for. Does nothing where it is not a JPEG.
             image.draft(None, (JPEG_DRAFT * size, JPEG_DRAFT * size))
+        # A progressive JPEG is held at its full size, whatever is made of it.
+        admit(image, width * height if image.info.get("progressive") else image.width * image.height)
         return _decoded(image, (width, height), size, find_box, to_srgb)
 
 

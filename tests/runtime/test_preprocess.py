@@ -350,6 +350,37 @@ def test_a_decompression_bomb_is_refused_by_its_header(
             load_image(png_declaring(width, height), SIZE)
 
 
+def webp(kind: bytes, width: int, height: int) -> bytes:
+    """The header of a WebP that declares any size, and nothing behind it."""
+    head = {
+        b"VP8X": bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"),
+        b"VP8L": b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little"),
+        b"VP8 ": b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height),
+    }[kind]
+    chunk = kind + struct.pack("<I", len(head)) + head + bytes(16)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize("kind", [b"VP8X", b"VP8L", b"VP8 "])
+def test_a_webp_is_refused_by_its_header_before_pillow_makes_room_for_it(
+    monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ImageError, match=f"^16383x16381 pixels exceed the limit of {MAX_PIXELS}$"):
+        load_image(webp(kind, 16383, 16381), SIZE)
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {}, {"lossless": True, "exif": b"Exif\0\0"}])
+def test_the_size_in_a_webps_header_is_that_of_its_pixels(options: dict[str, object]) -> None:
+    data = encoded(smooth(301, 67), "WEBP", **options)
+    for limit, fits in ((301 * 67, True), (301 * 67 - 1, False)):
+        try:
+            assert decode(data, SIZE, max_pixels=limit).width == 301
+        except ImageError as error:
+            assert not fits
+            assert str(error) == f"301x67 pixels exceed the limit of {limit}"
+
+
 def test_the_pixel_limit_is_what_is_still_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     assert preprocess(noise(10, 10), SIZE).shape == (SIZE, SIZE, 3)

@@ -126,7 +126,7 @@ def parse_json(text: bytes, most_values: int) -> Any:
         RefusedError: not JSON (400), or more than `most_values` values (413).
     """
     if text.count(b",") + text.count(b"[") + text.count(b"{") > most_values:
-        raise RefusedError(413, f"more than {most_values} values in the JSON")
+        raise RefusedError(413, f"more than {most_values} values in the JSON; send less at once")
     try:
         return from_json(text, allow_inf_nan=False)
     except ValueError as error:

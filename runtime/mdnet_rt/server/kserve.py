@@ -34,8 +34,8 @@ from mdnet_rt.server.work import Outcome, Payload
 
 VERSION = "1"
 """The one version of the model that a server has."""
-MAX_VALUES = 2**20
-"""Values in a request's JSON, while whose parsing nothing else can run; pixels belong into binary data."""
+MIN_VALUES = 2**16
+"""Values that a request's JSON may have whatever the size of the images."""
 HEADER = b"inference-header-content-length"
 _OUTPUTS = {"score": "FP32", "status": "BYTES", "reason": "BYTES"}
 
@@ -64,6 +64,14 @@ def model_metadata(name: str, image_size: int) -> dict[str, Any]:
     }
 
 
+def max_values(image_size: int) -> int:
+    """Values that a request's JSON may have: while it is parsed nothing else runs.
+
+    They are enough for the pixels of one image, a list for each row and pixel; those of more belong into binary data.
+    """
+    return max(MIN_VALUES, 4 * image_size**2 + 2 * image_size + 1024)
+
+
 def read_request(body: bytes, json_length: bytes | None, image_size: int, max_images: int) -> InferRequest:
     """Parse the body of an infer request.
 
@@ -79,7 +87,7 @@ def read_request(body: bytes, json_length: bytes | None, image_size: int, max_im
         if not json_length.isdigit() or not 0 < (length := int(json_length[:20])) <= len(body):
             raise RefusedError(400, f"Inference-Header-Content-Length does not fit a body of {len(body)} bytes")
         text, binary = body[:length], memoryview(body)[length:]
-    document = parse_json(text, MAX_VALUES)
+    document = parse_json(text, max_values(image_size))
     if not isinstance(document, dict):
         raise RefusedError(400, "expected a JSON object with inputs")
     request_id = document.get("id")

@@ -30,7 +30,8 @@ class Settings:
     max_body: int = 32 * MEBIBYTE
     max_held: int = 512 * MEBIBYTE
     """Bodies of all requests together; a request that would exceed it gets 429."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = 25_000_000
+    """Width times height that an image may declare; a face photograph has no more."""
     max_connections: int = 512
     """Requests on connections beyond it get 503."""
     read_timeout: float = 30.0

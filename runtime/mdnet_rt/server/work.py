@@ -1,33 +1,37 @@
 """Requests → outcomes: what is let in, decoding in a small pool, batches through the engine, time-outs.
 
-    admitted ──► decode (threads) ──► batcher ──► engine (one thread) ──► the event loop, once per batch
-
+    admitted ──► decode (threads; large images in processes) ──► batcher ──► engine (one thread) ──► the event loop,
+                                                                                                   once per batch
 All bookkeeping is done by the event loop's thread; decoders and engine only hand over what they made.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, first_line
-from mdnet_rt.preprocess import FORMATS, MAX_PIXELS, ImageError, decode
+from mdnet_rt.preprocess import Decoded, ImageError, decode
 from mdnet_rt.server.batcher import Batcher, Job, Scores
+from mdnet_rt.server.large import Job as LargeJob
+from mdnet_rt.server.large import LargeDecoders, LargeError, refuse_large
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.settings import Settings
 from mdnet_rt.server.wire import ClientLeftError, RefusedError, Wire
 
-MAX_DECODERS = 4  # each may hold one image of max_pixels
+MAX_DECODERS = 4  # threads, for images that are not large; half as many processes for those that are
+MAX_SCANS = 100
+"""Of a progressive JPEG, each of which goes over all its pixels; encoders write ten or so."""
 _SMOOTHING = 0.2  # of the newest batch in the running mean of seconds per image
 
 Payload: TypeAlias = bytes | np.ndarray | ImageError
@@ -91,10 +95,13 @@ class Work:
     ):
         self.image_size = image_size
         self.load = 0
-        self._settings, self._metrics, self._to_srgb = settings, metrics, to_srgb
+        self._settings, self._metrics = settings, metrics
+        self._options: dict[str, Any] = {"size": image_size, "to_srgb": to_srgb, "max_pixels": settings.max_pixels}
         self._seconds_per_image = 0.0
         self._loop = asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="mdnet-decode")
+        decoders = min(MAX_DECODERS, available_cores())
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="mdnet-decode")
+        self._large = LargeDecoders(max(1, decoders // 2), settings.score_timeout)
         self._batcher = Batcher(score, self._from_engine, max_batch=settings.max_batch, max_wait=settings.max_wait)
         metrics.watch("mdnet_queue_images", "Images that are decoded, waiting or in the engine.", lambda: self.load)
 
@@ -147,38 +154,56 @@ class Work:
     def close(self, *, finish: bool = True) -> None:
         """End the threads, when what was put in is done or, without `finish`, whenever they get to it."""
         self._pool.shutdown(wait=finish, cancel_futures=not finish)
+        self._large.close(wait=finish)
         self._batcher.close(wait=finish)
 
     # In a decoder's thread.
 
     def _decode(self, job: _ImageJob) -> None:
         start = time.monotonic()
-        outcome: Outcome | MDNetError | None = None
-        if not job.unwanted:
-            try:
-                job.image, job.warning = self._pixels(job.payload)
-            except ImageError as error:
-                outcome = Outcome(None, error.status, str(error))
-            except Exception as error:  # the image must leave the queue, whatever a decoder raises
-                outcome = MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")
-            self._metrics.decode_seconds.observe(time.monotonic() - start)
+        if job.unwanted:
+            self._decoded(job, None, start)
+            return
+        found: Decoded | ImageError | MDNetError
+        try:
+            found = self._pixels(job.payload)
+        except LargeError:
+            assert isinstance(job.payload, bytes)
+            deliver = functools.partial(self._decoded, job, start=start)
+            self._large.put(LargeJob(job.payload, self._options, lambda: job.unwanted, deliver))
+            job.payload = b""  # the other job has it
+            return
+        except ImageError as error:
+            found = error
+        except Exception as error:  # the image must leave the queue, whatever a decoder raises
+            found = MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")
+        self._decoded(job, found, start)
+
+    def _decoded(self, job: _ImageJob, found: Decoded | MDNetError | None, start: float) -> None:
+        """An image is decoded, or can't be, or (None) nobody wants it any more."""
         job.payload = b""  # frees the file
-        if job.unwanted or outcome is not None:
+        if found is not None:
+            self._metrics.decode_seconds.observe(time.monotonic() - start)
+        if job.unwanted or not isinstance(found, Decoded):
+            outcome = Outcome(None, found.status, str(found)) if isinstance(found, ImageError) else found
             self._call(self._finish, job, outcome)
             return
+        job.image, job.warning = found.pixels, found.warning
         job.decoded_at = time.monotonic()
         self._batcher.put(job)
 
-    def _pixels(self, payload: Payload) -> tuple[np.ndarray, str | None]:
-        """The pixels, and what makes their score doubtful."""
+    def _pixels(self, payload: Payload) -> Decoded:
         if isinstance(payload, ImageError):
             raise payload
         if isinstance(payload, np.ndarray):
-            return payload, None
-        if self._settings.max_pixels < MAX_PIXELS:
-            check_pixels(payload, self._settings.max_pixels)
-        decoded = decode(payload, self.image_size, to_srgb=self._to_srgb)
-        return decoded.pixels, decoded.warning
+            return Decoded(payload, self.image_size, self.image_size)
+
+        def admit(image: Image.Image, pixels: int) -> None:
+            if image.info.get("progressive") and payload.count(b"\xff\xda") > MAX_SCANS:
+                raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+            refuse_large(image, pixels)
+
+        return decode(payload, admit=admit, **self._options)
 
     # In the engine's thread.
 
@@ -221,17 +246,6 @@ class Work:
         task.missing -= 1
         if not task.missing and not task.done.done():
             task.done.set_result(None)
-
-
-def check_pixels(data: bytes, most: int) -> None:
-    """Raise `ImageError` where an image file declares more than `most` pixels; `decode` has a limit of its own."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except Exception:  # `decode` meets it too, and has the words for it
-        return
-    if width * height > most:
-        raise ImageError(f"{width}x{height} pixels exceed the limit of {most}")
 
 
 def _give_up(task: _Task, reason: Exception) -> None:

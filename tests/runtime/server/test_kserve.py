@@ -257,9 +257,38 @@ def test_binary_data_that_do_not_fit_are_400(
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("size", [32, 224, 256])
+@pytest.mark.parametrize("nested", [False, True])
+def test_json_holds_the_pixels_of_an_image_and_little_more(
+    size: int, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+
+    def body(count: int) -> bytes:
+        data = np.repeat(pixels, count, axis=0)
+        tensor = {"name": "pixels", "datatype": "UINT8", "shape": list(data.shape)}
+        return json.dumps({"inputs": [{**tensor, "data": (data if nested else data.ravel()).tolist()}]}).encode()
+
+    (found,) = kserve.read_request(body(1), None, size, 64).payloads
+    np.testing.assert_array_equal(found, pixels[0])
+    many = body(2 if size > 128 else 40)
+    monkeypatch.setattr("mdnet_rt.server.bodies.from_json", None)  # it is refused before it is parsed
+    with pytest.raises(RefusedError, match="values in the JSON") as caught:
+        kserve.read_request(many, None, size, 64)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize("unit", [b"[]", b"{}", b"[[[1]]]", b'{"a":1}', b"1"])
+def test_json_of_small_parts_is_bounded_by_their_number(unit: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdnet_rt.server.bodies.from_json", None)
+    body = b"[" + b",".join([unit] * (kserve.max_values(224) + 1)) + b"]"
+    with pytest.raises(RefusedError, match="values in the JSON"):
+        kserve.read_request(body, None, 224, 64)
+
+
 def test_json_of_too_many_values_is_not_parsed() -> None:
     with pytest.raises(RefusedError) as caught:
-        kserve.read_request(b"[" + b"0," * kserve.MAX_VALUES + b"0]", None, 2, 8)
+        kserve.read_request(b"[" + b"0," * kserve.max_values(2) + b"0]", None, 2, 8)
     assert caught.value.status == 413
 
 

@@ -19,6 +19,7 @@ from mdnet_engines.bundle import read_manifest
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.preprocess import load_image
 from mdnet_rt.server.app import Counted, Service
+from mdnet_rt.server.large import _Child
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.routes import make_app
 from mdnet_rt.server.settings import Settings
@@ -104,12 +105,67 @@ def first_value(image: bytes) -> float:
     return float(load_image(image, SIZE)[0, 0, 0])
 
 
-def test_the_warning_of_an_image_comes_with_its_score(run: Callable[..., None]) -> None:
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (40, 40), (77, 0, 0)).save(stream, "PNG")
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def test_small_images_do_not_wait_for_large_ones(
+    run: Callable[..., None], images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones are held up for as long as the test likes."""
+    held = threading.Event()
+    decode = _Child.decode
+
+    def late(*args: object) -> object:
+        assert held.wait(DEADLINE)
+        return decode(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Child, "decode", late)
+    bomb = encoded(Image.new("RGB", (2000, 2000), (9, 0, 0)), "PNG")
 
     async def test(lab: Lab) -> None:
-        (result,) = (await lab.score(stream.getvalue())).json()["results"]
+        bombs = [lab.start(bomb) for _ in range(12)]
+        await lab.load(12)
+        for image in images:
+            answer = await lab.score(image)
+            assert answer.json()["results"][0]["score"] == pytest.approx(first_value(image))
+        held.set()
+        for each in await asyncio.gather(*bombs):
+            assert each.json()["results"][0] == {"name": None, "status": "ok", "score": 9, "reason": "one flat colour"}
+
+    run(test)
+
+
+def test_images_of_more_than_25_megapixels_are_refused_by_default(
+    run: Callable[..., None], png_declaring: Callable[[int, int], bytes]
+) -> None:
+    async def test(lab: Lab) -> None:
+        answer = await lab.score(png_declaring(5001, 5000))
+        assert answer.status_code == 422
+        assert answer.json()["error"] == "5001x5000 pixels exceed the limit of 25000000"
+
+    run(test)
+
+
+def test_a_progressive_jpeg_of_many_scans_is_refused(run: Callable[..., None]) -> None:
+    jpeg = encoded(Image.new("RGB", (64, 64), (90, 0, 0)), "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+
+    async def test(lab: Lab) -> None:
+        assert (await lab.score(jpeg)).status_code == 200
+        answer = await lab.score(jpeg[:last] + jpeg[last:-2] * 100 + jpeg[-2:])
+        assert answer.json()["error"] == "a JPEG of more than 100 scans"
+
+    run(test)
+
+
+def test_the_warning_of_an_image_comes_with_its_score(run: Callable[..., None]) -> None:
+    flat = encoded(Image.new("RGB", (40, 40), (77, 0, 0)), "PNG")
+
+    async def test(lab: Lab) -> None:
+        (result,) = (await lab.score(flat)).json()["results"]
         assert result == {"name": None, "status": "ok", "score": 77.0, "reason": "one flat colour"}
 
     run(test)
