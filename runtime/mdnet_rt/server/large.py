@@ -117,8 +117,9 @@ class _Child:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", __name__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # Not the current folder's modules: a folder called `numpy` may be there.
+        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, **pipes)
 
     def decode(self, job: Job, seconds: float) -> Decoded | ImageError:
         """The image, or why there is none.
