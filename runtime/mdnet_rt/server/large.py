@@ -117,9 +117,10 @@ class _Child:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", __name__]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # Not the current folder's modules: a folder called `numpy` may be there.
-        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, **pipes)
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        self._process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
 
     def decode(self, job: Job, seconds: float) -> Decoded | ImageError:
         """The image, or why there is none.
