@@ -1,7 +1,7 @@
 // The C interface of float products in bfloat16: inputs are rounded to it, sums are kept in float32.
 //
-// See mdnet_engines/quantised_ops.py for the operators. Only processors with AVX-512 BF16 have a kernel for it; on others
-// the operators' function body is as fast as anything.
+// See mdnet_engines/quantised_ops.py for the operators. Only processors with AVX-512 BF16 have a kernel for it; on
+// others the operators' function body is as fast as anything.
 #pragma once
 
 #include "scan.h"
