@@ -65,7 +65,7 @@ def names(folder: Path) -> list[str]:
 
 
 def untouched(bundle: Bundle) -> bool:
-    return names(bundle.path) == sorted(["manifest.json", *(f"{n}.onnx" for n in GRAPH_NAMES)]) and (
+    return names(bundle.path) == sorted(["manifest.json", "probes.npz", *(f"{n}.onnx" for n in GRAPH_NAMES)]) and (
         Bundle.open(bundle.path).manifest == bundle.manifest
     )
 
