@@ -100,11 +100,11 @@ def named(bundle: Bundle, backend: Backend) -> Choice:
 
 
 def candidates(bundle: Bundle, *, measured: bool = False) -> list[Choice]:
-    """What `auto` may take on this machine, the likeliest to be fastest first. The last is always ONNX Runtime's CPU.
+    """What `auto` may take on this machine, the likeliest to be fastest first.
 
     Args:
-        measured: include what `auto` takes only where it has been measured: `openvino-bf16`, whose arithmetic is
-            coarser than the bundle's own.
+        measured: include, at the end, what `auto` takes only where it has been measured: `openvino-bf16`, whose
+            arithmetic is coarser than the bundle's own.
     """
     found = [plans for runtime in _PLAN_RUNTIMES if (plans := _find_plans(bundle, runtime))]
     if session.has_cuda():
@@ -114,7 +114,7 @@ def candidates(bundle: Bundle, *, measured: bool = False) -> list[Choice]:
     # Our operators multiply in bfloat16 what int8 leaves: with it ONNX Runtime was 1.14 times as fast at full size.
     on_cpu.insert(0 if bundle.manifest.precision == "int8" and native_bf16 else 1, "onnxruntime-cpu")
     if measured and native_bf16 and bundle.manifest.precision != "fp32" and "openvino" in on_cpu:
-        on_cpu.insert(0, "openvino-bf16")
+        on_cpu.append("openvino-bf16")
     return found + [named(bundle, backend) for backend in on_cpu]
 
 
