@@ -214,7 +214,7 @@ def test_coarser_arithmetic_is_taken_only_with_room_to_the_gate(
     """Of few images the largest |Δscore| is less than of many."""
     monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
     here.times["encoder"] = {"openvino-bf16": 1.0, "openvino": 5.0, "onnxruntime-cpu": 6.0}
-    here.times["fusion"] = dict.fromkeys(("openvino-bf16", "openvino", "onnxruntime-cpu"), 1.0)
+    here.times["fusion"] = {"openvino-bf16": 1.0, "openvino": 2.0, "onnxruntime-cpu": 2.0}
     here.found["openvino-bf16"] = 0.08
     assert tune(bundle).choice.graphs["encoder"] == "openvino"
     here.found["openvino-bf16"] = 0.07
