@@ -99,12 +99,11 @@ def named(bundle: Bundle, backend: Backend) -> Choice:
     return Choice(dict.fromkeys(graphs, backend))
 
 
-def candidates(bundle: Bundle, *, measured: bool = False) -> list[Choice]:
+def candidates(bundle: Bundle) -> list[Choice]:
     """What `auto` may take on this machine, the likeliest to be fastest first.
 
-    Args:
-        measured: include, at the end, what `auto` takes only where it has been measured: `openvino-bf16`, whose
-            arithmetic is coarser than the bundle's own.
+    Never `openvino-bf16`: its arithmetic is coarser than the bundle's, and what that does to one score in hundreds a
+    few probes don't show.
     """
     found = [plans for runtime in _PLAN_RUNTIMES if (plans := _find_plans(bundle, runtime))]
     if session.has_cuda():
@@ -112,8 +111,6 @@ def candidates(bundle: Bundle, *, measured: bool = False) -> list[Choice]:
     on_cpu: list[Backend] = ["openvino"] if openvino_session.is_installed() else []
     # In int8, with our operators, ONNX Runtime was 1.12 to 1.18 times as fast at full size, with AVX2 alone too.
     on_cpu.insert(0 if bundle.manifest.precision == "int8" else 1, "onnxruntime-cpu")
-    if measured and machine.has_native_bf16() and bundle.manifest.precision != "fp32" and "openvino" in on_cpu:
-        on_cpu.append("openvino-bf16")
     return found + [named(bundle, backend) for backend in on_cpu]
 
 

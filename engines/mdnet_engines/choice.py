@@ -22,7 +22,7 @@ from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.machine import this_machine
 from mdnet_engines.manifest import BackendCheck, GraphBackend, GraphName
-from mdnet_engines.parity import LIMITS, ParityReport
+from mdnet_engines.parity import ParityReport
 from mdnet_engines.probes import read_probes
 from mdnet_engines.record import Tuned
 from mdnet_engines.trial import Measured, Times, measure_apart, time_apart
@@ -30,7 +30,6 @@ from mdnet_engines.trial import Measured, Times, measure_apart, time_apart
 SECONDS = 1.0
 """For which `tune` times a graph."""
 _FASTER = 1.03  # times as fast must a backend be to take the place of an earlier candidate: less is noise
-_ROOM = 0.5  # of the gate on the largest |Δscore|, on the few images of a trial
 _LOG = logging.getLogger("mdnet_engines")
 
 
@@ -156,8 +155,7 @@ def tune(
 ) -> Tuning:
     """Hold every backend that `auto` may take here to the gates, time those that hold, and keep the fastest choice.
 
-    Each graph gets the backend that is fastest for it. Where some candidates leave half of the gate on the largest
-    |Δscore| free, only these are taken: the probes are few, and the gate is for every image.
+    Each graph gets the backend that is fastest for it.
 
     Args:
         seconds: to time a graph for, all its backends together.
@@ -169,7 +167,7 @@ def tune(
         MDNetError: no backend holds.
     """
     trials = try_candidates(bundle, threads=threads, on_step=on_step) if trials is None else trials
-    good = holding(bundle, trials)
+    good = [trial for trial in trials if trial.holds]
     if not good:
         raise MDNetError(f"no backend holds the gates here: {explain(trials)}")
     times = time_apart(bundle, [trial.choice for trial in good], threads=threads, seconds=seconds, on_step=on_step)
@@ -177,7 +175,7 @@ def tune(
     if all(choice != trial.choice for trial in good):  # of several candidates' backends
         mixed = _try(bundle, choice, threads=threads, measure=measure, on_step=on_step)
         trials = [*trials, mixed]
-        choice = choice if holding(bundle, [*good, mixed])[-1] is mixed else good[0].choice
+        choice = choice if mixed.holds else good[0].choice
     count = threads or available_cores()
     kept = Tuned(threads=count, batch=times.batch, graphs=dict(choice.graphs), ms=times.graphs, whole_ms=times.whole)
     return Tuning(choice, trials, times, _keep(bundle, trials, kept))
@@ -186,7 +184,7 @@ def tune(
 def tuned(bundle: Bundle, threads: int = 0) -> Tuned | None:
     """What `tune` found on this machine with so many threads, if all of it is still installed."""
     found = records.load(bundle).tuned_for(threads or available_cores())
-    installed = {backend for choice in candidates(bundle, measured=True) for backend in choice.graphs.values()}
+    installed = {backend for choice in candidates(bundle) for backend in choice.graphs.values()}
     return found if found and installed >= set(found.graphs.values()) else None
 
 
@@ -202,18 +200,7 @@ def try_candidates(
     Args:
         measure: in place of measuring on the bundle's probes.
     """
-    return [
-        _try(bundle, choice, threads=threads, measure=measure, on_step=on_step)
-        for choice in candidates(bundle, measured=True)
-    ]
-
-
-def holding(bundle: Bundle, trials: list[Trial]) -> list[Trial]:
-    """The trials that met every gate; of these, where there are any, those that left room on the largest |Δscore|."""
-    limit = LIMITS[bundle.manifest.precision].score_max_abs * _ROOM
-    good = [trial for trial in trials if trial.holds]
-    roomy = [t for t in good if t.report and max(abs(pair.delta) for pair in t.report.scores) <= limit]
-    return roomy or good
+    return [_try(bundle, choice, threads=threads, measure=measure, on_step=on_step) for choice in candidates(bundle)]
 
 
 def explain(trials: list[Trial]) -> str:

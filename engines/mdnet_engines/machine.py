@@ -38,11 +38,6 @@ def this_machine() -> Machine:
     )
 
 
-def has_native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(this_machine().features)
-
-
 def lacks_vnni() -> bool:
     """Whether this is an x86 CPU that adds pairs of int8 products in 16 bits, and gains little from int8."""
     machine = this_machine()

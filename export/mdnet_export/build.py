@@ -22,7 +22,7 @@ from mdnet_calib.fp16 import near_overflow, to_fp16
 from mdnet_calib.images import refuse_overlap
 from mdnet_engines.backends import Choice
 from mdnet_engines.bundle import Bundle, check_replaceable, file_entry, write_bundle
-from mdnet_engines.choice import Trial, explain, holding, try_candidates, tune
+from mdnet_engines.choice import Trial, explain, try_candidates, tune
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.machine import lacks_vnni, this_machine
 from mdnet_engines.manifest import (
@@ -182,7 +182,7 @@ def _prove(
         return measure_apart(bundle, choice, against=(images, reference), on_step=on_step)
 
     trials = try_candidates(bundle, measure=measure, on_step=on_step)
-    if holding(bundle, trials):
+    if any(trial.holds for trial in trials):
         tuning = tune(bundle, trials=trials, measure=measure, on_step=on_step)
         chosen = next(trial for trial in tuning.trials if trial.choice == tuning.choice)
         assert chosen.report is not None

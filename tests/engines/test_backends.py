@@ -47,43 +47,30 @@ def fp32(tmp_path: Path) -> Bundle:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "openvino", "bf16", "expected"),
+    ("cuda", "openvino", "expected"),
     [
-        (False, False, False, [ORT]),
-        (False, True, False, [OPENVINO, ORT]),
-        (True, False, False, [CUDA, ORT]),
-        (True, True, False, [CUDA, OPENVINO, ORT]),
-        (False, True, True, [OPENVINO, ORT]),
+        (False, False, [ORT]),
+        (False, True, [OPENVINO, ORT]),
+        (True, False, [CUDA, ORT]),
+        (True, True, [CUDA, OPENVINO, ORT]),
     ],
 )
 def test_auto_may_take_what_the_machine_has(
     cuda: bool,
     openvino: bool,
-    bf16: bool,
     expected: list[dict[str, str]],
     bundle: Bundle,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the order of speed, with Vim never on OpenVINO; and never in bf16 that was not measured."""
+    """In the order of speed, with Vim never on OpenVINO; and never in bf16, whatever the bundle's precision."""
     monkeypatch.setattr(session, "has_cuda", lambda: cuda)
     monkeypatch.setattr(openvino_session, "is_installed", lambda: openvino)
-    monkeypatch.setattr(machine, "has_native_bf16", lambda: bf16)
     if bundle.manifest.precision == "int8":  # for which ONNX Runtime has our operators
         expected = [each for each in expected if each != OPENVINO]
         expected += [OPENVINO] if openvino else []
     found = candidates(bundle)
     assert [choice.graphs for choice in found] == expected
     assert list(found[0].graphs) == ["encoder", "vim", "fusion"]
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_bf16_is_a_candidate_where_it_is_measured_native_and_not_for_fp32(
-    native: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino_session, "is_installed", lambda: True)
-    monkeypatch.setattr(machine, "has_native_bf16", lambda: native)
-    found = [choice.graphs for choice in candidates(bundle, measured=True)]
-    assert (BF16 in found) is (native and bundle.manifest.precision != "fp32")
 
 
 @pytest.mark.parametrize("machine_has", [False, True])

@@ -16,7 +16,7 @@ from mdnet_engines import choice as choice_module
 from mdnet_engines.backends import Choice, named
 from mdnet_engines.bundle import Bundle
 from mdnet_engines.child import CrashError
-from mdnet_engines.choice import Trial, check, choose, holding, open_graphs, tune
+from mdnet_engines.choice import Trial, check, choose, open_graphs, tune
 from mdnet_engines.errors import BundleError, MDNetError
 from mdnet_engines.parity import Gate, ParityReport, ScorePair
 from mdnet_engines.probes import PROBES_NAME
@@ -24,7 +24,6 @@ from mdnet_engines.trial import Measured, Times, measure_apart, time_apart
 
 ORT = dict.fromkeys(("encoder", "vim", "fusion"), "onnxruntime-cpu")
 OPENVINO = {**ORT, "encoder": "openvino", "fusion": "openvino"}
-BF16 = {**ORT, "encoder": "openvino-bf16", "fusion": "openvino-bf16"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +66,12 @@ class Machine:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A CPU without bf16, with OpenVINO, whose trials are made up."""
+    """A CPU with OpenVINO, whose trials are made up."""
     made = Machine()
     monkeypatch.setattr(choice_module, "measure_apart", made.measure)
     monkeypatch.setattr(choice_module, "time_apart", made.time)
     monkeypatch.setattr(backends.openvino_session, "is_installed", lambda: True)
     monkeypatch.setattr(backends.session, "has_cuda", lambda: False)
-    monkeypatch.setattr(machine, "has_native_bf16", lambda: False)
     return made
 
 
@@ -206,25 +204,6 @@ def test_only_what_holds_is_timed_and_taken(bundle: Bundle, here: Machine) -> No
     here.found["onnxruntime-cpu"] = 0.4
     with pytest.raises(MDNetError, match="no backend holds the gates here"):
         tune(bundle)
-
-
-def test_coarser_arithmetic_is_taken_only_with_room_to_the_gate(
-    bundle: Bundle, here: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of few images the largest |Δscore| is less than of many."""
-    monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
-    here.times["encoder"] = {"openvino-bf16": 1.0, "openvino": 5.0, "onnxruntime-cpu": 6.0}
-    here.times["fusion"] = {"openvino-bf16": 1.0, "openvino": 2.0, "onnxruntime-cpu": 2.0}
-    here.found["openvino-bf16"] = 0.006
-    assert tune(bundle).choice.graphs["encoder"] == "openvino"
-    here.found["openvino-bf16"] = 0.004
-    assert tune(bundle).choice.graphs == BF16
-    assert choose(bundle).graphs == BF16
-
-
-def test_where_none_has_room_those_that_hold_are_taken(bundle: Bundle) -> None:
-    trials = [Trial(Choice(ORT), measured(Choice(ORT), 0.1)), Trial(Choice(OPENVINO), measured(Choice(OPENVINO), 0.2))]
-    assert holding(bundle, trials) == trials[:1]
 
 
 def test_a_choice_of_other_versions_is_not_taken(
