@@ -39,7 +39,7 @@ format: $(VENV)/.installed-test ## let ruff rewrite what it can
 	$(BIN)/clang-format -i $(C_FILES)
 
 ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
-	$(BIN)/python -m mdnet_engines.cuda_kernel
+	$(BIN)/python -m mdnet_engines.cuda.kernel
 
 # Installs nothing: a GPU machine may have no package index.
 gpu-check: ## prove on a GPU what takes one, in nine minutes (docs/gpu.md)

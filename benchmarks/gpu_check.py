@@ -95,7 +95,7 @@ def _render() -> int:
 
 
 def _gpu() -> str:
-    from mdnet_engines.gpu import visible_gpu
+    from mdnet_engines.system.gpu import visible_gpu
 
     if (gpu := visible_gpu()) is None:
         sys.exit("error: there is no CUDA GPU here, or no driver; try the script without one: --dry-run -o FILE")

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from mdnet.config import PRESETS
+from mdnet.model.config import PRESETS
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.bench.facts import describe_host
 from mdnet_rt.bench.process import Worker
 from mdnet_rt.bench.worker import answer
 
 BASELINE = "PyTorch eager"
-_EXPORT = "from mdnet_export.cli import main; main()"
+_EXPORT = "from mdnet_export.cli.main import main; main()"
 CONTESTANTS: dict[str, tuple[str, str]] = {  # name → (how it is opened, its precision's bundle or arithmetic)
     BASELINE: ("torch", "native"),
     "PyTorch eager, scan in a Python loop": ("torch", "loop"),
@@ -177,8 +177,8 @@ def open_torch(preset_name: str, kind: str, threads: int) -> Callable[[np.ndarra
     import torch
 
     from mdnet import scan
-    from mdnet.config import preset
-    from mdnet.model import random_mdnet
+    from mdnet.model.config import preset
+    from mdnet.model.net import random_mdnet
 
     torch.set_num_threads(threads)
     model: Any = random_mdnet(preset(preset_name), seed=0).to(memory_format=torch.channels_last)
@@ -199,11 +199,11 @@ def open_converted(preset_name: str, arithmetic: str, threads: int, bundle: Path
     import openvino
     import torch
 
-    from mdnet.config import preset
-    from mdnet.model import random_mdnet
-    from mdnet_engines.bundle import Bundle
-    from mdnet_engines.choice import open_graphs
-    from mdnet_export.graphs import EncoderGraph
+    from mdnet.model.config import preset
+    from mdnet.model.net import random_mdnet
+    from mdnet_engines.backends.choice import open_graphs
+    from mdnet_engines.bundle.files import Bundle
+    from mdnet_export.graphs.export import EncoderGraph
 
     config = preset(preset_name)
     encoder = EncoderGraph(random_mdnet(config, seed=0).diffusion).eval()
@@ -232,7 +232,7 @@ def open_bundle(
     bundle: Path, backend: Any, options: argparse.Namespace
 ) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, str]]:
     """A bundle, through the runtime, and what runs each of its graphs."""
-    from mdnet_engines.bundle import Bundle
+    from mdnet_engines.bundle.files import Bundle
     from mdnet_rt import Scorer
 
     scorer = Scorer(

@@ -35,10 +35,10 @@ import numpy as np
 from PIL import Image
 
 from mdnet_rt import Scorer
-from mdnet_rt.preprocess import load_image
+from mdnet_rt.images.preprocess import load_image
 
-EXPORT = [sys.executable, "-c", "from mdnet_export.cli import main; main()"]
-RUNTIME = [sys.executable, "-m", "mdnet_rt.cli"]
+EXPORT = [sys.executable, "-c", "from mdnet_export.cli.main import main; main()"]
+RUNTIME = [sys.executable, "-m", "mdnet_rt.cli.main"]
 LOAD = [sys.executable, Path(__file__).with_name("serve_load.py")]
 _SMALL_PARENT = """
 import os, pathlib, subprocess, sys

@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mdnet.config import preset
+from mdnet.model.config import preset
+from mdnet.model.vim import VisionMamba
 from mdnet.scan import selective_scan
-from mdnet.vim import VisionMamba
-from mdnet_engines import native, scan_op
+from mdnet_engines.ops import native
+from mdnet_engines.ops import selective_scan as scan_op
 
 CHANNELS, STATES = 768, 16
 PAUSE = 0.05  # seconds; the pools of ONNX Runtime and OpenMP spin for some milliseconds after their work
@@ -138,8 +139,8 @@ def gradient(batch: int, _threads: int) -> Contestants:
 
 def vim_small(batch: int, threads: int) -> Contestants:
     """The whole backbone, 48 scans."""
-    from mdnet.model import random_mdnet
-    from mdnet_export.graphs import export_graph
+    from mdnet.model.net import random_mdnet
+    from mdnet_export.graphs.export import export_graph
 
     config = preset("sd15-vim-s")
     torch.manual_seed(0)

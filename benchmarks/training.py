@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnet.config import PRESETS, TrainConfig, preset
-from mdnet.data import read_splits
-from mdnet.diffusion import DiffusionEncoder
-from mdnet.drawn import write_dataset
-from mdnet.features import Features, cached_features
-from mdnet.model import MDNet, random_mdnet
-from mdnet.train import _Run
+from mdnet.data.drawn_set import write_dataset
+from mdnet.data.scut_fbp5500 import read_splits
+from mdnet.model.config import PRESETS, TrainConfig, preset
+from mdnet.model.diffusion import DiffusionEncoder
+from mdnet.model.net import MDNet, random_mdnet
+from mdnet.training.features import Features, cached_features
+from mdnet.training.train import _Run
 
 
 class Recomputed(Features):

@@ -1,6 +1,6 @@
 """`python -m mdnet`: the command `mdnet`."""
 
-from mdnet.cli import main
+from mdnet.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_bundle import write_small_bundle
 
-from mdnet_engines import native
+from mdnet_engines.ops import native
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

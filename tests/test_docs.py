@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdnet.config import MDNetConfig, TrainConfig, preset
-from mdnet.model import MDNet
+from mdnet.model.config import MDNetConfig, TrainConfig, preset
+from mdnet.model.net import MDNet
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -469,7 +469,7 @@ def test_figures_that_are_not_finite_are_written_by_name(tmp_path: Path) -> None
 
 def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
-    program = "import mdnet, mdnet_engines.cuda_kernel as k; print(mdnet.__version__, len(k.ptx()), k.__file__)"
+    program = "import mdnet, mdnet_engines.cuda.kernel as k; print(mdnet.__version__, len(k.ptx()), k.__file__)"
     # -S: no site-packages, so that what is installed here can't help.
     done = subprocess.run(
         [sys.executable, "-S", "-c", program],
@@ -490,7 +490,7 @@ import json
 from types import SimpleNamespace
 from cuda_stub import Driver
 from gpu.driver import ScanKernel
-from mdnet_engines.cuda_kernel import ARGUMENTS
+from mdnet_engines.cuda.kernel import ARGUMENTS
 def tensor(name, *shape):
     address = 4096 * (ARGUMENTS.index(name) + 1)
     return SimpleNamespace(shape=shape, dtype="torch.float16", data_ptr=lambda: address, is_contiguous=lambda: True)
@@ -513,7 +513,7 @@ print(json.dumps({"calls": driver.calls, "image": len(driver.image), "said": sai
 
 @pytest.mark.skipif(cuda_stub.COMPILER is None, reason="needs a C compiler")
 def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
-    from mdnet_engines import cuda_kernel
+    from mdnet_engines.cuda import kernel as cuda_kernel
 
     environment = cuda_stub.environment(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), environment["PYTHONPATH"]])
@@ -632,7 +632,8 @@ def test_pytorchs_scan_gives_the_kernel_what_it_takes(
 ) -> None:
     import torch
 
-    from mdnet import scan_loop, scan_mamba
+    from mdnet.scan import loop as scan_loop
+    from mdnet.scan import mamba_ssm as scan_mamba
 
     kernels, pytorch, given = module("kernels"), module("pytorch"), []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mdnet_engines import native
+from mdnet_engines.ops import native
 
 pytestmark = pytest.mark.install
 
@@ -86,7 +86,7 @@ def test_without_a_compiler_it_installs_and_scores_the_same(lean: Path, bundle: 
 
     site = tmp_path / "site"
     must(lean / "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    program = "from mdnet_rt.cli import main; main()"
+    program = "from mdnet_rt.cli.main import main; main()"
     command = (lean / "python", "-c", program, "score", EXAMPLES, "--bundle", bundle)
     result = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
     assert result.returncode == 0, result.stderr

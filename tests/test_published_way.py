@@ -9,9 +9,9 @@ import published_weights
 import pytest
 from click.testing import CliRunner
 
-from mdnet.cli import main as mdnet
-from mdnet.drawn import write_dataset
-from mdnet_export.cli import main as mdnet_export
+from mdnet.cli.main import main as mdnet
+from mdnet.data.drawn_set import write_dataset
+from mdnet_export.cli.main import main as mdnet_export
 
 
 def run(command: object, *words: object) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.results import Figure
 from gpu.sizes import SIZES, Sizes
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.manifest import MANIFEST_NAME
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import MANIFEST_NAME
 
 _CALIBRATION_IMAGES = 8  # ranges of int8; more would change no speed, and these weights mean nothing
 
@@ -61,9 +61,9 @@ def _wait(folder: Path, process: subprocess.Popen[str] | None) -> dict[str, Figu
 def build(sizes: Sizes, precision: Any, folder: Path) -> None:
     """Build one bundle; where int8 is slower than float on this CPU, which a GPU does not care about, it stands."""
     from mdnet_export.build import build_bundle
-    from mdnet_export.images import calibration_images, parity_images
+    from mdnet_export.model_source import Weights
+    from mdnet_export.parity_images import calibration_images, parity_images
     from mdnet_export.quantise import Calibration
-    from mdnet_export.weights import Weights
 
     config = sizes.config()
     size = config.image_size

@@ -61,7 +61,7 @@ def facts(device: Device) -> dict[str, Figure]:
     """Name, compute capability, driver and sizes of the device."""
     if not device.is_cuda:
         return {"name": platform.processor() or platform.machine(), "cores": os.cpu_count() or 1}
-    from mdnet_engines.gpu import visible_gpu
+    from mdnet_engines.system.gpu import visible_gpu
 
     gpu, properties = visible_gpu(), torch.cuda.get_device_properties(0)
     if gpu is None:

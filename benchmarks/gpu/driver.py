@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mdnet_engines import cuda_kernel
+from mdnet_engines.cuda import kernel as cuda_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor

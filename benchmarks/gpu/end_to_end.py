@@ -10,11 +10,11 @@ import numpy as np
 from gpu.bundles import open_bundle
 from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.results import Figure
-from mdnet.faces import draw_face
-from mdnet_engines.choice import choose
-from mdnet_engines.cpu import available_cores
-from mdnet_engines.parity import LIMITS
-from mdnet_rt.scorer import Scorer
+from mdnet.data.draw_face import draw_face
+from mdnet_engines.backends.choice import choose
+from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.system.cores import available_cores
+from mdnet_rt.scoring.scorer import Scorer
 
 _FILES, _SIDE = 32, 350  # different pictures, as large as the data set's
 _ON_A_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")

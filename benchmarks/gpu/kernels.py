@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gpu.clock import Device
 from gpu.context import NotInstalled
-from mdnet_engines import cuda_kernel
-from mdnet_engines.scan_shapes import INPUTS
+from mdnet_engines.cuda import kernel as cuda_kernel
+from mdnet_engines.ops.scan_shapes import INPUTS
 
 Kernel = Callable[..., None]
 """`kernel(inputs, y, reverse=…)`: inputs by name, contiguous and on the device; the result goes into y."""

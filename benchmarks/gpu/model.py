@@ -15,11 +15,12 @@ from gpu.clock import Device, quiet_fp32
 from gpu.context import CheckFailed, Context
 from gpu.device_facts import ceilings
 from gpu.results import Figure
-from mdnet import scan_mamba
-from mdnet.config import MDNetConfig
-from mdnet.model import MDNet, random_mdnet
-from mdnet_engines.parity import LIMITS, Images, Outputs
-from mdnet_export.images import parity_images
+from mdnet.model.config import MDNetConfig
+from mdnet.model.net import MDNet, random_mdnet
+from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.parity.measure import Images, Outputs
+from mdnet_export.parity_images import parity_images
 
 SEED = 0
 """Of the random weights: those of `mdnet-export build --random-init`."""
@@ -79,8 +80,8 @@ def check_scores(
 ) -> dict[str, Figure]:
     """Hold a batch's scores to PyTorch's, and to `singles`, those of the same images alone.
 
-    The limits are those of the parity gates (`mdnet_engines.parity.LIMITS`). In a batch that is larger than the number
-    of images, copies of an image stand in several places.
+    The limits are those of the parity gates (`mdnet_engines.parity.gates.LIMITS`). In a batch that is larger than the
+    number of images, copies of an image stand in several places.
 
     Raises:
         CheckFailed: a limit is not held.

@@ -24,9 +24,9 @@ from gpu.model import (
     speed,
 )
 from gpu.results import Figure
-from mdnet import scan_mamba
-from mdnet_engines.parity import LIMITS
-from mdnet_engines.scan_shapes import INPUTS
+from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.ops.scan_shapes import INPUTS
+from mdnet_engines.parity.gates import LIMITS
 
 _STEPS = ("u", "delta", "B", "C", "z")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from gpu.context import CheckFailed, Context, NotInstalled
 from gpu.kernels import Kernel, cases_module, double, open_kernel, random_tensors, tensors
 from gpu.results import Figure
-from mdnet import scan_loop, scan_mamba
-from mdnet_engines.scan_shapes import INPUTS
+from mdnet.scan import loop as scan_loop
+from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.ops.scan_shapes import INPUTS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAMBA_TOLERANCE = 2e-4

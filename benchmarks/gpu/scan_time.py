@@ -12,8 +12,9 @@ from gpu.context import Context, NotInstalled
 from gpu.device_facts import ceilings
 from gpu.kernels import Kernel, open_kernel, random_tensors
 from gpu.results import Figure
-from mdnet import scan_loop, scan_mamba
-from mdnet_engines.scan_shapes import INPUTS
+from mdnet.scan import loop as scan_loop
+from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.ops.scan_shapes import INPUTS
 
 DTYPES = (torch.float32, torch.float16)
 OURS = "selective_scan.cu"

@@ -18,16 +18,18 @@ from gpu.bundles import open_bundle
 from gpu.context import CheckFailed, Context, NotInstalled, NotSupported
 from gpu.model import Reference, check_scores, reference, singles, speed
 from gpu.results import Figure
-from mdnet_engines import native, plan_process, session
-from mdnet_engines.backends import Backend, Graphs, named, open_choice
-from mdnet_engines.bundle import Bundle
+from mdnet_engines.backends.candidates import Backend, Graphs, named, open_choice
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import BatchRange, PlanRuntime
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.manifest import BatchRange, PlanRuntime
-from mdnet_engines.parity import measure
-from mdnet_engines.plans import usable_plans
+from mdnet_engines.ops import native
+from mdnet_engines.parity.measure import measure
+from mdnet_engines.sessions import onnxruntime as session
+from mdnet_engines.tensorrt import plan_process
+from mdnet_engines.tensorrt.plans import usable_plans
 
 if TYPE_CHECKING:
-    from mdnet_engines.plans import Host
+    from mdnet_engines.tensorrt.plans import Host
 
 OWN_OP, FUNCTION_BODY = "own op", "function body"
 

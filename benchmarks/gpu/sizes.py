@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mdnet.config import MDNetConfig
+    from mdnet.model.config import MDNetConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sizes:
 
     def config(self) -> MDNetConfig:
         """The model's."""
-        from mdnet.config import preset
+        from mdnet.model.config import preset
 
         return replace(preset(self.preset), **self.changes)
 

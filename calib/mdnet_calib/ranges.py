@@ -23,9 +23,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from mdnet_engines.bundle.manifest import RangeMethod
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.manifest import RangeMethod
-from mdnet_engines.session import OrtSession
+from mdnet_engines.sessions.onnxruntime import OrtSession
 
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 

@@ -8,7 +8,7 @@
 
 #include "scan.h"
 
-// The PTX that mdnet_engines/cuda_kernel.py made, ended by a zero.
+// The PTX that mdnet_engines/cuda/kernel.py made, ended by a zero.
 asm(R"(
   .section .rodata
   .global mdnet_ptx
@@ -22,7 +22,7 @@ extern "C" __attribute__((visibility("hidden"))) const char mdnet_ptx[];
 
 namespace {
 
-// As mdnet_engines/cuda_kernel.py has them; tests/mdnet_engines/test_cuda_launch.py holds the two together.
+// As mdnet_engines/cuda/kernel.py has them; tests/engines/cuda/test_launch.py holds the two together.
 constexpr unsigned kThreads = 128, kChannelsPerBlock = 32;
 constexpr int64_t kMaxStates = 64, kMaxLength = 1 << 25;
 

@@ -1,6 +1,6 @@
 """`python -m mdnet_export`: the command `mdnet-export`."""
 
-from mdnet_export.cli import main
+from mdnet_export.cli.main import main
 
 if __name__ == "__main__":
     main()

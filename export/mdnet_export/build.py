@@ -17,15 +17,14 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from mdnet.model import MDNet
-from mdnet_calib.fp16 import near_overflow, to_fp16
-from mdnet_calib.images import refuse_overlap
-from mdnet_engines.backends import Choice
-from mdnet_engines.bundle import Bundle, check_replaceable, file_entry, write_bundle
-from mdnet_engines.choice import Trial, explain, try_candidates, tune
-from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.machine import lacks_vnni, this_machine
-from mdnet_engines.manifest import (
+from mdnet.model.net import MDNet
+from mdnet_calib.calibration_set import refuse_overlap
+from mdnet_calib.passes.fp16 import near_overflow, to_fp16
+from mdnet_engines.backends.candidates import Choice
+from mdnet_engines.backends.choice import Trial, explain, try_candidates, tune
+from mdnet_engines.backends.trial import Measured, measure_apart
+from mdnet_engines.bundle.files import Bundle, check_replaceable, file_entry, write_bundle
+from mdnet_engines.bundle.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
     CalibrationFacts,
@@ -39,17 +38,19 @@ from mdnet_engines.manifest import (
     ScoreScale,
     TensorSpec,
 )
-from mdnet_engines.parity import Images, Outputs, ParityReport
-from mdnet_engines.parity_json import to_json
-from mdnet_engines.probes import PROBES_NAME, write_probes
-from mdnet_engines.session import OrtSession
-from mdnet_engines.trial import Measured, measure_apart
-from mdnet_export.cpu_form import cpu_form
-from mdnet_export.graphs import export_graph, save_graph
-from mdnet_export.images import probe_pixels
+from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.parity.measure import Images, Outputs
+from mdnet_engines.parity.probes import PROBES_NAME, write_probes
+from mdnet_engines.parity.report import ParityReport
+from mdnet_engines.parity.report_json import to_json
+from mdnet_engines.sessions.onnxruntime import OrtSession
+from mdnet_engines.system.machine import lacks_vnni, this_machine
+from mdnet_export.graphs.cpu_variant import cpu_form
+from mdnet_export.graphs.export import export_graph, save_graph
+from mdnet_export.model_source import Weights
+from mdnet_export.parity_images import probe_pixels
+from mdnet_export.parity_page import render_html
 from mdnet_export.quantise import Calibration, Int8Result, quantise_encoder
-from mdnet_export.report import render_html
-from mdnet_export.weights import Weights
 
 FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision
 _PACKAGES = ("mdnet", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")

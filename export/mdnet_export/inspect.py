@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from mdnet_engines.backends import Choice
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.choice import choose, tuned
+from mdnet_engines.backends.candidates import Choice
+from mdnet_engines.backends.choice import choose, tuned
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import EngineSet, Manifest, TensorSpec
 from mdnet_engines.console import output
 from mdnet_engines.errors import BundleError
-from mdnet_engines.manifest import EngineSet, Manifest, TensorSpec
-from mdnet_engines.plan_process import probe
-from mdnet_engines.plans import Host, check_plans, explain_incompatible
+from mdnet_engines.tensorrt.plan_process import probe
+from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible
 
 
 def print_bundle(bundle: Bundle) -> None:

@@ -17,8 +17,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from mdnet_engines.errors import MDNetError, require
-from mdnet_engines.parity import LayerParity, TensorParity, compare
-from mdnet_engines.session import OrtSession
+from mdnet_engines.parity.measure import compare
+from mdnet_engines.parity.report import LayerParity, TensorParity
+from mdnet_engines.sessions.onnxruntime import OrtSession
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 

@@ -1,7 +1,7 @@
 """The encoder in int8: calibrate, choose the blocks by what they do to the score, write Q/DQ graphs, time them.
 
 Vim and fusion stay in float: the encoder is nine tenths of the work. For ONNX Runtime on the CPU their wide products
-are written in bfloat16 (`mdnet_calib.bfloat16`), which needs no calibration.
+are written in bfloat16 (`mdnet_calib.passes.bfloat16`), which needs no calibration.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 import onnx
 
 from mdnet_calib.cache import histograms
-from mdnet_calib.images import CalibrationSet
-from mdnet_calib.int8 import activations, int8_nodes, to_int8
+from mdnet_calib.calibration_set import CalibrationSet
+from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
 from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
-from mdnet_engines import openvino_session
-from mdnet_engines.bundle import sha256_of
+from mdnet_engines.bundle.files import sha256_of
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.machine import lacks_vnni
-from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
-from mdnet_engines.metrics import pearson
-from mdnet_engines.openvino_session import OpenVINOSession
-from mdnet_engines.parity import LIMITS
-from mdnet_engines.session import OrtSession, Session, chain
-from mdnet_export.cpu_form import open_for_cpu, write_forms
+from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.parity.metrics import pearson
+from mdnet_engines.sessions import openvino as openvino_session
+from mdnet_engines.sessions.onnxruntime import OrtSession, Session, chain
+from mdnet_engines.sessions.openvino import OpenVINOSession
+from mdnet_engines.system.machine import lacks_vnni
+from mdnet_export.graphs.cpu_variant import open_for_cpu, write_forms
 
 DRIFT_IMAGES = 64
 """Calibration images, at most, on which a choice of blocks is scored."""

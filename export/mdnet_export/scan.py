@@ -17,9 +17,9 @@ import torch
 from onnxscript import opset18 as op
 
 import mdnet.scan  # noqa: F401 # registers the operator that the table is about
-from mdnet_engines import scan_op
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.tensorrt_plugin import PARSER_ATTRIBUTES
+from mdnet_engines.ops import selective_scan as scan_op
+from mdnet_engines.tensorrt.plugin import PARSER_ATTRIBUTES
 
 _FLOAT, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
 

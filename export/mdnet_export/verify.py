@@ -12,19 +12,20 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mdnet_engines.backends import Backend, named, open_choice
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.choice import choose
+from mdnet_engines.backends.candidates import Backend, named, open_choice
+from mdnet_engines.backends.choice import choose
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, MANIFEST_NAME, GraphName
 from mdnet_engines.errors import UsageError
-from mdnet_engines.manifest import GRAPH_NAMES, MANIFEST_NAME, GraphName
-from mdnet_engines.parity import Images, LayerParity, Outputs, ParityReport, measure
-from mdnet_engines.probes import PROBES
-from mdnet_engines.session import chain
+from mdnet_engines.parity.measure import Images, Outputs, measure
+from mdnet_engines.parity.probes import PROBES
+from mdnet_engines.parity.report import LayerParity, ParityReport
+from mdnet_engines.sessions.onnxruntime import chain
 from mdnet_export.build import package_versions, reference_outputs, write_reports
-from mdnet_export.graphs import export_graph
-from mdnet_export.images import parity_images
+from mdnet_export.graphs.export import export_graph
 from mdnet_export.layers import compare_layers
-from mdnet_export.weights import Weights, weights_of
+from mdnet_export.model_source import Weights, weights_of
+from mdnet_export.parity_images import parity_images
 
 
 @dataclass(frozen=True)

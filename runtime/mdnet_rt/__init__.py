@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdnet_rt.results import Result
-    from mdnet_rt.scorer import Scorer
+    from mdnet_rt.rows.result import Result
+    from mdnet_rt.scoring.scorer import Scorer
 
 __all__ = ["Result", "Scorer"]
 
-# Imported when first asked for: training takes only `mdnet_rt.preprocess` and needs no bundle, session or pydantic.
-_HOMES = {"Result": "mdnet_rt.results", "Scorer": "mdnet_rt.scorer"}
+# Imported on first use: training takes only `mdnet_rt.images.preprocess` and needs no session and no pydantic.
+_HOMES = {"Result": "mdnet_rt.rows.result", "Scorer": "mdnet_rt.scoring.scorer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gpu_stand_in import Gpu, make_cuda, make_tensorrt, write_plans
 
-from mdnet_engines.plan_builder import MODULES
+from mdnet_engines.tensorrt.plan_builder import MODULES
 
 
 @pytest.fixture

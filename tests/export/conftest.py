@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mdnet.drawn import write_dataset
-from mdnet.model import MDNet
+from mdnet.data.drawn_set import write_dataset
+from mdnet.model.net import MDNet
 from mdnet_calib.sensitivity import Budget
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
 from mdnet_export import build as build_module
 from mdnet_export.build import build_bundle
-from mdnet_export.graphs import export_graph
-from mdnet_export.images import calibration_images, parity_images
+from mdnet_export.graphs.export import export_graph
+from mdnet_export.model_source import choose_weights
+from mdnet_export.parity_images import calibration_images, parity_images
 from mdnet_export.quantise import Calibration
-from mdnet_export.weights import choose_weights
 
 
 @pytest.fixture(scope="session")

@@ -21,23 +21,23 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from mdnet.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
-from mdnet.cli import main as evaluate
-from mdnet_engines.backends import Choice, candidates
-from mdnet_engines.bundle import Bundle, file_entry
-from mdnet_engines.choice import check, choose
+from mdnet.cli.main import main as evaluate
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
+from mdnet_engines.backends.candidates import Choice, candidates
+from mdnet_engines.backends.choice import check, choose
+from mdnet_engines.backends.trial import measure_apart
+from mdnet_engines.bundle.files import Bundle, file_entry
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
 from mdnet_engines.errors import BundleError, UsageError
-from mdnet_engines.machine import this_machine
-from mdnet_engines.manifest import GRAPH_NAMES, GraphName
-from mdnet_engines.parity import LIMITS
-from mdnet_engines.parity_json import from_json
-from mdnet_engines.trial import measure_apart
+from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.parity.report_json import from_json
+from mdnet_engines.system.machine import this_machine
 from mdnet_export import build as build_module
 from mdnet_export.build import ParityError, build_bundle
-from mdnet_export.cli import main
-from mdnet_export.images import parity_images
+from mdnet_export.cli.main import main
+from mdnet_export.model_source import choose_weights
+from mdnet_export.parity_images import parity_images
 from mdnet_export.verify import verify_bundle
-from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")
@@ -91,7 +91,7 @@ def test_verify_refuses_bf16_for_fp32(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_openvino)])
 def test_inspect_says_what_would_run_here(installed: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mdnet_engines.session.has_cuda", lambda: False)
+    monkeypatch.setattr("mdnet_engines.sessions.onnxruntime.has_cuda", lambda: False)
     if not installed:
         monkeypatch.setitem(sys.modules, "openvino", None)
     choice, why = (choose(bundle), "measured with") if installed else ("onnxruntime-cpu", "by this CPU's features")
@@ -253,7 +253,7 @@ def test_no_space_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "bundle"))
 
-    monkeypatch.setattr("mdnet_export.graphs.onnx.save", full)
+    monkeypatch.setattr("mdnet_export.graphs.export.onnx.save", full)
     result = CliRunner().invoke(main, ["build", "-o", str(tmp_path / "bundle"), "--num-images", "1"])
     assert result.exit_code == 1
     assert "no space left on the disk" in result.stderr

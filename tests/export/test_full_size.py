@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.plans import check_plans, plans_folder
-from mdnet_export.images import parity_images
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.tensorrt.plans import check_plans, plans_folder
+from mdnet_export.parity_images import parity_images
 from mdnet_rt import Scorer
 
 EXPORT = Path(sysconfig.get_path("scripts"), "mdnet-export")

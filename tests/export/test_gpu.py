@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mdnet.checkpoint import demo_checkpoint, load_checkpoint
-from mdnet_engines.bundle import Bundle
-from mdnet_export.images import parity_images
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
+from mdnet_engines.bundle.files import Bundle
+from mdnet_export.parity_images import parity_images
 from mdnet_export.verify import verify_bundle
 
 pytestmark = pytest.mark.gpu

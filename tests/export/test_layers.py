@@ -9,12 +9,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from mdnet_calib.fp16 import to_fp16
+from mdnet_calib.passes.fp16 import to_fp16
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.parity import LayerParity, TensorParity, first_diverging
-from mdnet_export.graphs import save_graph
-from mdnet_export.images import parity_images
+from mdnet_engines.parity.measure import first_diverging
+from mdnet_engines.parity.report import LayerParity, TensorParity
+from mdnet_export.graphs.export import save_graph
 from mdnet_export.layers import compare_layers
+from mdnet_export.parity_images import parity_images
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mdnet_engines import native
-from mdnet_engines.backends import named
-from mdnet_engines.bundle import Bundle
-from mdnet_engines.trial import measure_apart
+from mdnet_engines.backends.candidates import named
+from mdnet_engines.backends.trial import measure_apart
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.ops import native
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 processors")
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")

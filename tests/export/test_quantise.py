@@ -15,23 +15,23 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mdnet.checkpoint import demo_checkpoint, load_checkpoint
-from mdnet_calib.images import MIN_IMAGES, CalibrationSet
-from mdnet_calib.int8 import int8_nodes
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
+from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet
+from mdnet_calib.passes.int8 import int8_nodes
 from mdnet_calib.sensitivity import Budget, block_of
-from mdnet_engines.bundle import Bundle
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
 from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.machine import lacks_vnni
-from mdnet_engines.manifest import GRAPH_NAMES, GraphName
-from mdnet_engines.parity import LIMITS
-from mdnet_engines.session import OrtSession, chain
+from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.sessions.onnxruntime import OrtSession, chain
+from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export import build as build_module
 from mdnet_export import quantise
 from mdnet_export.build import SlowerError, build_bundle
-from mdnet_export.cli import main
-from mdnet_export.images import calibration_images, parity_images
+from mdnet_export.cli.main import main
+from mdnet_export.model_source import choose_weights
+from mdnet_export.parity_images import calibration_images, parity_images
 from mdnet_export.quantise import Calibration, Speed, quantise_encoder
-from mdnet_export.weights import choose_weights
 from mdnet_rt import Scorer
 
 FEW_BLOCKS = ("vae.mid_block.resnets.0.", "vae.mid_block.resnets.1.", "unet.down_blocks.1.downsamplers.0.")
@@ -250,8 +250,8 @@ def test_both_encoders_are_timed_in_turns_on_the_same_images(
             runs.append((self.name, len(feeds["image"])))
             return super().run(feeds)
 
-    monkeypatch.setattr("mdnet_export.cpu_form.OrtSession", Timed)
-    monkeypatch.setattr("mdnet_engines.openvino_session.is_installed", lambda: False)
+    monkeypatch.setattr("mdnet_export.graphs.cpu_variant.OrtSession", Timed)
+    monkeypatch.setattr("mdnet_engines.sessions.openvino.is_installed", lambda: False)
     speed = quantise._time(folder, int8_bundle.path, parity_images(None, 128, 4).pixels)
     assert speed.backend == "onnxruntime-cpu"
     assert opened == ["bundle/encoder.onnx", "int8/encoder.cpu.onnx"]

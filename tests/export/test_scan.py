@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from mdnet.scan import selective_scan
-from mdnet_engines import native, scan_op
+from mdnet_engines.ops import native
+from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_export.scan import attach_functions, translation_table
 
 

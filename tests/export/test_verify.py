@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from mdnet_engines.bundle import Bundle, file_entry
+from mdnet_engines.bundle.files import Bundle, file_entry
+from mdnet_engines.bundle.manifest import MANIFEST_NAME
 from mdnet_engines.errors import UsageError
-from mdnet_engines.manifest import MANIFEST_NAME
-from mdnet_export.cli import main
+from mdnet_export.cli.main import main
 from mdnet_export.verify import verify_bundle
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mdnet.drawn import write_dataset
-from mdnet_engines.bundle import Bundle
+from mdnet.data.drawn_set import write_dataset
+from mdnet_engines.bundle.files import Bundle
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +22,8 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The packaged demo as an fp32 bundle."""
     from mdnet_export.build import build_bundle
-    from mdnet_export.images import parity_images
-    from mdnet_export.weights import choose_weights
+    from mdnet_export.model_source import choose_weights
+    from mdnet_export.parity_images import parity_images
 
     folder = tmp_path_factory.mktemp("bundles") / "fp32"
     return build_bundle(choose_weights(), folder, images=parity_images(None, 128, 6))

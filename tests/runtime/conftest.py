@@ -16,8 +16,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from mdnet_engines.bundle import file_entry, write_bundle
-from mdnet_engines.manifest import (
+from mdnet_engines.bundle.files import file_entry, write_bundle
+from mdnet_engines.bundle.manifest import (
     MANIFEST_NAME,
     FileEntry,
     GraphEntry,
@@ -28,7 +28,7 @@ from mdnet_engines.manifest import (
     ScoreScale,
     TensorSpec,
 )
-from mdnet_engines.probes import PROBES_NAME, write_probes
+from mdnet_engines.parity.probes import PROBES_NAME, write_probes
 
 SIZE = 32
 MEAN_WEIGHTS = np.array([0.5, 0.3, 0.15], np.float32)  # unequal: swapped channels change the score

@@ -32,15 +32,15 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from mdnet_engines.bundle import Bundle, read_manifest
+from mdnet_engines.bundle.files import Bundle, read_manifest
+from mdnet_engines.bundle.manifest import MANIFEST_NAME, Manifest
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
-from mdnet_engines.manifest import MANIFEST_NAME, Manifest
-from mdnet_rt import archives
-from mdnet_rt.archives import read_archive
-from mdnet_rt.preprocess import MAX_PIXELS, ImageError, decode
-from mdnet_rt.results import Result, Stamp
-from mdnet_rt.rows import RowFormat, encode, header, read_rows
-from mdnet_rt.sources import Entry
+from mdnet_rt.images.preprocess import MAX_PIXELS, ImageError, decode
+from mdnet_rt.rows.encoding import RowFormat, encode, header, read_rows
+from mdnet_rt.rows.result import Result, Stamp
+from mdnet_rt.sources import archives
+from mdnet_rt.sources.archives import read_archive
+from mdnet_rt.sources.entry import Entry
 
 FACTOR = float(os.environ.get("MDNET_FUZZ", "2"))
 SEED = int(os.environ.get("MDNET_FUZZ_SEED", "0"))

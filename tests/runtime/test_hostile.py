@@ -25,14 +25,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from mdnet_rt.rows import COLUMNS
-from mdnet_rt.sources import natural_key
+from mdnet_rt.rows.encoding import COLUMNS
+from mdnet_rt.sources.entry import natural_key
 
 DEADLINE = 60  # seconds after which a run that should have ended has not
 OPTIONS = ("--backend", "onnxruntime-cpu", "--threads", "1")
 PROGRAM = """
 import pathlib, sys
-from mdnet_rt.cli import main
+from mdnet_rt.cli.main import main
 try:
     main(sys.argv[2:])
 finally:
@@ -54,7 +54,7 @@ class Run:
 def run(*arguments: object, stdin: bytes = b"", limit: int | None = None) -> Run:
     """`mdnet-rt` in a process of its own. `limit`: no file may grow larger, as on a full disk."""
     done = subprocess.run(
-        [sys.executable, "-m", "mdnet_rt.cli", *map(str, arguments)],
+        [sys.executable, "-m", "mdnet_rt.cli.main", *map(str, arguments)],
         input=stdin,
         capture_output=True,
         timeout=DEADLINE,
@@ -254,7 +254,7 @@ def test_a_run_that_is_killed_and_resumed_has_the_rows_of_one_that_was_not(
     for rows in (1, 300):
         more = ["--resume"] if partial.exists() else []
         process = subprocess.Popen(
-            [sys.executable, "-m", "mdnet_rt.cli", *arguments, str(output), *more], stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "mdnet_rt.cli.main", *arguments, str(output), *more], stderr=subprocess.DEVNULL
         )
         while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"tiny fp32") < rows):
             time.sleep(0.005)
@@ -415,7 +415,7 @@ def test_of_two_runs_on_one_file_the_second_gets_one_line_and_the_first_ends_wel
         *("score", "--list", "-", "--bundle", str(shared_bundle), *OPTIONS),
         *("--batch-size", "1", "-o", str(output)),
     ]
-    first = subprocess.Popen([sys.executable, "-m", "mdnet_rt.cli", *arguments], stdin=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-m", "mdnet_rt.cli.main", *arguments], stdin=subprocess.PIPE)
     assert first.stdin is not None
     first.stdin.write(f"{image}\n".encode() * 8)
     first.stdin.flush()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdnet_engines import cuda_kernel
+from mdnet_engines.cuda import kernel as cuda_kernel
 
 COMPILER = "g++"
 _SHIM = Path(__file__).with_name("cuda_on_cpu")
@@ -50,7 +50,7 @@ def launch(
         program: what `build` gave.
         folder: where the tensors are handed over.
         inputs: by name; u, delta, B, C and z of one type, A, D and delta_bias float32.
-        reverse: which direction's kernel `mdnet_engines.cuda_kernel` is asked for.
+        reverse: which direction's kernel `mdnet_engines.cuda.kernel` is asked for.
         kernel: the entry point instead, by name.
 
     Raises:

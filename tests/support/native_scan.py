@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mdnet_engines import native
+from mdnet_engines.ops import native
 
 
 def isas() -> list[str]:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mdnet.config import MDNetConfig, preset
-from mdnet.vim import VisionMamba
+from mdnet.model.config import MDNetConfig, preset
+from mdnet.model.vim import VisionMamba
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

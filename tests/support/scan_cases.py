@@ -3,9 +3,9 @@
     expected = reference_scan(**make_inputs(case), reverse=case.reverse)
     assert_close(got, expected)
 
-The reference is a plain loop over time, written from the formula in `mdnet_engines.scan_op` and sharing no code with
-any host. `SCAN_TOLERANCE` is the bound for float32, relative to the largest output. `REFUSED` are calls that a host
-must refuse, and what its message must say.
+The reference is a plain loop over time, written from the formula in `mdnet_engines.ops.selective_scan` and sharing no
+code with any host. `SCAN_TOLERANCE` is the bound for float32, relative to the largest output. `REFUSED` are calls that
+a host must refuse, and what its message must say.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from scan_cases import PARAMETERS, ScanCase
 
-from mdnet_engines import scan_op
+from mdnet_engines.ops import selective_scan as scan_op
 
 _SHAPES = {
     **dict.fromkeys(("u", "delta", "z"), ("batch", "channels", "length")),

@@ -114,7 +114,7 @@ def post(body: bytes, kind: str = "image/png", *extra: str, length: int | None =
 def serving(bundle: Path, *options: object) -> Iterator[Server]:
     """Start a server on a free port; kill it at the end if it still runs."""
     fixed = ["--port", "0", "--backend", "onnxruntime-cpu"]  # the one that is always there, and the quickest to start
-    command = [sys.executable, "-m", "mdnet_rt.cli", "serve", str(bundle), *fixed, *map(str, options)]
+    command = [sys.executable, "-m", "mdnet_rt.cli.main", "serve", str(bundle), *fixed, *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

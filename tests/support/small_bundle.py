@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from mdnet_engines.probes import PROBES_NAME, write_probes
+from mdnet_engines.parity.probes import PROBES_NAME, write_probes
 
 GRAPHS = ("encoder", "vim", "fusion")
 SIZE = 64

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from mdnet.config import MDNetConfig
+from mdnet.model.config import MDNetConfig
 
 
 class _EnoughError(Exception):

@@ -8,11 +8,11 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mdnet_engines.cpu import available_cores
-from mdnet_engines.gpu import visible_gpu
-from mdnet_engines.machine import processor_name, this_machine
-from mdnet_engines.manifest import Manifest
-from mdnet_rt.results import Stamp
+from mdnet_engines.bundle.manifest import Manifest
+from mdnet_engines.system.cores import available_cores
+from mdnet_engines.system.gpu import visible_gpu
+from mdnet_engines.system.machine import processor_name, this_machine
+from mdnet_rt.rows.result import Stamp
 
 _PACKAGES = (
     *("mdnet", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu"),

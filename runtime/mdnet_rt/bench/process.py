@@ -1,9 +1,9 @@
 """A contestant of a benchmark in a process of its own, so that its threads and its peak memory are its own.
 
-The protocol, which `mdnet_rt.bench.worker` and `mdnet.timing` speak: when it is ready, the process writes one line of
-JSON, which says what it is; then the name of a stage comes in on a line, is run once, and its seconds go out on a line
-when the process is at rest again. At the end of its standard input it ends. What goes wrong is the last line of its
-standard error, and ends it.
+The protocol, which `mdnet_rt.bench.worker` and `mdnet.cli.bench_worker` speak: when it is ready, the process writes one
+line of JSON, which says what it is; then the name of a stage comes in on a line, is run once, and its seconds go out on
+a line when the process is at rest again. At the end of its standard input it ends. What goes wrong is the last line of
+its standard error, and ends it.
 """
 
 from __future__ import annotations

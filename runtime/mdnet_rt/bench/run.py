@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mdnet_engines.backends import Backend
-from mdnet_engines.cpu import available_cores
+from mdnet_engines.backends.candidates import Backend
+from mdnet_engines.bundle.manifest import Manifest
 from mdnet_engines.errors import UsageError
-from mdnet_engines.manifest import Manifest
+from mdnet_engines.system.cores import available_cores
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.process import Worker
 
@@ -40,7 +40,7 @@ class Setup:
         backend: what runs the bundle, the subject of every ratio.
         against: backends, or `pytorch`, to run beside it.
         threads: per graph; 0 takes all the cores this process may use.
-        images: locations, as `mdnet_rt.sources` has them; without any, JPEGs of `image_size` are made.
+        images: locations, as `mdnet_rt.sources.locations` has them; without any, JPEGs of `image_size` are made.
         image_size: width and height.
         seconds: how long one batch size is measured, three rounds at least.
         rounds: how many rounds, in place of `seconds`.
@@ -172,7 +172,7 @@ def _start(setup: Setup, name: str, what: str, batch_size: int) -> Worker:
     if what == PYTORCH:
         arguments += ["--preset", setup.manifest.preset]
         arguments += ["--image-size", str(setup.manifest.preprocessing.image_size)]
-        return Worker(name, ["-m", "mdnet.timing", *arguments], threads=threads)
+        return Worker(name, ["-m", "mdnet.cli.bench_worker", *arguments], threads=threads)
     arguments += ["--bundle", os.path.abspath(setup.bundle), "--backend", what]  # noqa: PTH100 (resolve() follows links)
     if setup.images:
         arguments += [f"--images={location}" for location in setup.images]

@@ -19,7 +19,7 @@ from mdnet_engines.errors import MDNetError, first_line
 from mdnet_rt.bench.clock import timed
 
 if TYPE_CHECKING:
-    from mdnet_rt.sources import Entry
+    from mdnet_rt.sources.entry import Entry
 
 STREAM = 4
 """Batches of one end-to-end run: enough for decoding and graphs to overlap."""
@@ -65,9 +65,9 @@ def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
         UsageError: a backend that is not for this bundle; no image can be read.
         MDNetError: the bundle or the backend can't be opened.
     """
-    from mdnet_engines.bundle import Bundle
-    from mdnet_rt.bench.images import decode
-    from mdnet_rt.scorer import Scorer
+    from mdnet_engines.bundle.files import Bundle
+    from mdnet_rt.bench.sample import decode
+    from mdnet_rt.scoring.scorer import Scorer
 
     n = options.batch_size
     bundle = Bundle.open(options.bundle)
@@ -91,7 +91,7 @@ def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
 
 
 def _images(options: argparse.Namespace, size: int) -> tuple[list[Entry], dict[str, Any]]:
-    from mdnet_rt.bench.images import make_jpegs, take_images
+    from mdnet_rt.bench.sample import make_jpegs, take_images
 
     if options.images:
         entries, skipped = take_images(options.images, STREAM * options.batch_size, size)

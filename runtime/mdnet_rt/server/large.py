@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mdnet_engines.errors import first_line
-from mdnet_rt.preprocess import Decoded, ImageError, decode
+from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 
 LARGE_PIXELS = 3_000_000
 """More are decoded here. Below, no decoder keeps other threads from running for more than 0.05 s."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mdnet_engines.errors import UsageError
-from mdnet_rt.preprocess import MAX_PIXELS
+from mdnet_rt.images.preprocess import MAX_PIXELS
 
 MEBIBYTE = 2**20
 

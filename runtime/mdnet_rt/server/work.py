@@ -19,9 +19,9 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from mdnet_engines.cpu import available_cores
 from mdnet_engines.errors import MDNetError, first_line
-from mdnet_rt.preprocess import Decoded, ImageError, decode
+from mdnet_engines.system.cores import available_cores
+from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 from mdnet_rt.server.large import Job as LargeJob
 from mdnet_rt.server.large import LargeDecoders, LargeError, refuse_large
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image; `status` and `reason` are those of `mdnet_rt.results.Result`."""
+    """What became of one image; `status` and `reason` are those of `mdnet_rt.rows.result.Result`."""
 
     score: float | None
     status: str = "ok"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdnet_rt.preprocess import Decoded, ImageError, decode
+from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 from mdnet_rt.server import large
 from mdnet_rt.server.large import Job, LargeDecoders, LargeError, refuse_large
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from serving import DEADLINE, Server, serving
 
-from mdnet_rt.preprocess import load_image
+from mdnet_rt.images.preprocess import load_image
 
 Photo = Callable[..., Path]
 CLIENTS = 16

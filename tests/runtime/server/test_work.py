@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdnet_engines.bundle import read_manifest
+from mdnet_engines.bundle.files import read_manifest
 from mdnet_engines.errors import MDNetError
-from mdnet_rt.preprocess import load_image
-from mdnet_rt.server.app import Counted, Service
+from mdnet_rt.images.preprocess import load_image
+from mdnet_rt.server.http.app import Counted, Service
+from mdnet_rt.server.http.routes import make_app
 from mdnet_rt.server.large import _Child
 from mdnet_rt.server.metrics import Metrics
-from mdnet_rt.server.routes import make_app
 from mdnet_rt.server.settings import Settings
 from mdnet_rt.server.work import Work
 

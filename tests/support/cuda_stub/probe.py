@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 from cuda_stub import Driver
-from mdnet_engines import native
-from mdnet_engines.cuda_kernel import ARGUMENTS
+from mdnet_engines.cuda.kernel import ARGUMENTS
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.ops import native
 
 
 def launch(call: dict[str, Any], driver: Driver) -> str:

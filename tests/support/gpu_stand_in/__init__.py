@@ -1,4 +1,4 @@
-"""A GPU, a CUDA runtime and a TensorRT to run `mdnet_engines.tensorrt_session` on a machine that has none.
+"""A GPU, a CUDA runtime and a TensorRT to run `mdnet_engines.tensorrt.session` on a machine that has none.
 
 `Gpu` (device.py) has memory, streams and CUDA graphs. It runs what was enqueued only when the host waits for it, and
 then the latest first, unless something orders it: what was not waited for reads what is not there. It also notes, in

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdnet_engines.cpu import available_cores
+from mdnet_engines.system.cores import available_cores
 
 SANITIZERS = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 """What `-fsanitize=` takes, and the runtime it needs."""

@@ -22,7 +22,7 @@ import onnxruntime
 import pytest
 
 import mdnet_engines
-from mdnet_engines import native
+from mdnet_engines.ops import native
 from sanitized import SOURCES
 
 FOLDER = Path(os.environ["MDNET_SANITIZED"])

@@ -26,8 +26,8 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 from cuda_stub import Driver
 
-from mdnet_engines import tensorrt_plugin
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.tensorrt import plugin as tensorrt_plugin
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 PARAMETERS = ("A", "D", "delta_bias")

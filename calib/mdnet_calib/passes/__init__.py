@@ -1,0 +1,1 @@
+"""Rewrites of ONNX graphs: FP16, Q/DQ, bfloat16, fusions for ONNX Runtime on the CPU."""

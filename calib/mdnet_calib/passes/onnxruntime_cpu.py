@@ -1,0 +1,15 @@
+"""The form of an int8 bundle's graphs that ONNX Runtime's CPU kernels, and ours, are fast for."""
+
+from __future__ import annotations
+
+import onnx
+
+from mdnet_calib.passes.bfloat16 import with_bfloat16_products
+from mdnet_calib.passes.fuse import fuse_between_layers
+from mdnet_calib.passes.fuse_vim import fuse_vim
+from mdnet_calib.passes.int8 import with_unsigned_activations
+
+
+def for_onnxruntime_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Rewrite a graph, int8 or float32, in place; constants may lie outside of the file, and none of them changes."""
+    return with_bfloat16_products(fuse_vim(fuse_between_layers(with_unsigned_activations(proto))))

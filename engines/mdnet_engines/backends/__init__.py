@@ -1,0 +1,1 @@
+"""Which backend runs which graph: candidates, trials, the choice, and its record."""

@@ -1,0 +1,1 @@
+"""The bundle: its manifest, and how its files are read and written."""

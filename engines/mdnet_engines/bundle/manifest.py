@@ -1,0 +1,342 @@
+"""The bundle's manifest: what `manifest.json` may say, validated before anything it names is opened.
+
+A bundle is the only thing that passes from export to runtime:
+
+    mdnet-bundle/
+      manifest.json      this schema
+      encoder.onnx       (+ encoder.onnx.data when the weights are large)
+      vim.onnx
+      fusion.onnx
+      encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
+      probes.npz         drawn faces, and what PyTorch fp32 makes of them: `mdnet_engines.parity.probes`
+      parity.json        the numbers behind `manifest.parity`
+      parity.html        the same, for people
+      engines/           plans of `mdnet-export engines`, a cache: one folder for each entry of `manifest.engines`
+        tensorrt-rtx-1.7.1.116-portable/
+          encoder.plan  vim.plan  fusion.plan
+          timing.cache   (TensorRT only)
+          layers.json  engine.json   for people
+
+Rules, each with what it prevents:
+- manifest.json is at most 1 MiB (a manifest that fills memory);
+- unknown fields are refused (a misspelt or newer field that would be silently ignored);
+- every path is a plain file name in the bundle's own folder (a manifest that reads or loads `/etc/...`);
+- every file carries its sha256 and size, checked before a parser sees a byte (a swapped or cut file);
+- the name of a folder of plans is made of runtime, version and target, each of a strict pattern, never read as a path
+  (as above); a plan is native code, and is opened only when its sha256 is that of its entry (a planted plan);
+- a plan's entry says from which graph it was built (a plan that survived its graph and scores with old weights);
+- plans are a cache: they are checked when they are chosen (`mdnet_engines.tensorrt.plans`), not when the bundle is
+  opened (a damaged or foreign plan that would take a bundle away whose ONNX files are whole);
+- `schema_version` is checked before the rest, so that a newer bundle is named as such. Version 1, which is still read,
+  had no probes, and int8 weights of 8 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+SCHEMA_VERSION: Final = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**20
+
+Precision = Literal["fp32", "fp16", "int8"]
+GraphName = Literal["encoder", "vim", "fusion"]
+RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
+GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+GraphBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"]
+PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
+PORTABLE = "portable"
+"""The target of a TensorRT-RTX plan that was built for no GPU in particular."""
+RuntimeVersion = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}(\.[0-9]{1,6}){1,4}$")]
+Target = Annotated[str, StringConstraints(pattern=r"^(portable|sm_[0-9]{2,3}(-sm_[0-9]{2,3}){0,15})$")]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FileEntry(Part):
+    """One file of the bundle: `name` in the bundle's folder, its `sha256` and `size` in bytes."""
+
+    name: FileName
+    sha256: Sha256
+    size: int = Field(ge=0)
+
+
+class TensorSpec(Part):
+    """A graph input or output. A string in `shape` is a symbolic dimension (`batch`)."""
+
+    name: str
+    dtype: Literal["uint8", "float32", "float16"]
+    shape: list[int | str]
+
+
+class GraphEntry(Part):
+    """One ONNX graph: its file, external weights if any, precision and signature."""
+
+    file: FileEntry
+    data: list[FileEntry] = []
+    cpu: FileEntry | None = None
+    """The same graph, on the same `data`, in the form that ONNX Runtime's CPU kernels are fast for (int8 only)."""
+    precision: Precision
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def files(self) -> list[FileEntry]:
+        return [self.file, *self.data, *([self.cpu] if self.cpu else [])]
+
+    def digest(self) -> str:
+        """One sha256 for the graph, weights included: what a plan of it is known by."""
+        return hashlib.sha256("\n".join(file.sha256 for file in [self.file, *self.data]).encode()).hexdigest()
+
+
+class Preprocessing(Part):
+    """How an image becomes the graphs' input; stored with the weights so that serving can't drift from training."""
+
+    image_size: int = Field(ge=32, le=4096)
+    resample: Literal["bicubic"] = "bicubic"
+    crop: Literal["center"] = "center"
+    jpeg_draft: Literal[2] = 2
+    """JPEGs are decoded at a reduced size that is still at least this many times `image_size`."""
+    colour: Literal["as_stored", "srgb"] = "as_stored"
+    """Whether the colour profile of a file is applied; bundles that do not say were made when none was."""
+
+    @property
+    def to_srgb(self) -> bool:
+        return self.colour == "srgb"
+
+    def digested(self) -> str:
+        """What the bundle's digest has of it: without `colour` where that is as it was before there was a choice."""
+        return self.model_dump_json(exclude=None if self.to_srgb else {"colour"})
+
+
+class ScoreScale(Part):
+    """The rating scale of the score."""
+
+    minimum: float
+    maximum: float
+
+
+class ParitySummary(Part):
+    """Agreement of the bundle with PyTorch fp32 on `images` images (scores in rating points)."""
+
+    passed: bool
+    forced: bool = False
+    images: int
+    source: str
+    max_abs: float | None
+    mean_abs: float | None
+    """None where a score was not finite."""
+    pearson: float | None = None
+    spearman: float | None = None
+    """None where the reference scores hardly vary (random weights), which leaves a correlation no meaning."""
+
+    def __str__(self) -> str:
+        """The differences, for one line of output."""
+        if self.max_abs is None or self.mean_abs is None:
+            return f"scores that are not finite, {self.source}"
+        correlation = "" if self.pearson is None else f", Pearson {self.pearson:.6f}"
+        return f"max |Δscore| {self.max_abs:.2g}, mean {self.mean_abs:.2g}{correlation}, {self.source}"
+
+
+class Machine(Part):
+    """What decides how a graph is computed: equal machines give equal scores.
+
+    `features` are the CPU's instruction sets that a runtime chooses kernels by, `versions` those of the runtimes.
+    """
+
+    architecture: str = Field(max_length=40)
+    features: list[str]
+    gpu: str | None = Field(default=None, max_length=200)
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        """For one line of output."""
+        processor = " ".join([self.architecture, *self.features])
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "; ".join(part for part in (processor, self.gpu, versions) if part)
+
+
+class BackendCheck(Part):
+    """How one choice of backends, by graph, met the gates on one kind of machine."""
+
+    graphs: dict[GraphName, GraphBackend]
+    machine: Machine
+    parity: ParitySummary
+    failures: str = Field(default="", max_length=2000)
+    """The gates that failed, with value and limit."""
+    snr_db: dict[str, float] = {}
+    """Signal-to-noise ratio of every graph output on the bundle's probes, each graph fed with PyTorch's own inputs."""
+
+
+class Training(Part):
+    """Which images the weights learned from, as the checkpoint told; `None` where it did not."""
+
+    protocol: str | None = Field(default=None, max_length=40)
+    """Of which protocol of SCUT-FBP5500 the training list was: `60-40` or `cv5`."""
+    fold: int | None = None
+    """Of `cv5`: which of the five folds was left out, from 1."""
+    data: str | None = Field(default=None, max_length=400)
+    """What the data set was called."""
+
+
+class Provenance(Part):
+    """Where the weights came from and what made the bundle."""
+
+    weights: Literal["demo", "checkpoint", "random"]
+    checkpoint_sha256: Sha256 | None = None
+    seed: int | None = None
+    training: Training | None = None
+    command: str
+    versions: dict[str, str]
+
+
+class CalibrationFacts(Part):
+    """Which images the ranges of the graphs' values were measured on."""
+
+    images: int
+    source: str = Field(max_length=400)
+    sha256: Sha256
+    """Of all their pixels, preprocessed."""
+    method: RangeMethod | None = None
+    """How an int8 range was made of the values seen; None where there is no int8."""
+
+    def __str__(self) -> str:
+        """For one line of output."""
+        return f"{self.images} images, {self.source}" + (f", ranges by {self.method}" if self.method else "")
+
+
+class Int8Facts(Part):
+    """Which blocks of the encoder are int8, within which budget, and what it brought."""
+
+    int8_blocks: list[str]
+    float_blocks: list[str]
+    """Those that broke the budget in int8."""
+    max_score_drift: float
+    min_pearson: float
+    drift_max_abs: float
+    """Largest |Δscore| on the calibration images, in rating points."""
+    drift_pearson: float | None = None
+    speedup: float
+    """Over the float encoder, on the machine of the build."""
+    speedup_on: str
+    slower_forced: bool = False
+
+
+class BatchRange(Part):
+    """The batch sizes a plan takes, and the one it is fastest at."""
+
+    minimum: int = Field(ge=1)
+    optimum: int
+    maximum: int = Field(le=4096)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BatchRange:
+        if not self.minimum <= self.optimum <= self.maximum:
+            raise ValueError(f"batch {self} is not minimum ≤ optimum ≤ maximum")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.minimum},{self.optimum},{self.maximum}"
+
+
+class PlanEntry(Part):
+    """One graph's plan: its file, and the digest of the graph that it was built from."""
+
+    file: FileEntry
+    graph: Sha256
+
+
+class EngineSet(Part):
+    """The plans of all graphs for one runtime, version and target; they lie in `engines/<folder>`."""
+
+    runtime: PlanRuntime
+    version: RuntimeVersion
+    target: Target
+    platform: str | None = Field(default=None, max_length=80)
+    """Of TensorRT's plans, which do not run on another operating system; those of TensorRT-RTX do."""
+    gpu: str | None = Field(default=None, max_length=200)
+    """The name of the GPU it was tuned on; None where it was built without one."""
+    batch: BatchRange
+    workspace_gib: float | None = Field(default=None, gt=0)
+    plans: dict[GraphName, PlanEntry]
+    timing_cache: FileEntry | None = None
+
+    @property
+    def folder(self) -> str:
+        return f"{self.runtime}-{self.version}-{self.target}"
+
+    @model_validator(mode="after")
+    def _whole(self) -> EngineSet:
+        if missing := [name for name in GRAPH_NAMES if name not in self.plans]:
+            raise ValueError(f"no plan for {', '.join(missing)}")
+        return self
+
+    def files(self) -> list[FileEntry]:
+        return [plan.file for plan in self.plans.values()]
+
+
+class Manifest(Part):
+    """The whole of `manifest.json`."""
+
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    model: Literal["md-net"] = "md-net"
+    preset: str
+    precision: Precision
+    preprocessing: Preprocessing
+    score: ScoreScale
+    graphs: dict[GraphName, GraphEntry]
+    probes: FileEntry | None = None
+    """None in version 1 alone."""
+    reports: list[FileEntry] = []
+    engines: list[EngineSet] = Field(default=[], max_length=64)
+    parity: ParitySummary
+    """Of what `auto` took where the bundle was built."""
+    backends: list[BackendCheck] = Field(default=[], max_length=64)
+    """Every backend that `auto` could have taken there."""
+    calibration: CalibrationFacts | None = None
+    int8: Int8Facts | None = None
+    float32_values: dict[GraphName, list[str]] = {}
+    """Values of an fp16 graph that come too near to float16's largest number and stay in float32."""
+    provenance: Provenance
+    licenses: list[str]
+
+    @model_validator(mode="after")
+    def _image_size_is_the_graphs(self) -> Manifest:
+        size = self.preprocessing.image_size
+        for graph in self.graphs.values():
+            for spec in graph.inputs:
+                if spec.name == "image" and spec.shape[1:] != [size, size, 3]:
+                    raise ValueError(f"image_size is {size}, but a graph takes images of shape {spec.shape}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_probes(self) -> Manifest:
+        if (self.probes is None) != (self.schema_version == 1):
+            raise ValueError("a bundle has probes from schema version 2 on")
+        return self
+
+    @model_validator(mode="after")
+    def _one_set_for_each_folder(self) -> Manifest:
+        folders = [engines.folder for engines in self.engines]
+        if len(set(folders)) != len(folders):
+            raise ValueError(f"two sets of plans are in the same folder: {', '.join(sorted(folders))}")
+        return self
+
+    def digest(self) -> str:
+        """One sha256 for what decides the scores: the graphs, their weights, preprocessing. Plans don't change it."""
+        parts = [file.sha256 for name in GRAPH_NAMES for file in self.graphs[name].files()]
+        return hashlib.sha256("\n".join([*parts, self.preprocessing.digested()]).encode()).hexdigest()
+
+    def files(self) -> list[FileEntry]:
+        """Every file the bundle can't do without. Plans are not among them."""
+        probes = [self.probes] if self.probes else []
+        return [file for graph in self.graphs.values() for file in graph.files()] + probes + self.reports

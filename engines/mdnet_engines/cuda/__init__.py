@@ -1,0 +1,1 @@
+"""CUDA: the scan's kernel as source and PTX, and the runtime calls that sessions need."""

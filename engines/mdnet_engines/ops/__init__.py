@@ -1,0 +1,1 @@
+"""The custom operators: ONNX schemas, function bodies, and the native library."""

@@ -1,0 +1,1 @@
+"""Parity with PyTorch: gates, probes, metrics, and the report as JSON."""

@@ -1,0 +1,129 @@
+"""One table of limits, and the gates that hold a measurement to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdnet_engines.bundle.manifest import GraphName
+from mdnet_engines.parity.metrics import mae, max_abs, pearson
+from mdnet_engines.parity.report import PEARSON_GATE, Gate, TensorParity
+from mdnet_engines.sessions.onnxruntime import Session, chain
+
+BATCH = 4  # images in the runs that test batching
+MAX_SNR_LOST = 6.0  # dB: an error twice as large
+RATED_IMAGES = 100  # fewer say little about a correlation with ratings
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision must hold. Scores in rating points; cosine and SNR for the worst output of any graph."""
+
+    score_max_abs: float
+    score_mean_abs: float
+    score_pearson: float
+    pearson_needs_sd: float
+    """A correlation is asked for where the reference scores spread this much: with less, errors within the other
+    limits may already spoil it."""
+    rating_loss: float
+    graph_cosine: float
+    graph_snr_db: float
+    batch_max_abs: float
+
+
+LIMITS: dict[str, Limits] = {
+    "fp32": Limits(
+        score_max_abs=1e-3,
+        score_mean_abs=1e-3,
+        score_pearson=0.99999,
+        pearson_needs_sd=0.02,
+        rating_loss=1e-3,
+        graph_cosine=0.99999,
+        graph_snr_db=60,
+        batch_max_abs=1e-4,
+    ),
+    "fp16": Limits(
+        score_max_abs=1e-2,
+        score_mean_abs=1e-2,
+        score_pearson=0.9999,
+        pearson_needs_sd=0.2,
+        rating_loss=1e-3,
+        graph_cosine=0.9999,
+        graph_snr_db=35,
+        batch_max_abs=2e-3,
+    ),
+    "int8": Limits(
+        score_max_abs=0.15,
+        score_mean_abs=0.03,
+        score_pearson=0.995,
+        pearson_needs_sd=0.2,
+        rating_loss=3e-3,
+        graph_cosine=0.95,
+        graph_snr_db=10,
+        batch_max_abs=2e-2,
+    ),
+}
+"""The one table of thresholds."""
+
+
+def gate_against_build(graphs: Mapping[str, Mapping[str, TensorParity]], expected: Mapping[str, float]) -> Gate:
+    """Whether every output is as near to PyTorch's as where the bundle was built.
+
+    The gates of a precision are wide enough for every model; this one finds what changed since: another weight, int8
+    products that saturate.
+
+    Args:
+        expected: signal-to-noise ratio of outputs at the build, dB; others are not looked at.
+    """
+    now = {name: parity.snr_db for outputs in graphs.values() for name, parity in outputs.items()}
+    lost = {name: built - now[name] for name, built in expected.items()}
+    worst = max(lost, key=lambda name: math.inf if math.isnan(lost[name]) else lost[name], default=None)
+    title = "SNR of a graph output, lost since the build, dB"
+    if worst is None:
+        return Gate(title, None, True, MAX_SNR_LOST, "the build measured no such backend")
+    return Gate(title, max(lost[worst], 0.0) if lost[worst] == lost[worst] else math.nan, True, MAX_SNR_LOST, worst)
+
+
+def score_gates(limits: Limits, expected: np.ndarray, got: np.ndarray) -> list[Gate]:
+    finite = bool(np.isfinite(got).all())
+    spread = float(np.std(expected, dtype=np.float64)) >= limits.pearson_needs_sd and finite
+    why = "" if spread else "the reference scores hardly vary"
+    return [
+        Gate("scores that are not finite", float(np.sum(~np.isfinite(got))), True, 0),
+        Gate("score max |Δ|", max_abs(expected, got), True, limits.score_max_abs),
+        Gate("score mean |Δ|", mae(expected, got), True, limits.score_mean_abs),
+        Gate(PEARSON_GATE, pearson(expected, got) if spread else None, False, limits.score_pearson, why),
+    ]
+
+
+def graph_gates(limits: Limits, graphs: Mapping[str, Mapping[str, TensorParity]]) -> list[Gate]:
+    parities = [parity for outputs in graphs.values() for parity in outputs.values()]
+    return [
+        Gate("worst cosine of a graph output", min(p.cosine for p in parities), False, limits.graph_cosine),
+        Gate("worst SNR of a graph output, dB", min(p.snr_db for p in parities), False, limits.graph_snr_db),
+    ]
+
+
+def batch_gates(
+    limits: Limits, sessions: Mapping[GraphName, Session], pixels: np.ndarray, singles: np.ndarray
+) -> list[Gate]:
+    """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
+    copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
+    batch = chain(sessions, pixels[:BATCH])["score"]
+    note = f"first {len(batch)} images"
+    return [
+        Gate("batch of copies, max |Δ| between rows", max_abs(copies, copies[:1]), True, limits.batch_max_abs),
+        Gate("batch against singles, max |Δ|", max_abs(batch, singles[: len(batch)]), True, limits.batch_max_abs, note),
+    ]
+
+
+def rating_gate(limits: Limits, ratings: np.ndarray, expected: np.ndarray, got: np.ndarray) -> Gate:
+    name = "Pearson with the ratings, lost"
+    if len(ratings) < RATED_IMAGES or not np.isfinite(got).all():
+        return Gate(name, None, True, limits.rating_loss, f"needs {RATED_IMAGES} images")
+    lost = pearson(ratings, expected) - pearson(ratings, got)
+    # A model that gives every image the same score has no correlation to lose.
+    return Gate(name, None if math.isnan(lost) else lost, True, limits.rating_loss, "" if lost == lost else "no spread")

@@ -1,0 +1,142 @@
+"""Does the bundle give PyTorch's scores? Measured per graph and on the score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdnet_engines.bundle.manifest import GraphName
+from mdnet_engines.parity.gates import LIMITS, batch_gates, graph_gates, rating_gate, score_gates
+from mdnet_engines.parity.metrics import max_abs
+from mdnet_engines.parity.report import LayerParity, ParityReport, ScorePair, TensorParity
+from mdnet_engines.sessions.onnxruntime import Session, chain
+
+_CHAINED = "score of the chain"
+
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Preprocessed images (n, S, S, 3) uint8, their names, where they are from, and their ratings (n,) where known."""
+
+    names: list[str]
+    pixels: np.ndarray
+    source: str
+    ratings: np.ndarray | None = None
+
+
+def measure(
+    sessions: Mapping[GraphName, Session],
+    reference: Outputs,
+    images: Images,
+    *,
+    precision: str,
+    backend: str,
+    on_progress: Callable[[], None] = lambda: None,
+) -> ParityReport:
+    """Compare a bundle's graphs with PyTorch's outputs on the same images.
+
+    Each graph is given the reference's inputs, so that a deviation is charged to the graph that made it; the score
+    comes from the graphs one after the other, as in production.
+
+    Args:
+        sessions: the three graphs.
+        reference: `score` of PyTorch fp32 for all images, and every other graph output for the first of them at least.
+        on_progress: called once per image.
+    """
+    known = _known(sessions, reference)
+    runs: list[Outputs] = []
+    scores: list[np.ndarray] = []
+    for i in range(len(images.pixels)):
+        if i < known:
+            runs.append(run := _run(sessions, reference, images.pixels, i))
+            scores.append(run[_CHAINED])
+        else:
+            scores.append(chain(sessions, images.pixels[i : i + 1])["score"])
+        on_progress()
+    graphs = _compare(sessions, reference, runs)
+    got = np.concatenate(scores)
+    limits = LIMITS[precision]
+    gates = [
+        *score_gates(limits, reference["score"], got),
+        *graph_gates(limits, graphs),
+        *batch_gates(limits, sessions, images.pixels, got),
+    ]
+    if images.ratings is not None:
+        gates.append(rating_gate(limits, images.ratings, reference["score"], got))
+    return ParityReport(precision, backend, images.source, graphs, _pairs(images, reference["score"], got), gates)
+
+
+def measure_graphs(
+    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray
+) -> dict[str, dict[str, TensorParity]]:
+    """Compare every graph output with PyTorch's, each graph fed with PyTorch's own inputs, for as many as are known."""
+    return _compare(
+        sessions, reference, [_run(sessions, reference, pixels, i) for i in range(_known(sessions, reference))]
+    )
+
+
+def measure_scores(
+    score: Callable[[np.ndarray], np.ndarray], expected: np.ndarray, images: Images, *, precision: str, backend: str
+) -> ParityReport:
+    """Compare the scores of one batch with PyTorch's: what takes least time, and finds a backend that is off.
+
+    Args:
+        score: uint8 (n, S, S, 3) → scores (n,).
+        expected: PyTorch's scores (n,).
+    """
+    got = score(images.pixels)
+    gates = score_gates(LIMITS[precision], expected, got)
+    return ParityReport(precision, backend, images.source, {}, _pairs(images, expected, got), gates)
+
+
+def first_diverging(layers: list[LayerParity], precision: str) -> LayerParity | None:
+    """The first layer whose signal-to-noise ratio is below what an output of a graph must have; None where none is."""
+    limit = LIMITS[precision].graph_snr_db
+    return next((layer for layer in layers if not layer.parity.snr_db >= limit), None)  # NaN diverges too
+
+
+def compare(expected: np.ndarray, got: np.ndarray) -> TensorParity:
+    """Cosine similarity, signal-to-noise ratio (dB) and largest difference, in float64."""
+    a, b = expected.astype(np.float64).ravel(), got.astype(np.float64).ravel()
+    if not np.isfinite(b).all():
+        return TensorParity(math.nan, math.nan, math.nan)  # fails every gate
+    noise, signal = float(np.sum((a - b) ** 2)), float(np.sum(a**2))
+    norm = math.sqrt(signal * float(np.sum(b**2)))
+    cosine = float(a @ b) / norm if norm else float(not noise)
+    return TensorParity(cosine, 10 * math.log10(signal / noise) if noise and signal else math.inf, max_abs(a, b))
+
+
+def _known(sessions: Mapping[GraphName, Session], reference: Outputs) -> int:
+    """Of how many images every graph output is known."""
+    return min(len(reference[name]) for name in sessions["fusion"].inputs)
+
+
+def _run(sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, i: int) -> Outputs:
+    """Every graph output for one image, each graph fed with the reference's inputs; `_CHAINED` is the score in use."""
+    run = chain(sessions, pixels[i : i + 1])
+    ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
+    return {**run, **sessions["fusion"].run(ideal), _CHAINED: run["score"]}
+
+
+def _compare(
+    sessions: Mapping[GraphName, Session], reference: Outputs, runs: list[Outputs]
+) -> dict[str, dict[str, TensorParity]]:
+    return {
+        name: {
+            output: compare(reference[output][: len(runs)], np.concatenate([run[output] for run in runs]))
+            for output in session.outputs
+        }
+        for name, session in sessions.items()
+    }
+
+
+def _pairs(images: Images, expected: np.ndarray, got: np.ndarray) -> list[ScorePair]:
+    return [
+        ScorePair(name, float(reference), float(score))
+        for name, reference, score in zip(images.names, expected, got, strict=True)
+    ]

@@ -1,0 +1,103 @@
+"""What a parity run finds, as data: per output, per score, per layer, and the gates it was held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mdnet_engines.bundle.manifest import ParitySummary
+from mdnet_engines.parity.metrics import mae, max_abs, pearson, spearman
+
+PEARSON_GATE = "score Pearson"
+
+
+@dataclass(frozen=True)
+class TensorParity:
+    """One graph output against PyTorch fp32, over all images at once."""
+
+    cosine: float
+    snr_db: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One threshold: `value` must be at most (or at least) `limit`. `value` None: not applicable, and why."""
+
+    name: str
+    value: float | None
+    at_most: bool
+    limit: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return True
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+@dataclass(frozen=True)
+class ScorePair:
+    """One image's score in PyTorch fp32 (`reference`) and in the bundle (`bundle`), in rating points."""
+
+    image: str
+    reference: float
+    bundle: float
+
+    @property
+    def delta(self) -> float:
+        return self.bundle - self.reference
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One layer's value in the bundle against the float graph's, both computed from the same input of the graph."""
+
+    layer: str
+    value: str
+    parity: TensorParity
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything `parity.json` holds and `parity.html` shows. `layers` is empty where none were compared."""
+
+    precision: str
+    backend: str
+    source: str
+    graphs: dict[str, dict[str, TensorParity]]
+    scores: list[ScorePair]
+    gates: list[Gate]
+    forced: bool = False
+    layers: dict[str, list[LayerParity]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    def failures(self) -> str:
+        """The gates that failed, with value and limit, on one line; empty where all passed."""
+        return "; ".join(
+            f"{gate.name} is {gate.value:.6g}, allowed is {'at most' if gate.at_most else 'at least'} {gate.limit:g}"
+            for gate in self.gates
+            if not gate.passed and gate.value is not None
+        )
+
+    def summary(self) -> ParitySummary:
+        """What the manifest records."""
+        expected = np.array([pair.reference for pair in self.scores])
+        got = np.array([pair.bundle for pair in self.scores])
+        finite = bool(np.isfinite(got).all())
+        spread = next(gate.value for gate in self.gates if gate.name == PEARSON_GATE) is not None
+        return ParitySummary(
+            passed=self.passed,
+            forced=self.forced,
+            images=len(self.scores),
+            source=self.source,
+            max_abs=max_abs(expected, got) if finite else None,
+            mean_abs=mae(expected, got) if finite else None,
+            pearson=pearson(expected, got) if spread else None,
+            spearman=spearman(expected, got) if spread else None,
+        )

@@ -1,0 +1,1 @@
+"""This machine: cores, GPU, child processes, output paths."""

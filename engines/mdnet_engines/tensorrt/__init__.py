@@ -1,0 +1,1 @@
+"""TensorRT: the scan's plugin, plans, and the session that runs them."""

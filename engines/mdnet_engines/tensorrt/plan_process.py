@@ -1,0 +1,204 @@
+"""Build a bundle's plans by a process of its own, and ask it what there is to build with.
+
+    host = probe("tensorrt-rtx")
+    built = build_plans(Bundle.open("mdnet-bundle"), host)
+
+Whatever native code does in there, it ends in one line here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdnet_engines.bundle.files import Bundle, check_file, file_entry
+from mdnet_engines.bundle.manifest import PORTABLE, BatchRange, EngineSet, PlanEntry, PlanRuntime
+from mdnet_engines.errors import BundleError, MDNetError, UsageError, first_line
+from mdnet_engines.system.child_process import Tell, ask
+from mdnet_engines.system.gpu import Gpu
+from mdnet_engines.tensorrt.plan_builder import NAMES, NEEDS_GPU, TIMING_CACHE
+from mdnet_engines.tensorrt.plans import (
+    Host,
+    check_plans,
+    install_plans,
+    plans_folder,
+    scratch_folder,
+    sm_number,
+    this_platform,
+)
+
+BATCH = BatchRange(minimum=1, optimum=8, maximum=32)
+RECORD = "engine.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A set of plans and, unless it was there already, what building took: `engine.json`."""
+
+    bundle: Bundle
+    engines: EngineSet
+    record: dict[str, Any] | None
+
+
+def probe(runtime: PlanRuntime) -> Host:
+    """The version of `runtime` and the GPU here. Never raises: `Host.problem` says why the runtime can't be used."""
+    try:
+        answer = _ask({"ask": "probe", "runtime": runtime})
+    except (MDNetError, OSError) as error:
+        return Host(runtime, problem=first_line(error))
+    gpu = Gpu(**answer["gpu"]) if answer["gpu"] else None
+    return Host(runtime, answer["version"], gpu=gpu, targets=tuple(answer["targets"]))
+
+
+def default_host() -> Host | None:
+    """TensorRT where it is installed and has its GPU, or None: what a bundle's build makes plans with unasked."""
+    host = probe("tensorrt")
+    return None if host.problem or host.gpu is None else host
+
+
+def build_plans(
+    bundle: Bundle,
+    host: Host,
+    *,
+    targets: Sequence[str] = (),
+    batch: BatchRange = BATCH,
+    workspace_gib: float | None = None,
+    force: bool = False,
+    on_step: Tell = lambda _: None,
+    on_note: Tell = lambda _: None,
+) -> Built:
+    """Build the plans of all of a bundle's graphs and put them into it. Takes neither torch nor a checkpoint.
+
+    Args:
+        host: the runtime to build with, as `probe` found it.
+        targets: compute capabilities (`sm_89`), or `current`. By default TensorRT-RTX builds plans that run on any RTX
+            GPU from Ampere on; TensorRT builds for the GPU in the machine alone.
+        workspace_gib: the most device memory that one layer may use for its intermediate results; no limit by default.
+        force: build although the plans are there; otherwise they are left as they are.
+        on_step: told what the builder does.
+        on_note: told what the user should know and is no error.
+
+    Raises:
+        UsageError: targets that this runtime does not build for.
+        MDNetError: no runtime, no GPU where one is needed, no space, or TensorRT failed; the bundle is as it was.
+    """
+    if host.problem:
+        raise MDNetError(host.problem)
+    if host.runtime == "tensorrt" and host.gpu is None:
+        raise MDNetError(NEEDS_GPU)
+    chosen = _targets(host, targets)
+    target = "-".join(chosen) or (host.gpu.sm if host.runtime == "tensorrt" and host.gpu else PORTABLE)
+    folder = f"{host.runtime}-{host.version}-{target}"
+    old = next((engines for engines in bundle.manifest.engines if engines.folder == folder), None)
+    if old and not force and (old.batch, old.workspace_gib) == (batch, workspace_gib) and _is_good(bundle, old):
+        return Built(bundle, old, None)
+    request = {
+        "ask": "build",
+        "runtime": host.runtime,
+        "graphs": {
+            # An fp32 bundle is the reference: TF32 would round the factors of its products to ten bits.
+            name: {"onnx": str(bundle.graph_path(name).resolve()), "tf32": bundle.manifest.precision != "fp32"}
+            for name in bundle.manifest.graphs
+        },
+        "batch": [batch.minimum, batch.optimum, batch.maximum],
+        "workspace": workspace_gib and int(workspace_gib * 2**30),
+        "targets": chosen if host.runtime == "tensorrt-rtx" else [],
+        "timing_cache": _old_cache(bundle, old, on_note),
+    }
+    with _no_space(), scratch_folder(bundle) as scratch:
+        request["folder"] = str(scratch.resolve())
+        answer = _ask(request, on_step, on_note)
+        if host.runtime == "tensorrt":
+            try:
+                _ask({**request, "ask": "layers"}, on_step, on_note)
+            except MDNetError as error:  # for people to read: no reason to do without plans
+                on_note(f"layers.json has the networks' layers, not the plans' ({error})")
+        engines = _describe(bundle, host, target, batch, workspace_gib, scratch)
+        record = engines.model_dump(exclude={"plans", "timing_cache", "gpu"}) | answer
+        (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return Built(install_plans(bundle, scratch, engines), engines, record)
+
+
+def _describe(
+    bundle: Bundle, host: Host, target: str, batch: BatchRange, workspace_gib: float | None, folder: Path
+) -> EngineSet:
+    """The manifest's entry for the plans in `folder`."""
+    tuned = host.gpu if host.runtime == "tensorrt" else None
+    cache = folder / TIMING_CACHE
+    return EngineSet(
+        runtime=host.runtime,
+        version=host.version,
+        target=target,
+        platform=this_platform() if tuned else None,
+        gpu=tuned.name if tuned else None,
+        batch=batch,
+        workspace_gib=workspace_gib,
+        plans={
+            name: PlanEntry(file=file_entry(folder / f"{name}.plan"), graph=graph.digest())
+            for name, graph in bundle.manifest.graphs.items()
+        },
+        timing_cache=file_entry(cache) if cache.exists() else None,
+    )
+
+
+def _targets(host: Host, wanted: Sequence[str]) -> list[str]:
+    """The compute capabilities to build for, in order and each once; none leaves the choice to the runtime."""
+    if "current" in wanted and host.gpu is None:
+        raise UsageError(f"there is no NVIDIA GPU here (or no driver): name one of {', '.join(host.targets)}")
+    own = host.gpu.sm if host.gpu else ""
+    named = [own if target == "current" else target for target in wanted]
+    if host.runtime == "tensorrt":
+        if other := [target for target in named if target != own]:
+            raise UsageError(
+                f"TensorRT builds only for the GPU in the machine, {own}, not for {other[0]}; "
+                "run this where it is to serve, or take --backend tensorrt-rtx"
+            )
+    elif unknown := [target for target in named if target not in host.targets]:
+        known = ", ".join(host.targets)
+        raise UsageError(f"{NAMES[host.runtime]} {host.version} has no {unknown[0]}; it builds for {known} or current")
+    return sorted(set(named), key=sm_number)
+
+
+def _is_good(bundle: Bundle, engines: EngineSet) -> bool:
+    try:
+        check_plans(bundle, engines)
+    except BundleError:
+        return False
+    graphs = bundle.manifest.graphs
+    return engines.platform in (None, this_platform()) and all(
+        plan.graph == graphs[name].digest() for name, plan in engines.plans.items()
+    )
+
+
+def _old_cache(bundle: Bundle, old: EngineSet | None, on_note: Tell) -> str | None:
+    """The timing cache of the set that is to be replaced, where it is as it was written: native code reads it."""
+    if old is None or old.timing_cache is None:
+        return None
+    folder = plans_folder(bundle, old)
+    try:
+        check_file(folder, old.timing_cache)
+    except (BundleError, FileNotFoundError) as error:
+        on_note(f"built without the old timing cache: {error}")
+        return None
+    return str((folder / old.timing_cache.name).resolve())
+
+
+def _ask(request: dict[str, Any], on_step: Tell = lambda _: None, on_note: Tell = lambda _: None) -> dict[str, Any]:
+    """Put one request to `mdnet_engines.tensorrt.plan_builder`; give its result, or raise what it says went wrong."""
+    name = NAMES[request["runtime"]]
+    return ask("mdnet_engines.tensorrt.plan_builder", request, name=name, on_step=on_step, on_note=on_note)
+
+
+@contextlib.contextmanager
+def _no_space() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MDNetError("no space left on the disk for the plans; free some and try again") from None
+        raise

@@ -1,0 +1,235 @@
+"""Plans in a bundle: which there are, whether one can be used here, and how a new set takes its place.
+
+    mdnet-bundle/engines/<runtime>-<version>-<target>/
+        encoder.plan  vim.plan  fusion.plan  (timing.cache)  layers.json  engine.json
+
+A set of plans is an `EngineSet` of the manifest, its files are a cache: a bundle opens whatever has become of them. So
+whoever wants to load a plan calls `explain_incompatible`, which looks at no file, then `check_plans`, and hands a plan
+to native code only after both. `usable_plans` does so for all the sets of a runtime.
+
+A new set is built in a hidden folder beside, takes the place of the old one in one step, and then the manifest is
+replaced in one step. Between the two, the manifest has the old hashes: the plans are refused, the bundle opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdnet_engines.bundle.files import Bundle, check_file, exchange, finish, flush_to_disk, read_manifest
+from mdnet_engines.bundle.manifest import MANIFEST_NAME, PORTABLE, EngineSet, GraphName, Manifest, PlanRuntime
+from mdnet_engines.errors import BundleError, MDNetError
+from mdnet_engines.system.gpu import Gpu
+from mdnet_engines.tensorrt.plan_builder import NAMES
+
+ENGINES = "engines"
+_SCRATCH = ".building."
+_OLDEST_PORTABLE = 80  # Turing, sm_75, gets plans of its own only
+
+
+@dataclass(frozen=True)
+class Host:
+    """What this machine can run plans with: the runtime, and the GPU that it would use.
+
+    `problem` says why the runtime can't be used at all. `targets` are the compute capabilities that TensorRT-RTX knows.
+    """
+
+    runtime: PlanRuntime
+    version: str = ""
+    problem: str = ""
+    gpu: Gpu | None = None
+    targets: tuple[str, ...] = ()
+
+
+def this_platform() -> str:
+    """Operating system and processor, as TensorRT tells plans apart: `linux-x86_64`."""
+    return f"{sys.platform}-{platform.machine().lower()}"
+
+
+def plans_folder(bundle: Bundle, engines: EngineSet) -> Path:
+    return bundle.path / ENGINES / engines.folder
+
+
+def plan_path(bundle: Bundle, engines: EngineSet, name: GraphName) -> Path:
+    """The plan of the graph `name`. To be opened only after `check_plans`."""
+    return plans_folder(bundle, engines) / engines.plans[name].file.name
+
+
+def rebuild_command(bundle: Bundle, runtime: PlanRuntime) -> str:
+    """What a user types to build plans anew."""
+    return f"mdnet-export engines {shlex.quote(str(bundle.path))} --backend {runtime}"
+
+
+def explain_incompatible(engines: EngineSet, manifest: Manifest, host: Host) -> str | None:
+    """Why a set of plans can't be used on `host`, or None: what it was built for, and what was found. Reads no file."""
+    runtime, gpu = NAMES[engines.runtime], host.gpu
+    if other := [name for name, plan in engines.plans.items() if plan.graph != manifest.graphs[name].digest()]:
+        return f"built from another {', '.join(other)} than the bundle has now"
+    if host.runtime != engines.runtime:
+        return f"built for {runtime}, asked for {NAMES[host.runtime]}"
+    if host.problem:
+        return host.problem
+    if host.version != engines.version:
+        return f"built by {runtime} {engines.version}, this machine has {host.version}"
+    if engines.platform and engines.platform != this_platform():
+        return f"built on {engines.platform}, this machine is {this_platform()}"
+    if gpu is None:
+        return f"built for {_target(engines)}, this machine has no NVIDIA GPU (or no driver)"
+    if not _runs_on(engines, host, gpu):
+        return f"built for {_target(engines)}, this machine has {gpu.sm} ({gpu.name})"
+    return None
+
+
+def _target(engines: EngineSet) -> str:
+    return "RTX GPUs from Ampere (sm_80) on" if engines.target == PORTABLE else engines.target.replace("-", " and ")
+
+
+def _runs_on(engines: EngineSet, host: Host, gpu: Gpu) -> bool:
+    if engines.target != PORTABLE:
+        return gpu.sm in engines.target.split("-")
+    # Of those that TensorRT-RTX knows, and any later; sm_90, between them, is no RTX GPU.
+    known, number = {sm_number(target) for target in host.targets}, sm_number(gpu.sm)
+    return number >= _OLDEST_PORTABLE and (number in known or number > max(known, default=0))
+
+
+def sm_number(sm: str) -> int:
+    """`sm_89` → 89."""
+    return int(sm.removeprefix("sm_"))
+
+
+def check_plans(bundle: Bundle, engines: EngineSet) -> None:
+    """Raise `BundleError` unless every plan of the set is there, in the bundle's own folder, as the manifest says."""
+    if damage := _damage(bundle, engines):
+        raise BundleError(f"{damage}; build the plans again: {rebuild_command(bundle, engines.runtime)}")
+
+
+def _damage(bundle: Bundle, engines: EngineSet) -> str | None:
+    folder = plans_folder(bundle, engines)
+    for step in (folder.parent, folder):
+        if step.is_symlink() or not step.is_dir():
+            return f"{step} is {'a link' if step.is_symlink() else 'missing'}"
+    try:
+        for entry in engines.files():
+            check_file(folder, entry)
+    except (BundleError, FileNotFoundError) as error:  # the latter: it went between two looks
+        return str(error) if isinstance(error, BundleError) else f"{error.filename} is missing"
+    return None
+
+
+def usable_plans(bundle: Bundle, host: Host) -> EngineSet:
+    """The first set of plans for the host's runtime that can be loaded on it.
+
+    Raises:
+        MDNetError: there is none; says for each what it was built for, what was found, and the command that rebuilds.
+    """
+    command, reasons = rebuild_command(bundle, host.runtime), []
+    for engines in (engines for engines in bundle.manifest.engines if engines.runtime == host.runtime):
+        reason = explain_incompatible(engines, bundle.manifest, host)
+        if reason is None and (reason := _damage(bundle, engines)) is None:
+            return engines
+        reasons.append(f"{engines.folder} was {reason}" if reason.startswith("built") else reason)
+    if not reasons:
+        raise MDNetError(f"{bundle.path} has no plans for {NAMES[host.runtime]}; build them with: {command}")
+    raise MDNetError(f"{'; '.join(dict.fromkeys(reasons))}; build plans that fit: {command}")
+
+
+# ---------------------------------------------------------------------------------------------------------- installing
+
+
+@contextlib.contextmanager
+def scratch_folder(bundle: Bundle) -> Iterator[Path]:
+    """A hidden folder in `engines/` to build plans in; gone at the end. Removes those that killed builds have left."""
+    home = bundle.path / ENGINES
+    if home.is_symlink() or (home.exists() and not home.is_dir()):
+        raise BundleError(f"{home} is a link or a file; plans go into a folder of the bundle's own: remove it")
+    home.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with _locked(home):
+            _remove_abandoned(home)
+            scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=home))
+            held.enter_context(_locked(scratch))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it has plans, or the bundle was replaced
+                home.rmdir()
+
+
+def install_plans(bundle: Bundle, scratch: Path, engines: EngineSet) -> Bundle:
+    """Put a finished folder of plans in its place and enter it in the manifest; gives the bundle as it is then.
+
+    Raises:
+        MDNetError: the bundle was replaced by one with other graphs while the plans were built.
+    """
+    try:
+        finish(scratch)
+        with _locked(scratch.parent):
+            manifest = read_manifest(bundle.path)
+            if any(plan.graph != manifest.graphs[name].digest() for name, plan in engines.plans.items()):
+                raise FileNotFoundError
+            others = [other for other in manifest.engines if other.folder != engines.folder]
+            changed = Manifest.model_validate({**manifest.model_dump(), "engines": [*others, engines]})
+            with _draft(bundle.path, changed) as draft:  # before the step: a full disk must not come between the two
+                target = scratch.parent / engines.folder
+                if target.exists():
+                    exchange(scratch, target)
+                else:
+                    scratch.rename(target)
+                draft.replace(bundle.path / MANIFEST_NAME)
+    except FileNotFoundError:
+        command = rebuild_command(bundle, engines.runtime)
+        raise MDNetError(
+            f"{bundle.path} was replaced while its plans were built; build them again: {command}"
+        ) from None
+    return Bundle(bundle.path, changed)
+
+
+@contextlib.contextmanager
+def _draft(root: Path, manifest: Manifest) -> Iterator[Path]:
+    """A file beside the manifest that is to replace it; gone at the end."""
+    draft = root / f".{MANIFEST_NAME}"
+    try:
+        draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(root / MANIFEST_NAME, draft)
+        flush_to_disk(draft)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with the process; `OSError` where another has it and we don't wait.
+
+    Without effect where there are no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two builds of one bundle at a time are not kept apart
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if wait:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(home: Path) -> None:
+    for folder in home.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError), _locked(folder, wait=False):  # locked: a build that is at work
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""The options of `mdnet-export build` that say what to calibrate on, and what int8 may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import click
+
+from mdnet_calib.sensitivity import Budget
+from mdnet_engines.bundle.manifest import RangeMethod
+from mdnet_engines.console import say
+from mdnet_engines.errors import UsageError
+
+if TYPE_CHECKING:
+    from mdnet_calib.calibration_set import CalibrationSet
+    from mdnet_engines.bundle.manifest import Precision
+    from mdnet_export.model_source import Weights
+    from mdnet_export.quantise import Calibration
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_NUM_IMAGES: dict[str, int] = {"int8": 64, "fp16": 8}  # of --num-calib; fp16 only looks for overflow
+_CANDIDATES = 4  # times as many images for --k-centre to choose from
+
+_OPTIONS = (
+    click.option(
+        "--calib",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="int8, fp16: folder of calibration images, or SCUT-FBP5500's root (its training images are used).",
+    ),
+    click.option("--num-calib", type=int, help="int8, fp16: how many of them. Default: 64 for int8, 8 for fp16."),
+    click.option("--k-centre", is_flag=True, help="int8: choose images that differ in the encoder's features."),
+    click.option(
+        "--range-method",
+        type=click.Choice(get_args(RangeMethod)),
+        default="percentile",
+        show_default=True,
+        help="int8: how the range of a value is made of what was seen.",
+    ),
+    click.option(
+        "--max-score-drift",
+        type=click.FloatRange(0, min_open=True),
+        default=Budget.max_score_drift,
+        show_default=True,
+        help="int8: largest |Δscore| on calibration images; blocks stay in float to keep it.",
+    ),
+    click.option(
+        "--min-pearson",
+        type=click.FloatRange(0, 1),
+        default=Budget.min_pearson,
+        show_default=True,
+        help="int8: least Pearson correlation with the float scores, likewise.",
+    ),
+    click.option(
+        "--calib-cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="int8: keep what was measured on the images here; another build on them is then quicker.",
+    ),
+)
+
+
+def calibration_options(function: _Function) -> _Function:
+    """Add the options to a command; they are what `choose_calibration` takes."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def choose_calibration(
+    weights: Weights,
+    precision: Precision,
+    *,
+    calib: Path | None,
+    num_calib: int | None,
+    k_centre: bool,
+    range_method: RangeMethod,
+    max_score_drift: float,
+    min_pearson: float,
+    calib_cache: Path | None,
+    on_step: Callable[[str], None],
+) -> Calibration | None:
+    """Read the calibration images of a build; None for fp32, which has nothing to calibrate.
+
+    Raises:
+        UsageError: images are missing, too few, or test images of the benchmark.
+    """
+    if precision == "fp32":
+        if calib is not None:
+            raise UsageError("--calib is for --precision int8 or fp16; fp32 has nothing to calibrate")
+        return None
+    if precision == "int8" and calib is None and weights.kind == "checkpoint":
+        raise UsageError("int8 needs images like those to be scored; give a folder of some 64 with --calib DIR")
+    from mdnet_export.parity_images import calibration_images
+    from mdnet_export.quantise import Calibration
+
+    count = _NUM_IMAGES[precision] if num_calib is None else num_calib
+    wanted = count * (_CANDIDATES if k_centre else 1)
+    done = iter(range(1, wanted + 1))
+    images = calibration_images(
+        calib,
+        weights.config.image_size,
+        wanted,
+        training=weights.training(),
+        on_progress=lambda: on_step(f"reading calibration image {next(done)} of {wanted}"),
+    )
+    if images.skipped:
+        say(f"note: {images.skipped} calibration images could not be read and are left out")
+    if k_centre:
+        images = _spread_out(images, count, weights, on_step)
+    return Calibration(images, range_method, Budget(max_score_drift, min_pearson), calib_cache)
+
+
+def _spread_out(images: CalibrationSet, count: int, weights: Weights, on_step: Callable[[str], None]) -> CalibrationSet:
+    """The `count` images that cover the encoder's features best."""
+    import numpy as np
+    import torch
+
+    from mdnet_calib.calibration_set import k_centre
+
+    encoder = weights.load().diffusion
+    rows = []
+    with torch.inference_mode():
+        for i in range(len(images.names)):
+            on_step(f"features of calibration candidate {i + 1} of {len(images.names)}")
+            maps = encoder(torch.from_numpy(images.pixels[i : i + 1]))
+            rows.append(np.concatenate([part.mean(dim=(2, 3)).numpy()[0] for part in maps.values()]))
+    return images.take(k_centre(np.stack(rows), count))

@@ -1,0 +1,125 @@
+"""`mdnet-export engines`: TensorRT plans from a bundle alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from mdnet_engines.bundle.manifest import PlanRuntime
+from mdnet_engines.console import say, steps
+from mdnet_engines.errors import MDNetError, UsageError
+
+if TYPE_CHECKING:
+    from mdnet_engines.bundle.files import Bundle
+    from mdnet_engines.bundle.manifest import BatchRange
+    from mdnet_engines.tensorrt.plan_process import Built
+    from mdnet_engines.tensorrt.plans import Host
+
+NEITHER = (
+    "there is no TensorRT to build with: install mdnet[tensorrt] where there is a GPU, or mdnet[rtx], which needs none"
+)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), default=Path("mdnet-bundle"))
+@click.option(
+    "--backend",
+    type=click.Choice(get_args(PlanRuntime)),
+    help="By default tensorrt where it is installed and has a GPU, else tensorrt-rtx.",
+)
+@click.option(
+    "--gpu",
+    default="",
+    metavar="SM,…",
+    help="What to build for: sm_86, sm_89, sm_120 …, or current. By default tensorrt builds for this machine's GPU, "
+    "tensorrt-rtx for any RTX GPU from Ampere on.",
+)
+@click.option(
+    "--batch", default="1,8,32", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes; fastest at OPT."
+)
+@click.option(
+    "--workspace",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GiB",
+    help="Device memory that one layer may use for intermediate results; by default all there is.",
+)
+@click.option("--force", is_flag=True, help="Build although plans for this are there.")
+def engines(
+    bundle: Path, backend: PlanRuntime | None, gpu: str, batch: str, workspace: float | None, force: bool
+) -> None:
+    """Build TensorRT plans of BUNDLE's graphs and put them into it. Takes the bundle alone: no torch, no checkpoint."""
+    from mdnet_engines.bundle.files import Bundle
+    from mdnet_engines.tensorrt.plan_process import build_plans
+
+    sizes, opened = parse_batch(batch), Bundle.open(bundle)
+    host = choose_host(backend)
+    with steps() as step:
+        built = build_plans(
+            opened,
+            host,
+            targets=[word.strip() for word in gpu.split(",") if word.strip()],
+            batch=sizes,
+            workspace_gib=workspace,
+            force=force,
+            on_step=step,
+            on_note=lambda note: say(f"note: {note}"),
+        )
+    print_built(built)
+
+
+def build_unasked(bundle: Bundle) -> None:
+    """After `mdnet-export build`: plans too, where TensorRT has its GPU. What fails is said; the bundle stands."""
+    from mdnet_engines.tensorrt.plan_process import build_plans, default_host
+
+    if (host := default_host()) is None:
+        return
+    try:
+        with steps() as step:
+            print_built(build_plans(bundle, host, on_step=step, on_note=lambda note: say(f"note: {note}")))
+    except MDNetError as error:
+        say(f"no TensorRT plans: {error}")
+
+
+def choose_host(backend: PlanRuntime | None) -> Host:
+    """What to build with: what was asked for, or what is here."""
+    from mdnet_engines.tensorrt.plan_process import default_host, probe
+
+    if backend:
+        return probe(backend)
+    if host := default_host():
+        return host
+    if not (host := probe("tensorrt-rtx")).problem:
+        return host
+    raise MDNetError(NEITHER)
+
+
+def parse_batch(text: str) -> BatchRange:
+    """`1,8,32` as a range of batch sizes, or `UsageError`."""
+    from pydantic import ValidationError
+
+    from mdnet_engines.bundle.manifest import BatchRange
+
+    try:
+        minimum, optimum, maximum = map(int, text.split(","))
+        return BatchRange(minimum=minimum, optimum=optimum, maximum=maximum)
+    except (ValueError, ValidationError):
+        raise UsageError(
+            f"--batch is {text!r}; expected three sizes from 1 to 4096 in ascending order, such as 1,8,32"
+        ) from None
+
+
+def print_built(built: Built) -> None:
+    """What was built, and how long it took; or that it was there."""
+    from mdnet_engines.tensorrt.plans import plans_folder
+
+    folder, record = plans_folder(built.bundle, built.engines), built.record
+    if record is None:
+        say(f"{folder} is up to date; --force builds it again")
+        return
+    for name, figures in record["graphs"].items():
+        say(f"{name}: {figures['layers']} layers, {figures['bytes'] / 1e6:.1f} MB, {figures['seconds']:.1f} s")
+    memory = f", {record['peak_gib']} GiB of memory" if record["peak_gib"] else ""
+    size = sum(entry.size for entry in built.engines.files()) / 1e6
+    say(f"{folder}: {size:.1f} MB, batch {built.engines.batch}{memory}")

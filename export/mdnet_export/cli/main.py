@@ -1,0 +1,197 @@
+"""`mdnet-export`: build a bundle, look into one, prove one again."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from mdnet_engines.backends.candidates import BACKENDS
+from mdnet_engines.bundle.files import Bundle, check_replaceable
+from mdnet_engines.bundle.manifest import Precision
+from mdnet_engines.console import Command, say, steps
+from mdnet_engines.errors import MDNetError, require
+from mdnet_engines.parity.probes import PROBES
+from mdnet_export.cli.calibration import calibration_options, choose_calibration
+from mdnet_export.cli.engines import build_unasked, engines
+from mdnet_export.cli.triton import triton
+
+if TYPE_CHECKING:
+    from mdnet_engines.backends.candidates import Backend
+    from mdnet_engines.parity.report import ParityReport
+
+DEFAULT_BUNDLE = Path("mdnet-bundle")
+
+images_option = click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of images to measure parity on; by default faces are drawn.",
+)
+count_option = click.option("--num-images", default=PROBES, show_default=True, help="How many of them to use.")
+checkpoint_option = click.option(
+    "--checkpoint", type=click.Path(path_type=Path, dir_okay=False), help="Trained MD-Net checkpoint (.safetensors)."
+)
+
+
+@click.group(cls=Command)
+@click.version_option(package_name="mdnet")
+def main() -> None:
+    """From a trained PyTorch MD-Net to a bundle that mdnet-rt serves."""
+
+
+main.add_command(engines)
+main.add_command(triton)
+
+
+@main.command()
+@checkpoint_option
+@click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; a checkpoint knows its own.")
+@click.option("--random-init", is_flag=True, help="Random weights: proves size and speed before weights are at hand.")
+@click.option("--seed", default=0, show_default=True, help="Seed of --random-init.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
+@calibration_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE, show_default=True, help="Bundle folder."
+)
+@images_option
+@count_option
+@click.option(
+    "--force", is_flag=True, help="Write the bundle although a gate failed or int8 is slower; the manifest records it."
+)
+def build(
+    checkpoint: Path | None,
+    preset: str | None,
+    random_init: bool,
+    seed: int,
+    precision: Precision,
+    output: Path,
+    images: Path | None,
+    num_images: int,
+    force: bool,
+    **calibration: Any,
+) -> None:
+    """Build a bundle: three ONNX graphs, a manifest and a parity report. Replaces the bundle at OUTPUT in one step."""
+    _require_export()
+    from mdnet_export.build import build_bundle
+    from mdnet_export.model_source import choose_weights
+    from mdnet_export.parity_images import parity_images
+
+    weights = choose_weights(checkpoint=checkpoint, preset_name=preset, random_init=random_init, seed=seed)
+    say(f"weights: {weights.describe()}")
+    check_replaceable(output.resolve())
+    command = shlex.join(["mdnet-export", *sys.argv[1:]])
+    with steps() as step:
+        bundle = build_bundle(
+            weights,
+            output,
+            precision=precision,
+            images=parity_images(images, weights.config.image_size, num_images),
+            calibration=choose_calibration(weights, precision, **calibration, on_step=step),
+            force=force,
+            command=command,
+            on_step=step,
+        )
+    _print_result(bundle)
+    build_unasked(bundle)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+def inspect(bundle: Path) -> None:
+    """Check a bundle's files against its manifest and show what is in it."""
+    from mdnet_export.inspect import print_bundle
+
+    print_bundle(Bundle.open(bundle))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True),
+    help="The checkpoint it was built from, or another bundle. A bundle of demo or random weights needs neither.",
+)
+@images_option
+@count_option
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="auto: what mdnet-rt score takes."
+)
+@click.option("--layers", is_flag=True, help="Compare every layer too; done anyway where a gate fails.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write the report there.")
+def verify(
+    bundle: Path,
+    against: Path | None,
+    images: Path | None,
+    num_images: int,
+    backend: Backend,
+    layers: bool,
+    output: Path | None,
+) -> None:
+    """Measure a bundle against PyTorch again, on this machine; exit 1 when a gate fails."""
+    _require_export()
+    from mdnet_export.verify import verify_bundle
+
+    with steps() as step:
+        report = verify_bundle(
+            bundle,
+            against=against,
+            images_folder=images,
+            num_images=num_images,
+            backend=backend,
+            layers=layers,
+            output=output,
+            on_step=step,
+        )
+    _print_gates(report)
+    _print_layers(report)
+    if not report.passed:
+        raise MDNetError(f"{bundle} is not in parity with PyTorch on {report.backend}")
+
+
+def _require_export() -> None:
+    for module in ("torch", "diffusers", "onnx", "onnxscript", "jinja2"):
+        require(module, "export")
+    require("onnxruntime", "cpu")
+
+
+def _print_result(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    size = sum(file.size for file in manifest.files()) / 1e6
+    parity = manifest.parity
+    verdict = "parity passed" if parity.passed else "PARITY FAILED, written because of --force"
+    say(f"{bundle.path}: {manifest.preset} {manifest.precision}, {size:.1f} MB")
+    say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
+    if manifest.precision == "fp16":
+        say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
+    if manifest.int8 and manifest.int8.speedup < 1:
+        say(f"note: on this machine int8 is {manifest.int8.speedup:.2f}× as fast as float ({manifest.int8.speedup_on})")
+    say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")
+
+
+def _print_layers(report: ParityReport) -> None:
+    from mdnet_engines.parity.gates import LIMITS
+    from mdnet_engines.parity.measure import first_diverging
+
+    limit = LIMITS[report.precision].graph_snr_db
+    for graph, layers in report.layers.items():
+        if first := first_diverging(layers, report.precision):
+            say(f"{graph}: the first layer below {limit:g} dB is {first.layer} ({first.parity.snr_db:.1f} dB)")
+        else:
+            worst = min(layers, key=lambda layer: layer.parity.snr_db)
+            say(f"{graph}: no layer is below {limit:g} dB; the lowest is {worst.layer} ({worst.parity.snr_db:.1f} dB)")
+
+
+def _print_gates(report: ParityReport) -> None:
+    from rich.table import Table
+
+    from mdnet_engines.console import output
+
+    table = Table("gate", "value", "limit", "", title=f"{report.precision} on {report.backend}, {report.source}")
+    for gate in report.gates:
+        value = gate.note if gate.value is None else f"{gate.value:.6g}"
+        limit = f"{'≤' if gate.at_most else '≥'} {gate.limit:g}"
+        table.add_row(gate.name, value, limit, "pass" if gate.passed else "[bold red]FAIL[/]")
+    output().print(table)

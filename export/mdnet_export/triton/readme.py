@@ -1,0 +1,105 @@
+"""What a client of the Triton models has to know: as parameters of the ensemble, and as the repository's README."""
+
+from __future__ import annotations
+
+from mdnet_engines.bundle.manifest import Manifest
+from mdnet_engines.errors import printable
+
+
+def preprocessing(manifest: Manifest) -> list[str]:
+    """How an image file becomes the ensemble's input, step by step: the words for `mdnet_rt.images.preprocess`."""
+    made = manifest.preprocessing
+    size, draft = made.image_size, made.jpeg_draft
+    if made.to_srgb:
+        colours = (
+            "convert its colours from the file's ICC profile to sRGB (relative colorimetric, black point compensation)"
+        )
+    else:
+        colours = "leave its colours as they are stored: colour profiles are not applied"
+    return [
+        f"decode; a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 of its size that keeps both sides at {draft * size} "
+        "pixels or more (Pillow's draft)",
+        "convert to 8-bit RGB, transparency on white, 16-bit grey by its high byte",
+        "turn upright by the EXIF orientation",
+        f"resize the central square to {size} x {size} in one step (Pillow's bicubic, antialiased)",
+        colours,
+        "do not normalise: that is inside the graphs",
+    ]
+
+
+def facts(manifest: Manifest) -> dict[str, str]:
+    """How an image becomes the input, the score's scale, and whose weights these are, for programs."""
+    made = manifest.preprocessing
+    return {
+        "bundle": manifest.digest(),
+        "preset": manifest.preset,
+        "precision": manifest.precision,
+        "weights": manifest.provenance.weights,
+        "image_size": str(made.image_size),
+        "layout": "uint8 [image_size, image_size, 3], rows first, RGB",
+        "preprocessing": "; then ".join(preprocessing(manifest)),
+        "resample": made.resample,
+        "crop": made.crop,
+        "jpeg_draft": str(made.jpeg_draft),
+        "colour": made.colour,
+        "score_minimum": f"{manifest.score.minimum:g}",
+        "score_maximum": f"{manifest.score.maximum:g}",
+        "licenses": "; ".join(manifest.licenses),
+    }
+
+
+def readme(manifest: Manifest, name: str, models: list[str], max_batch_size: int, served: list[str]) -> str:
+    """The README of a repository.
+
+    Args:
+        name: the ensemble's.
+        models: what it runs, in order.
+        served: what there is to say of how the models are run, a line each.
+    """
+    made, weights = manifest.preprocessing, manifest.provenance.weights
+    size = made.image_size
+    notes = [f"bundle {manifest.digest()}", f"{manifest.preset}, {manifest.precision}, {weights} weights", *served]
+    if weights != "checkpoint":
+        notes.append("**The scores mean nothing for real people.**")
+    steps = "\n".join(f"{number}. {step}" for number, step in enumerate(preprocessing(manifest), start=1))
+    return f"""# {name}: MD-Net, from a preprocessed face image to a score
+
+Written by `mdnet-export triton`. Call the ensemble `{name}`; it runs {", ".join(f"`{model}`" for model in models)}.
+
+| | name | type | shape |
+| --- | --- | --- | --- |
+| input | `image` | UINT8 | [n, {size}, {size}, 3], RGB, n from 1 to {max_batch_size} |
+| output | `score` | FP32 | [n, 1], from {manifest.score.minimum:g} to {manifest.score.maximum:g} |
+
+## From an image file to the input
+
+{steps}
+
+In Python `mdnet_rt.images.preprocess.load_image(path, {size}, to_srgb={made.to_srgb})` does all of it.
+
+## These models
+
+{_listed(notes)}
+
+## Licences
+
+{_listed(manifest.licenses)}
+"""
+
+
+def notes_on_serving(*, plans_for: str | None = None, library: str | None = None) -> list[str]:
+    """What there is to say of how the models are run.
+
+    Args:
+        plans_for: TensorRT's version and the GPU that the plans are for.
+        library: the native library's path where the server runs.
+    """
+    if plans_for:
+        return [f"The plans are native code for {plans_for}; another version or GPU refuses them."]
+    if library:
+        return [f"ONNX Runtime (1.20 or newer) loads {library}: the server must see this repository there."]
+    return []
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {printable(line)}" for line in lines)

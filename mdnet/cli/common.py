@@ -1,0 +1,37 @@
+"""What the subcommands of `mdnet` share."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from mdnet_engines.errors import UsageError, require
+from mdnet_engines.system.output_path import is_special
+
+DRAWN_FACES = 2000
+
+protocol_option = click.option(
+    "--protocol", type=click.Choice(["60-40", "cv5"]), default="60-40", show_default=True, help="Official split."
+)
+
+
+def check_output(file: Path | None, option: str = "-o", what: str = "the checkpoint") -> None:
+    """Raise `UsageError` where `file` can't be written, before the work starts."""
+    if file and (not file.parent.is_dir() or file.is_dir()):
+        raise UsageError(f"{file}: {option} takes a file in a folder that exists, to write {what} to")
+    if file and option == "-o" and is_special(file):  # these files are replaced when the new one is whole
+        raise UsageError(f"{file}: -o takes the name of a regular file, to write {what} to")
+
+
+def command_line() -> str:
+    """The command as it was typed, for notes."""
+    return shlex.join(["mdnet", *sys.argv[1:]])
+
+
+def require_train() -> None:
+    """Raise where the extra `train` is missing."""
+    for module in ("torch", "diffusers", "safetensors"):
+        require(module, "train")

@@ -1,0 +1,176 @@
+"""`mdnet`: draw data, import weights, train, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mdnet import __version__
+from mdnet.cli.common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
+from mdnet.cli.training import ablate, prior, train
+from mdnet_engines.backends.candidates import BACKENDS
+from mdnet_engines.console import Command, progress, say, steps
+from mdnet_engines.errors import require
+from mdnet_engines.system.output_path import write_text
+
+if TYPE_CHECKING:
+    from mdnet.data.scut_fbp5500 import Protocol, Split
+    from mdnet.evaluation.protocols import SplitResult
+    from mdnet.evaluation.scored_model import Device
+    from mdnet_engines.backends.candidates import Backend
+
+
+@click.group(cls=Command)
+@click.version_option(package_name="mdnet")
+def main() -> None:
+    """MD-Net in PyTorch: published weights, data, training, evaluation."""
+
+
+for command in (prior, train, ablate):
+    main.add_command(command)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--count", default=DRAWN_FACES, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def draw(folder: Path, count: int, seed: int) -> None:
+    """Draw rated faces into FOLDER, in the layout of SCUT-FBP5500."""
+    from mdnet.data.drawn_set import write_dataset
+
+    with progress() as bar:
+        write_dataset(folder, count, seed, bar("drawing", count))
+    say(f"{count} drawn faces in {folder}")
+
+
+@main.command("import")
+@click.option(
+    "--sd",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Stable Diffusion 1.x: a diffusers folder, or CompVis' single .safetensors or .ckpt.",
+)
+@click.option("--vim", type=click.Path(path_type=Path), required=True, help="Vision Mamba: a .pth of hustvl/Vim.")
+@click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; taken from Vim's width where it is not given.")
+@click.option(
+    "--image-size", type=click.IntRange(min=64), help="Side of the input, a multiple of 64.  [default: preset's]"
+)
+@click.option(
+    "--null-prompt", type=click.Path(path_type=Path), help="The empty prompt's embedding, or a checkpoint with it."
+)
+@click.option("--seed", default=0, show_default=True, help="For the fusion, which starts fresh.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
+def import_(
+    sd: Path,
+    vim: Path,
+    preset: str | None,
+    image_size: int | None,
+    null_prompt: Path | None,
+    seed: int,
+    output: Path,
+) -> None:
+    """Make a checkpoint to train from, of Stable Diffusion's and Vision Mamba's published weights.
+
+    Nothing in the files is run. The licences of both pass on to the checkpoint, whose notes name them.
+    """
+    require_train()
+    from mdnet.model.checkpoint import save_checkpoint
+    from mdnet.weights.assemble import import_weights
+
+    check_output(output)
+    with steps() as step:
+        imported = import_weights(
+            sd,
+            vim,
+            preset=preset,
+            image_size=image_size,
+            null_prompt_file=null_prompt,
+            seed=seed,
+            on_step=step,
+            on_note=lambda note: say(f"note: {note}"),
+        )
+        step(f"writing {output}")
+        save_checkpoint(imported.model, output, notes={"command": command_line(), **imported.notes})
+    if imported.dropped:
+        say(f"left out: Vim's classifier ({', '.join(imported.dropped)})")
+    config = imported.model.config
+    say(
+        f"{output}: preset {config.preset}, {config.image_size} pixels, Vim stride {config.vim_stride}; "
+        f"next: mdnet train --init {shlex.quote(str(output))} --data DIR"
+    )
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT_OR_BUNDLE...")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="SCUT-FBP5500, or faces from `mdnet draw`."
+)
+@protocol_option
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write a page with tables and charts to this .html file."
+)
+@click.option(
+    "--json", "json_", type=click.Path(path_type=Path), help="Write every figure and score to this .json file."
+)
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs a checkpoint."
+)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs a bundle.")
+def evaluate(
+    models: tuple[Path, ...],
+    data: Path,
+    protocol: Protocol,
+    report: Path | None,
+    json_: Path | None,
+    batch_size: int,
+    device: Device,
+    backend: Backend,
+) -> None:
+    """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over the folds of cv5.
+
+    A model is a checkpoint or a bundle's folder. For cv5 give five, in the order of the folds (each trained on the
+    training list of its fold), or one for all of them. Figures per group are in --report and --json.
+    """
+    from mdnet.evaluation.protocols import run_benchmark
+    from mdnet.evaluation.scored_model import open_subject
+
+    for option, file in (("--report", report), ("--json", json_)):
+        check_output(file, option, "the result")
+    if report:
+        require("jinja2", "train")
+    with contextlib.ExitStack() as bars:
+
+        def on_split(split: Split) -> Callable[[int], None]:
+            return bars.enter_context(progress())(split.name, len(split.test))
+
+        def on_result(split: SplitResult) -> None:
+            bars.close()  # the bar and the line would share the terminal
+            click.echo(f"{split.name}: {split.evaluation()}")
+
+        benchmark = run_benchmark(
+            [open_subject(path) for path in models],
+            data,
+            protocol,
+            device=device,
+            backend=backend,
+            batch_size=batch_size,
+            on_note=lambda note: say(f"note: {note}"),
+            on_split=on_split,
+            on_result=on_result,
+        )
+    if len(benchmark.splits) > 1:
+        click.echo(f"{protocol}: {benchmark.spread()}")
+    if json_:
+        write_text(json_, json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n")
+    if report:
+        from mdnet.evaluation.report_page import render_report
+
+        facts = {"command": command_line(), "mdnet": __version__, "device": device, "backend": backend}
+        write_text(report, render_report(benchmark, facts=facts))

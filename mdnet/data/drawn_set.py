@@ -1,0 +1,132 @@
+"""A data set of drawn faces with made-up ratings, in SCUT-FBP5500's layout, so that what reads the one reads the other.
+
+    factors (known causes + looks) ── render_face ──> 350×350 picture
+                     └─────────────── rating ───────> mean of 60 simulated raters, 1 to 5
+
+The rule that rates is arbitrary and was chosen to be visible and learnable. It says nothing about real people,
+nor about any group of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mdnet.data.draw_face import GROUP_CYCLE, FaceFactors, draw_face
+from mdnet.data.scut_fbp5500 import FOLDS
+from mdnet_engines.errors import UsageError
+
+RATERS = 60
+
+_WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
+_RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
+_RATER_NOISE = 0.65
+
+_README = """{count} drawn faces with made-up ratings, in the layout of SCUT-FBP5500. Nothing here is that data set.
+
+No picture shows a person: mdnet drew them all (seed {seed}). The "raters" are a random number generator, and what
+they rate is how symmetric, how close to a drawing canon and how smooth a drawing was made. The ratings say nothing
+about people, and a model that learned them has no opinion on a photograph.
+"""
+
+
+def noise_free_rating(factors: FaceFactors) -> float:
+    """1 + 4 · (0.36 symmetry + 0.34 proportions + 0.30 texture), before the raters add bias and noise and round."""
+    return 1 + 4 * sum(weight * getattr(factors, name) for name, weight in _WEIGHTS.items())
+
+
+def rating(factors: FaceFactors, rng: np.random.Generator) -> float:
+    """Mean score of 60 simulated raters, each an integer from 1 to 5.
+
+    A rater's score is the noise-free rating plus the rater's own bias (sd 0.35, the same for every face) plus noise
+    (sd 0.65), rounded and clipped. Over faces the mean is about 3 with sd about 0.65; its correlation with the
+    noise-free rating, the ceiling for any model, is about 0.99. It's arithmetic on how a drawing was drawn, and
+    claims nothing about how people look.
+    """
+    opinions = noise_free_rating(factors) + _RATER_BIAS + rng.normal(0.0, _RATER_NOISE, RATERS)
+    return float(np.clip(np.rint(opinions), 1, 5).mean())
+
+
+def write_dataset(root: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """Write `count` drawn faces and their ratings to `root`, laid out like SCUT-FBP5500.
+
+        Images/AF1.jpg …                                                350×350 JPEG
+        train_test_files/All_labels.txt                                 lines like `CM148.jpg 3.516667`
+        train_test_files/split_of_60%training and 40%testing/           train.txt, test.txt
+        train_test_files/5_folders_cross_validations_files/             cross_validation_N/train_N.txt, test_N.txt
+        README.txt                                                      says that all of it is drawn
+
+    Face k depends on `seed` and k alone: a larger `count` adds faces and keeps the names, pictures and ratings of
+    those before. Splits are shuffled, stratified by group. The folder appears whole or not at all. `progress` is
+    called with the number of faces just written.
+
+    Raises:
+        UsageError: `root` exists and isn't an empty folder, `count` is below 5 (a fold would be empty), or `seed` is
+            negative.
+    """
+    if count < FOLDS:
+        raise UsageError(f"count is {count}; expected at least {FOLDS}, one face for every cross-validation fold")
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; expected 0 or more")
+    root = root.resolve()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"{root} exists and isn't an empty folder; it is left alone. Choose a new one")
+    scratch = root.parent / f".{root.name}.{uuid.uuid4().hex[:8]}"
+    (scratch / "Images").mkdir(parents=True)
+    try:
+        labels = _write_images(scratch / "Images", count, seed, progress or (lambda done: None))
+        _write_splits(scratch / "train_test_files", labels, _stream(seed, 1))
+        (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
+        if root.exists():
+            root.rmdir()
+        scratch.rename(root)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # gone already, unless something failed
+
+
+def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int], None]) -> dict[str, float]:
+    """Draw the faces; gives the rating of each file name, in drawing order."""
+    labels: dict[str, float] = {}
+    per_group = dict.fromkeys(GROUP_CYCLE, 0)
+    for index in range(count):
+        group = GROUP_CYCLE[index % len(GROUP_CYCLE)]
+        per_group[group] += 1
+        name = f"{group}{per_group[group]}.jpg"
+        rng = _stream(seed, 0, index)
+        image, factors = draw_face(rng, group=group)
+        image.save(folder / name, quality=92)
+        labels[name] = rating(factors, rng)
+        progress(1)
+    return labels
+
+
+def _write_splits(folder: Path, labels: dict[str, float], rng: np.random.Generator) -> None:
+    def write(path: Path, names: list[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{name} {labels[name]:.6f}\n" for name in names), encoding="utf-8", newline="\n")
+
+    def write_split(path: Path, suffix: str, test: set[str]) -> None:
+        order = rng.permutation(list(labels)).tolist()
+        write(path / f"train{suffix}.txt", [name for name in order if name not in test])
+        write(path / f"test{suffix}.txt", [name for name in order if name in test])
+
+    write(folder / "All_labels.txt", list(labels))
+    fifths = _deal(labels, rng)
+    write_split(folder / "split_of_60%training and 40%testing", "", {*fifths[0], *fifths[1]})
+    for number, fold in enumerate(_deal(labels, rng), start=1):
+        path = folder / "5_folders_cross_validations_files" / f"cross_validation_{number}"
+        write_split(path, f"_{number}", set(fold))
+
+
+def _deal(labels: dict[str, float], rng: np.random.Generator) -> list[list[str]]:
+    """Five hands of names, equal in size and in each group's number to within one."""
+    shuffled = sorted(rng.permutation(list(labels)).tolist(), key=lambda name: name[:2])  # stable: random in a group
+    return [shuffled[hand::FOLDS] for hand in range(FOLDS)]
+
+
+def _stream(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

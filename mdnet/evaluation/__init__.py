@@ -1,0 +1,1 @@
+"""Scores against ratings: the benchmark's protocols, published results, the report."""

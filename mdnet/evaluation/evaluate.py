@@ -1,0 +1,90 @@
+"""Score a test set and compare with its ratings. Needs no torch, but for `evaluate`, which takes a PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mdnet.data.scut_fbp5500 import Rated
+from mdnet_engines.errors import MDNetError
+from mdnet_engines.parity.metrics import mae, pearson, rmse
+from mdnet_rt.images.preprocess import ImageError, load_image
+
+if TYPE_CHECKING:
+    from mdnet.evaluation.scored_model import ScoreBatch
+    from mdnet.model.net import MDNet
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Pearson correlation, mean absolute and root mean squared error (rating points) on `images` images.
+
+    A figure that the images don't give (no image, or a correlation of equal numbers) is NaN.
+    """
+
+    images: int
+    pearson: float
+    mae: float
+    rmse: float
+
+    @classmethod
+    def of(cls, ratings: np.ndarray, scores: np.ndarray) -> Evaluation:
+        """Compare `scores` (n,) with `ratings` (n,)."""
+        return cls(len(ratings), pearson(ratings, scores), mae(ratings, scores), rmse(ratings, scores))
+
+    def figures(self) -> dict[str, float]:
+        """The three figures by their field's name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "images"}
+
+    def __str__(self) -> str:
+        return f"PC {self.pearson:.4f}  MAE {self.mae:.4f}  RMSE {self.rmse:.4f} on {self.images} test images"
+
+
+def predict(
+    score: ScoreBatch,
+    image_size: int,
+    data: Rated,
+    *,
+    to_srgb: bool = True,
+    batch_size: int = BATCH_SIZE,
+    on_image: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+    """The scores of `data`'s images, float64 (n,); `on_image` is called with the number of images just scored.
+
+    `to_srgb`: whether colour profiles of images are applied.
+
+    Raises:
+        MDNetError: an image can't be read, or its score is not finite. A benchmark with missing images is none.
+    """
+    predicted = []
+    for start in range(0, len(data), batch_size):
+        files = data.images[start : start + batch_size]
+        pixels = []
+        for file in files:
+            try:
+                pixels.append(load_image(file, image_size, to_srgb=to_srgb))
+            except ImageError as error:
+                raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
+        scores = np.asarray(score(np.stack(pixels)), dtype=np.float64)
+        for file, value in zip(files, scores, strict=True):
+            if not np.isfinite(value):
+                raise MDNetError(f"{file}: its score is not finite ({value})")
+        predicted.append(scores)
+        on_image(len(files))
+    return np.concatenate(predicted) if predicted else np.zeros(0)
+
+
+def evaluate(
+    model: MDNet, data: Rated, *, batch_size: int = BATCH_SIZE, on_image: Callable[[int], None] = lambda _: None
+) -> Evaluation:
+    """Score `data` with a PyTorch model and compare; raises as `predict`."""
+    from mdnet.evaluation.scored_model import torch_scores
+
+    scores = predict(torch_scores(model), model.config.image_size, data, batch_size=batch_size, on_image=on_image)
+    return Evaluation.of(data.ratings, scores)

@@ -1,0 +1,201 @@
+"""One protocol of SCUT-FBP5500, whole: every split scored, every group, mean and spread over the folds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, Split, departures, read_splits
+from mdnet.evaluation.evaluate import BATCH_SIZE, Evaluation, predict
+from mdnet.evaluation.scored_model import Device, Subject
+from mdnet_engines.backends.candidates import Backend
+from mdnet_engines.bundle.manifest import Training
+from mdnet_engines.errors import UsageError
+
+FIGURES = ("pearson", "mae", "rmse")
+EVERY_GROUP = "all"
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """The test images of one split, with the score of each."""
+
+    name: str
+    subject: Subject
+    test: Rated
+    scores: np.ndarray  # (n,) float64, in rating points
+
+    def evaluation(self, group: str = EVERY_GROUP) -> Evaluation:
+        """The figures on all test images, or on those of one group; NaN where the split has none of it."""
+        rows = np.array([group in (EVERY_GROUP, of) for of in self.test.groups], dtype=bool)
+        return Evaluation.of(self.test.ratings[rows], self.scores[rows])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n − 1) of each figure over the splits; the latter is NaN for one split."""
+
+    images: int
+    mean: dict[str, float]
+    sd: dict[str, float]
+
+    def __str__(self) -> str:
+        parts = (
+            f"{title} {self.mean[name]:.4f} ± {self.sd[name]:.4f}"
+            for title, name in zip(("PC", "MAE", "RMSE"), FIGURES, strict=True)
+        )
+        return f"{'  '.join(parts)} on {self.images} test images"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The result of one protocol. `notes` says what a reader must know before comparing it with another."""
+
+    protocol: Protocol
+    data: str
+    splits: list[SplitResult]
+    notes: list[str]
+
+    def spread(self, group: str = EVERY_GROUP) -> Spread:
+        """Over the splits. A split that lacks a figure makes its mean NaN: half a benchmark is not averaged."""
+        results = [split.evaluation(group) for split in self.splits]
+        values = {name: np.array([result.figures()[name] for result in results]) for name in FIGURES}
+        return Spread(
+            sum(result.images for result in results),
+            {name: float(column.mean()) for name, column in values.items()},
+            {name: float(column.std(ddof=1)) if len(column) > 1 else math.nan for name, column in values.items()},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with null for a figure that is not there; `sd` is over the splits, with n − 1."""
+
+        def spread(group: str) -> dict[str, Any]:
+            over = self.spread(group)
+            return {"images": over.images, "mean": _plain(over.mean), "sd": _plain(over.sd)}
+
+        return {
+            "protocol": self.protocol,
+            "data": self.data,
+            "notes": self.notes,
+            "splits": [
+                {
+                    "name": split.name,
+                    "model": {"path": str(split.subject.path), "kind": split.subject.kind, **split.subject.facts},
+                    **_evaluation(split.evaluation()),
+                    "groups": {group: _evaluation(split.evaluation(group)) for group in GROUPS},
+                    "predictions": [
+                        {"image": image.name, "rating": round(float(rating), 6), "score": float(score)}
+                        for image, rating, score in zip(
+                            split.test.images, split.test.ratings, split.scores, strict=True
+                        )
+                    ],
+                }
+                for split in self.splits
+            ],
+            "overall": spread(EVERY_GROUP),
+            "groups": {group: spread(group) for group in GROUPS},
+        }
+
+
+def run_benchmark(
+    subjects: Sequence[Subject],
+    data: Path,
+    protocol: Protocol,
+    *,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    batch_size: int = BATCH_SIZE,
+    on_note: Callable[[str], None] = lambda _: None,
+    on_split: Callable[[Split], Callable[[int], None]] = lambda _: lambda _: None,
+    on_result: Callable[[SplitResult], None] = lambda _: None,
+) -> Benchmark:
+    """Score every split of a protocol: with the one subject, or for `cv5` with one for each fold, in their order.
+
+    Args:
+        device: what runs checkpoints.
+        backend: what runs bundles.
+        on_note: called with each note before anything is scored.
+        on_split: called before each split; what it returns is called with the number of images just scored.
+        on_result: called after each split.
+
+    Raises:
+        UsageError: another number of subjects, or `data` is not the data set.
+        MDNetError: the data set is broken, an image can't be read, or a model can't be loaded.
+    """
+    per_split = assign(subjects, protocol)
+    splits = read_splits(data, protocol)
+    notes = [*seen_images(per_split, protocol), *departures(data, protocol, splits)]
+    for note in notes:
+        on_note(note)
+    results, loaded = [], None
+    for subject, split in zip(per_split, splits, strict=True):
+        if loaded is None or loaded[0] is not subject:
+            loaded = None  # before the next one is read: two full-size models need not fit side by side
+            loaded = subject, subject.load(device, backend)
+        scores = predict(
+            loaded[1],
+            subject.image_size,
+            split.test,
+            to_srgb=subject.to_srgb,
+            batch_size=batch_size,
+            on_image=on_split(split),
+        )
+        results.append(SplitResult(split.name, subject, split.test, scores))
+        on_result(results[-1])
+    return Benchmark(protocol, str(data), results, notes)
+
+
+def assign(subjects: Sequence[Subject], protocol: Protocol) -> list[Subject]:
+    """The subject of each split.
+
+    Raises:
+        UsageError: there are neither one nor, for `cv5`, as many as folds.
+    """
+    wanted = 1 if protocol == "60-40" else FOLDS
+    if len(subjects) not in (1, wanted):
+        expected = "one" if wanted == 1 else f"one, or {wanted} in the order of the folds"
+        raise UsageError(f"{len(subjects)} models for protocol {protocol}; expected {expected}")
+    return [*subjects] if len(subjects) == wanted else [*subjects] * wanted
+
+
+def seen_images(per_split: Sequence[Subject], protocol: Protocol) -> list[str]:
+    """A line for each subject that, by what it says of its training, has learned from images it is tested on.
+
+    One subject for all folds gets a line even if it says nothing. Whether the data are those it was trained on can't be
+    told from a name, so a line says what it would mean.
+    """
+    notes = []
+    for subject in dict.fromkeys(subject.path for subject in per_split):
+        rows = [row for row, other in enumerate(per_split, start=1) if other.path == subject]
+        training = per_split[rows[0] - 1].training
+        if (reason := _seen(training, protocol, rows)) is not None:
+            notes.append(f"{subject} {reason}: these figures are no benchmark result")
+    return notes
+
+
+def _seen(training: Training, protocol: Protocol, folds: list[int]) -> str | None:
+    of = f" of {training.data!r}" if training.data else ""
+    if training.protocol is not None and training.protocol != protocol:
+        return f"was trained with {training.protocol}{of}, so on the same data it has seen test images of {protocol}"
+    if protocol == "60-40":
+        return None
+    if training.fold is not None and folds != [training.fold]:
+        tested = ", ".join(str(fold) for fold in folds if fold != training.fold)
+        return f"was trained for fold {training.fold}{of}, so on the same data it has seen test images of fold {tested}"
+    if len(folds) > 1:
+        it_says = f" (it says:{of})" if of else ""
+        return f"scores all five folds, so if it was trained on this data{it_says}, it has seen test images"
+    return None
+
+
+def _evaluation(result: Evaluation) -> dict[str, Any]:
+    return {"images": result.images, **_plain(result.figures())}
+
+
+def _plain(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

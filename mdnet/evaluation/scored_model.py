@@ -1,0 +1,136 @@
+"""What `mdnet evaluate` scores with: a PyTorch checkpoint or a bundle, behind one function from images to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from mdnet_engines.backends.choice import open_graphs
+from mdnet_engines.bundle.manifest import MANIFEST_NAME, Training
+from mdnet_engines.errors import MDNetError, UsageError, require
+
+if TYPE_CHECKING:
+    from mdnet.model.net import MDNet
+    from mdnet_engines.backends.candidates import Backend
+    from mdnet_engines.bundle.files import Bundle
+
+ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""uint8 RGB (n, S, S, 3) → scores (n,) on the rating scale."""
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[str, ...] = get_args(Device)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on disk: what is known of it before its weights are read, and `load` to get its scores."""
+
+    path: Path
+    kind: Literal["checkpoint", "bundle"]
+    image_size: int
+    training: Training
+    """Which images it learned from, as far as it says."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """For a report: preset, precision, hash."""
+    to_srgb: bool = True
+    """Whether colour profiles of images are applied."""
+    _bundle: Bundle | None = None
+
+    def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
+        """Read the weights, and give what scores a batch: uint8 (n, S, S, 3) → float32 (n,).
+
+        Args:
+            device: where PyTorch puts a checkpoint.
+            backend: what runs a bundle; `auto` is what `mdnet-rt score` takes.
+
+        Raises:
+            MDNetError: the weights don't fit, or device or backend is not there.
+        """
+        if self._bundle is not None:
+            return open_graphs(self._bundle, backend=backend, check=backend == "auto").score
+        from mdnet.model.checkpoint import load_checkpoint
+
+        check_device(device)
+        return torch_scores(load_checkpoint(self.path).to(device))
+
+
+def open_subject(path: Path) -> Subject:
+    """Look at a checkpoint or a bundle, the latter with all its hashes, without reading weights into memory.
+
+    Raises:
+        UsageError: nothing is there, or it is a folder that is no bundle.
+        MDNetError: a file that is no checkpoint of MD-Net, or a bundle that can't be trusted.
+    """
+    if path.is_dir():
+        if not (path / MANIFEST_NAME).exists():
+            raise UsageError(f"{path} is neither a checkpoint nor a bundle: a folder without {MANIFEST_NAME}")
+        return _open_bundle(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; expected a checkpoint (.safetensors) or a bundle's folder")
+    return _open_checkpoint(path)
+
+
+def check_device(device: Device) -> None:
+    """Raise `MDNetError` where PyTorch does not have `device`."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MDNetError("PyTorch finds no CUDA GPU; use --device cpu")
+
+
+def training_of(notes: Mapping[str, object]) -> Training:
+    """What a checkpoint's notes say about its training images; whatever else they hold is left out."""
+    protocol, fold, data = notes.get("protocol"), notes.get("fold"), notes.get("data")
+    return Training(
+        protocol=protocol[:40] if isinstance(protocol, str) else None,
+        fold=fold if isinstance(fold, int) else None,
+        data=data[:400] if isinstance(data, str) else None,
+    )
+
+
+def torch_scores(model: MDNet) -> ScoreBatch:
+    """A PyTorch model as a function of batches; the images go where its weights are."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def score(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return score
+
+
+def _open_bundle(path: Path) -> Subject:
+    from mdnet_engines.bundle.files import Bundle
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    provenance = manifest.provenance
+    return Subject(
+        path,
+        "bundle",
+        manifest.preprocessing.image_size,
+        provenance.training or Training(),
+        {
+            "preset": manifest.preset,
+            "precision": manifest.precision,
+            "weights": f"{provenance.weights}, sha256 {str(provenance.checkpoint_sha256)[:12]}…",
+        },
+        manifest.preprocessing.to_srgb,
+        bundle,
+    )
+
+
+def _open_checkpoint(path: Path) -> Subject:
+    for module in ("torch", "diffusers", "safetensors"):
+        require(module, "train")
+    from mdnet.model.checkpoint import read_metadata
+    from mdnet_engines.bundle.files import sha256_of
+
+    config, notes = read_metadata(path)
+    facts = {"preset": config.preset, "precision": "PyTorch fp32", "weights": f"sha256 {sha256_of(path)[:12]}…"}
+    return Subject(path, "checkpoint", config.image_size, training_of(notes), facts)

@@ -1,0 +1,1 @@
+"""An image file → pixels: decoding, colour, face crop, the one preprocessing."""

@@ -1,0 +1,1 @@
+"""Where results go: CSV, JSON Lines, Parquet, tables, the gallery page."""

@@ -1,0 +1,1 @@
+"""Images → scores: the pipeline, the scorer, and a run."""

@@ -1,0 +1,103 @@
+"""How the native library launches the CUDA kernel, for ONNX Runtime and for TensorRT's just-in-time plugin.
+
+There is no GPU: the CUDA driver is a stub that notes its calls (tests/support/cuda_stub). What the kernel does with
+these arguments is tests/engines/cuda/test_kernel.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cuda_stub
+import pytest
+
+from mdnet_engines.cuda import kernel as cuda_kernel
+from mdnet_engines.ops import native
+
+CALL = {
+    "batch": 5,
+    "channels": 33,
+    "length": 197,
+    "states": 16,
+    "dtype": "float32",
+    "reverse": False,
+    "stream": 0x57,
+}
+
+pytestmark = pytest.mark.skipif(
+    native.custom_op_library() is None or cuda_stub.COMPILER is None, reason="needs the native library and a C compiler"
+)
+
+Launch = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Make calls, in one process, and give what was said and noted."""
+    environment = cuda_stub.environment(tmp_path_factory.mktemp("cuda"))
+
+    def put(*calls: dict[str, Any]) -> Any:
+        command = [sys.executable, "-m", "cuda_stub.probe", json.dumps(calls)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return put
+
+
+def test_every_kernel_is_launched_by_its_name(launch: Launch) -> None:
+    kinds = list(itertools.product((False, True), ("float32", "float16", "bfloat16"), (1, 4, 5, 16, 17, 64)))
+    answer = launch(*({**CALL, "reverse": r, "dtype": d, "states": n} for r, d, n in kinds))
+    assert not any(answer["said"])
+    expected = [cuda_kernel.kernel_name(reverse=r, dtype=d, states=n) for r, d, n in kinds]  # type: ignore[arg-type]
+    assert [call["kernel"] for call in answer["calls"] if "kernel" in call] == expected
+    assert answer["image"] == cuda_kernel.ptx()
+
+
+@pytest.mark.parametrize("channels", [1, 32, 33, 768])
+def test_grid_and_arguments_are_the_kernels(channels: int, launch: Launch) -> None:
+    answer = launch({**CALL, "channels": channels})
+    (call,) = (call for call in answer["calls"] if "kernel" in call)
+    blocks = -(-channels // cuda_kernel.CHANNELS_PER_BLOCK)
+    assert call["grid"] == [CALL["batch"], blocks, 1]
+    assert call["block"] == [cuda_kernel.THREADS, 1, 1]
+    assert (call["shared"], call["stream"]) == (0, CALL["stream"])
+    sizes = {**CALL, "channels": channels}
+    expected = [sizes.get(name, 4096 * (i + 1)) for i, name in enumerate(cuda_kernel.ARGUMENTS)]
+    assert call["values"] == expected
+
+
+def test_a_context_loads_the_module_once(launch: Launch) -> None:
+    answer = launch(*({**CALL, "context": context} for context in (1, 1, 2, 1, 2)))
+    loads = [(call["load"], call["context"]) for call in answer["calls"] if "load" in call]
+    assert loads == [(1, 1), (2, 2)]
+    assert [call["module"] for call in answer["calls"] if "kernel" in call] == [1, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"states": 65}, "at most 64 states"),
+        ({"length": 2**25}, "fewer than 2^25 steps"),
+        ({"dtype": "float64"}, "no float64"),
+        ({"context": 0}, "invalid device context"),
+        ({"refuse": 2}, "out of memory"),
+    ],
+)
+def test_what_can_not_be_launched_is_one_line(change: dict[str, Any], says: str, launch: Launch) -> None:
+    (said,) = launch({**CALL, **change})["said"]
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_no_driver_is_one_line() -> None:
+    program = "from mdnet_engines import native; native.run_cuda(native.Scan(1, 1, 1, 1, 0, 0, 0), 0)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    if "libcuda.so.1" not in result.stderr:
+        pytest.skip("there is a CUDA driver here")
+    assert "is the NVIDIA driver installed?" in result.stderr

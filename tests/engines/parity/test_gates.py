@@ -1,0 +1,183 @@
+"""The measuring itself: it must see what is wrong with a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+
+from mdnet_engines.parity.gates import LIMITS, RATED_IMAGES
+from mdnet_engines.parity.measure import Images, compare, measure
+from mdnet_engines.parity.report import Gate, ParityReport
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class FakeSession:
+    """A graph made of a Python function."""
+
+    def __init__(self, inputs: tuple[str, ...], function: Callable[[Arrays], dict[str, np.ndarray]]):
+        self.inputs, self.function = inputs, function
+        self.outputs = tuple(function({name: np.zeros((1, 2, 2, 3), np.float32) for name in inputs}))
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        return self.function(feeds)
+
+
+def mean(image: np.ndarray) -> np.ndarray:
+    return image.reshape(len(image), -1).mean(1).astype(np.float32) / 64 + 1
+
+
+def sessions(score: Callable[[np.ndarray], np.ndarray] = lambda value: value) -> dict[str, FakeSession]:
+    return {
+        "encoder": FakeSession(("image",), lambda feeds: {"local": mean(feeds["image"])}),
+        "vim": FakeSession(("image",), lambda feeds: {"tokens": mean(feeds["image"])}),
+        "fusion": FakeSession(("local", "tokens"), lambda f: {"score": score((f["local"] + f["tokens"]) / 2)}),
+    }
+
+
+PIXELS = np.random.default_rng(0).integers(0, 2, (12, 2, 2, 3), dtype=np.uint8) * 255
+PIXELS = (PIXELS * np.linspace(0.1, 1, 12)[:, None, None, None]).astype(np.uint8)
+IMAGES = Images([f"{i}.jpg" for i in range(12)], PIXELS, "made up")
+REFERENCE = {"local": mean(PIXELS), "tokens": mean(PIXELS), "score": mean(PIXELS)}
+
+
+def report(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -> ParityReport:
+    return measure(sessions(score), REFERENCE, IMAGES, precision=precision, backend="fake")  # type: ignore[arg-type]
+
+
+def failed(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -> set[str]:
+    return {gate.name for gate in report(score, precision).gates if not gate.passed}
+
+
+def test_an_exact_bundle_passes() -> None:
+    result = report(lambda value: value)
+    assert result.passed
+    assert result.summary().max_abs == 0
+    assert result.summary().pearson == pytest.approx(1)
+
+
+def test_an_offset_fails_and_is_measured() -> None:
+    result = report(lambda value: value + 0.25)
+    assert not result.passed
+    assert result.summary().max_abs == pytest.approx(0.25, abs=1e-5)
+    assert result.summary().mean_abs == pytest.approx(0.25, abs=1e-5)
+    assert result.graphs["fusion"]["score"].max_abs == pytest.approx(0.25, abs=1e-5)
+    assert result.graphs["vim"]["tokens"].max_abs == 0  # the deviation is charged to the graph that made it
+
+
+def test_one_bad_image_among_good_ones_fails() -> None:
+    top = mean(PIXELS).max()
+    assert "score max |Δ|" in failed(lambda value: np.where(value == top, value + 0.01, value))
+
+
+def test_a_limit_is_the_precisions() -> None:
+    offset = (LIMITS["fp32"].score_max_abs + LIMITS["fp16"].score_max_abs) / 2
+    assert "score max |Δ|" in failed(lambda value: value + offset)
+    assert "score max |Δ|" not in failed(lambda value: value + offset, "fp16")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_fails(bad: float) -> None:
+    assert "scores that are not finite" in failed(lambda value: value * 0 + np.float32(bad))
+
+
+def test_rows_of_a_batch_that_differ_fail() -> None:
+    """A batch of equal images must give equal scores: engines have been seen to break this."""
+
+    def drifting(value: np.ndarray) -> np.ndarray:
+        return value + 0.01 * np.arange(len(value), dtype=np.float32)
+
+    assert failed(drifting) == {"batch of copies, max |Δ| between rows", "batch against singles, max |Δ|"}
+
+
+def test_an_order_that_changes_in_batches_fails() -> None:
+    assert "batch against singles, max |Δ|" in failed(lambda value: value[::-1])
+
+
+def test_constant_scores_have_no_correlation_to_fail() -> None:
+    flat = {**REFERENCE, "score": np.full(12, 3, np.float32)}
+    result = measure(sessions(lambda v: v * 0 + 3), flat, IMAGES, precision="fp32", backend="fake")  # type: ignore[arg-type]
+    gate = next(gate for gate in result.gates if gate.name == "score Pearson")
+    assert gate.value is None
+    assert gate.passed
+    assert "hardly vary" in gate.note
+    assert result.summary().pearson is None
+
+
+# --- against ratings ---
+
+RATING_GATE = "Pearson with the ratings, lost"
+
+
+def rated(count: int, noise: float, precision: str = "int8") -> tuple[Gate, float]:
+    """The rating gate of a bundle whose scores are off by noise, and how much correlation that costs, by NumPy.
+
+    The model's own scores correlate with the ratings by about 0.93, as published.
+    """
+    random = np.random.default_rng(1)
+    shades = np.linspace(10, 250, count)[random.permutation(count)]
+    pixels = np.broadcast_to(shades[:, None, None, None], (count, 2, 2, 3)).astype(np.uint8)
+    scores = mean(pixels)
+    ratings = scores + random.normal(0, 0.4 * scores.std(), count)
+    off = {float(score): random.normal(0, noise * scores.std()) for score in np.unique(scores)}
+
+    @np.vectorize
+    def disturbed(value: float) -> np.float32:
+        return np.float32(value + off.get(float(value), 0.0))  # 0: of the shapes that a session is made with
+
+    reference = {"local": scores, "tokens": scores, "score": scores}
+    images = Images([f"{i}.jpg" for i in range(count)], pixels, "made up", ratings)
+    result = measure(sessions(disturbed), reference, images, precision=precision, backend="fake")  # type: ignore[arg-type]
+    lost = np.corrcoef(ratings, scores)[0, 1] - np.corrcoef(ratings, disturbed(scores))[0, 1]
+    return next(gate for gate in result.gates if gate.name == RATING_GATE), float(lost)
+
+
+def test_a_correlation_with_the_ratings_that_is_lost_fails() -> None:
+    gate, lost = rated(200, noise=0.3)
+    assert lost > 5 * LIMITS["int8"].rating_loss
+    assert gate.value == pytest.approx(lost, abs=1e-6)
+    assert not gate.passed
+
+
+def test_a_correlation_with_the_ratings_that_is_kept_passes() -> None:
+    gate, lost = rated(200, noise=0.01)
+    assert gate.value == pytest.approx(lost, abs=1e-6)
+    assert abs(lost) < LIMITS["int8"].rating_loss
+    assert gate.passed
+
+
+def test_few_ratings_say_nothing() -> None:
+    gate, lost = rated(RATED_IMAGES - 1, noise=0.3)
+    assert lost > LIMITS["int8"].rating_loss
+    assert (gate.value, gate.passed, gate.note) == (None, True, "needs 100 images")
+    assert rated(RATED_IMAGES, noise=0.3)[0].value is not None
+
+
+def test_images_without_ratings_have_no_such_gate() -> None:
+    assert RATING_GATE not in {gate.name for gate in report(lambda value: value).gates}
+
+
+def test_the_mean_is_a_gate_of_its_own() -> None:
+    """In int8 a single score may be off by far more than all of them on average."""
+    limits = LIMITS["int8"]
+    between = (limits.score_mean_abs + limits.score_max_abs) / 2
+    assert "score mean |Δ|" in failed(lambda value: value + between, "int8")
+    top = mean(PIXELS).max()
+    assert not {"score mean |Δ|", "score max |Δ|"} & failed(
+        lambda value: np.where(value == top, value + between, value), "int8"
+    )
+
+
+def test_compare_measures_what_it_says() -> None:
+    a = np.array([3.0, 4.0])
+    shifted = compare(a, a + np.array([0.0, 0.5]))
+    assert shifted.max_abs == 0.5
+    assert shifted.snr_db == pytest.approx(10 * math.log10(25 / 0.25))
+    assert compare(a, 2 * a).cosine == pytest.approx(1)
+    assert compare(a, np.array([-4.0, 3.0])).cosine == pytest.approx(0)
+    assert compare(a, a).snr_db == math.inf
+    assert compare(a * 0, a * 0).cosine == 1
+    assert compare(a * 0, a).cosine == 0

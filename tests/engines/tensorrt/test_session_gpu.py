@@ -1,0 +1,66 @@
+"""On a CUDA GPU: the demo bundle's plans give ONNX Runtime's outputs, alone, in a chain and as CUDA graphs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, PlanRuntime
+from mdnet_engines.sessions.onnxruntime import OrtSession, chain
+from mdnet_engines.tensorrt.plan_process import build_plans, probe
+from mdnet_engines.tensorrt.plans import plan_path
+from mdnet_engines.tensorrt.session import TensorRTSessions
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 1e-3  # of the largest output; the fp32 gate's 60 dB. TF32 is off in an fp32 bundle's plans
+
+
+def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, values in got.items():
+        assert values.shape == expected[name].shape, name
+        np.testing.assert_allclose(
+            values, expected[name], rtol=0, atol=TOLERANCE * np.abs(expected[name]).max(), err_msg=name
+        )
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    build, images, weights = (
+        pytest.importorskip(f"mdnet_export.{name}", reason="needs the [export] extra")
+        for name in ("build", "images", "weights")
+    )
+    folder: Path = tmp_path_factory.mktemp("bundle") / "demo"
+    pixels = images.parity_images(None, 128, 6)
+    return build.build_bundle(weights.choose_weights(), folder, precision="fp32", images=pixels)
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_plans_give_the_outputs_of_onnx_runtime(bundle: Bundle, runtime: PlanRuntime) -> None:
+    host = probe(runtime)
+    if host.problem or host.gpu is None:
+        pytest.skip(host.problem or "TensorRT sees no GPU")
+    if runtime == "tensorrt-rtx" and host.gpu.sm not in host.targets:
+        pytest.skip(f"TensorRT-RTX does not run on {host.gpu.name}")
+    built = build_plans(bundle, host)
+    reference = {name: OrtSession(bundle.graph_path(name)) for name in GRAPH_NAMES}
+    size, most = bundle.manifest.preprocessing.image_size, min(8, built.engines.batch.maximum)
+    random = np.random.default_rng(0)
+    batches = [random.integers(0, 256, (n, size, size, 3), np.uint8) for n in (1, 3, most, most + 1, 1, 3, most, 3)]
+    expected = [chain(reference, batch) for batch in batches]
+    plans = {name: plan_path(built.bundle, built.engines, name) for name in GRAPH_NAMES}
+    with TensorRTSessions(plans, runtime=runtime, max_batch=most) as sessions:
+
+        def run() -> None:
+            for batch, outputs in zip(batches, expected, strict=True):
+                assert_close(sessions.run(batch, all_outputs=True), outputs)
+                assert_close(chain(sessions.graphs, batch), outputs)
+
+        run()
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(run) for _ in range(2)]:
+                done.result()

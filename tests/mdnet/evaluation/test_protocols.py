@@ -1,0 +1,205 @@
+"""A protocol as a whole: splits, groups and spreads against plain numpy, and who has seen which images."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mdnet.data.scut_fbp5500 import GROUPS, Rated, read_splits
+from mdnet.evaluation.evaluate import Evaluation, predict
+from mdnet.evaluation.protocols import Benchmark, SplitResult, assign, run_benchmark, seen_images
+from mdnet.evaluation.scored_model import Device, Subject, training_of
+from mdnet_engines.backends.candidates import Backend
+from mdnet_engines.bundle.manifest import Training
+from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_rt.images.preprocess import load_image
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Brightness(Subject):
+    """A model that scores how bright an image is, times `gain`."""
+
+    gain: float = 1.0
+    loads: list[float] = field(default_factory=list, compare=False)
+
+    def load(self, device: Device = "cpu", backend: Backend = "auto") -> Callable[[np.ndarray], np.ndarray]:
+        self.loads.append(self.gain)
+        return lambda images: brightness(images) * np.float32(self.gain)
+
+
+def brightness(images: np.ndarray) -> np.ndarray:
+    return 1 + images.astype(np.float32).mean(axis=(1, 2, 3)) / 64
+
+
+def subject(name: str = "model", gain: float = 1.0, **training: object) -> Brightness:
+    return Brightness(Path(name), "checkpoint", SIZE, training_of(training), gain=gain)
+
+
+def expected_scores(data: Rated) -> np.ndarray:
+    return np.array([float(brightness(load_image(file, SIZE)[None])[0]) for file in data.images])
+
+
+def test_cv5_is_every_fold_then_mean_and_sample_deviation(faces: Path) -> None:
+    model = subject()
+    result = run_benchmark([model], faces, "cv5", batch_size=5)
+    folds = read_splits(faces, "cv5")
+    rows = []
+    for fold, split in zip(folds, result.splits, strict=True):
+        scores, truth = expected_scores(fold.test), fold.test.ratings.astype(np.float64)
+        np.testing.assert_allclose(split.scores, scores, rtol=1e-6)  # float32 sums over 3,072 values
+        error = scores - truth
+        rows.append([stats.pearsonr(scores, truth).statistic, np.abs(error).mean(), np.sqrt((error**2).mean())])
+        assert list(split.evaluation().figures().values()) == pytest.approx(rows[-1], rel=1e-5)
+    spread = result.spread()
+    assert list(spread.mean.values()) == pytest.approx(np.mean(rows, axis=0), rel=1e-5)
+    assert list(spread.sd.values()) == pytest.approx(np.std(rows, axis=0, ddof=1), rel=1e-4)
+    assert spread.images == 60
+    assert model.loads == [1.0]  # one model for all folds is read once
+
+
+def test_groups_are_by_name_and_partition_the_test_images(faces: Path) -> None:
+    (split,) = run_benchmark([subject()], faces, "60-40").splits
+    (test,) = (one.test for one in read_splits(faces, "60-40"))
+    scores, truth = expected_scores(test), test.ratings.astype(np.float64)
+    for group in GROUPS:
+        rows = [row for row, image in enumerate(test.images) if image.name.startswith(group)]
+        part = split.evaluation(group)
+        assert part.images == len(rows) > 1
+        assert part.mae == pytest.approx(np.abs(scores[rows] - truth[rows]).mean(), rel=1e-5)
+        assert part.pearson == pytest.approx(stats.pearsonr(scores[rows], truth[rows]).statistic, rel=1e-4)
+    assert sum(split.evaluation(group).images for group in GROUPS) == len(test)
+
+
+def test_five_models_score_their_own_folds_in_order(faces: Path) -> None:
+    result = run_benchmark([subject(f"{n}", gain=n) for n in range(1, 6)], faces, "cv5")
+    for gain, (fold, split) in enumerate(zip(read_splits(faces, "cv5"), result.splits, strict=True), start=1):
+        np.testing.assert_allclose(split.scores, gain * expected_scores(fold.test), rtol=1e-6)
+
+
+def test_progress_and_results_come_split_by_split(faces: Path) -> None:
+    events: list[tuple[str, int]] = []
+    run_benchmark(
+        [subject()],
+        faces,
+        "cv5",
+        batch_size=8,
+        on_split=lambda split: lambda done: events.append((split.name, done)),
+        on_result=lambda split: events.append((split.name, 0)),
+    )
+    assert events == [event for n in range(1, 6) for event in ((f"fold {n}", 8), (f"fold {n}", 4), (f"fold {n}", 0))]
+
+
+def test_a_split_without_a_group_leaves_a_gap_and_no_mean() -> None:
+    def split(names: list[str]) -> SplitResult:
+        ratings = np.linspace(2, 4, len(names), dtype=np.float32)
+        return SplitResult("fold", subject(), Rated([Path(name) for name in names], ratings), ratings + 0.5)
+
+    result = Benchmark("cv5", "faces", [split(["AF1.jpg", "AF2.jpg", "CM1.jpg"]), split(["AF3.jpg", "AF4.jpg"])], [])
+    assert result.spread("AF").mean == pytest.approx({"pearson": 1.0, "mae": 0.5, "rmse": 0.5})
+    assert all(math.isnan(value) for value in result.spread("CM").mean.values())
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert document["groups"]["CM"] == {
+        "images": 1,
+        "mean": {"pearson": None, "mae": None, "rmse": None},
+        "sd": {"pearson": None, "mae": None, "rmse": None},
+    }
+    # One image has errors, but a correlation takes two.
+    assert document["splits"][0]["groups"]["CM"] == {"images": 1, "pearson": None, "mae": 0.5, "rmse": 0.5}
+
+
+def test_json_has_every_score(faces: Path) -> None:
+    result = run_benchmark([subject()], faces, "60-40")
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    (split,) = document["splits"]
+    assert [row["score"] for row in split["predictions"]] == result.splits[0].scores.tolist()
+    truth = np.array([row["rating"] for row in split["predictions"]])
+    scores = np.array([row["score"] for row in split["predictions"]])
+    assert split["rmse"] == pytest.approx(np.sqrt(((scores - truth) ** 2).mean()), rel=1e-5)  # ratings: six decimals
+    assert document["overall"] == {
+        "images": 24,
+        "mean": {name: split[name] for name in ("pearson", "mae", "rmse")},
+        "sd": {"pearson": None, "mae": None, "rmse": None},
+    }
+
+
+@pytest.mark.parametrize(("protocol", "count"), [("60-40", 2), ("60-40", 5), ("cv5", 2), ("cv5", 6), ("cv5", 0)])
+def test_a_wrong_number_of_models_is_refused(protocol: str, count: int) -> None:
+    with pytest.raises(UsageError, match=f"{count} models for protocol {protocol}; expected one"):
+        assign([subject()] * count, protocol)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "training", "reason"),
+    [
+        ("60-40", {}, None),
+        ("60-40", {"protocol": "60-40", "data": "x"}, None),
+        (
+            "60-40",
+            {"protocol": "cv5", "fold": 2},
+            "trained with cv5, so on the same data it has seen test images of 60-40",
+        ),
+        (
+            "cv5",
+            {"protocol": "60-40", "data": "x"},
+            "trained with 60-40 of 'x', so on the same data it has seen test images",
+        ),
+        ("cv5", {"protocol": "cv5", "fold": 2}, "trained for fold 2, so .* test images of fold 1, 3, 4, 5"),
+        ("cv5", {"protocol": "cv5"}, "scores all five folds"),
+        ("cv5", {"data": "x"}, r"scores all five folds, so if it was trained on this data \(it says: of 'x'\)"),
+        ("cv5", {}, "scores all five folds, so if it was trained on this data, it has seen test images"),
+    ],
+)
+def test_one_model_that_has_seen_test_images_is_told_of_once(
+    protocol: str, training: dict[str, object], reason: str | None
+) -> None:
+    notes = seen_images(assign([subject(**training)], protocol), protocol)
+    if reason is None:
+        assert notes == []
+        return
+    (note,) = notes
+    assert note.startswith("model ")
+    assert re.search(reason, note)
+
+
+def test_of_five_models_only_those_at_the_wrong_fold_are_told_of() -> None:
+    def models(*folds: int) -> list[Brightness]:
+        return [subject(f"m{row}", protocol="cv5", fold=fold) for row, fold in enumerate(folds, start=1)]
+
+    assert seen_images(models(1, 2, 3, 4, 5), "cv5") == []
+    wrong = seen_images(models(2, 1, 3, 4, 5), "cv5")
+    assert [note.split(",")[0] for note in wrong] == ["m1 was trained for fold 2", "m2 was trained for fold 1"]
+    assert seen_images([subject(f"m{n}") for n in range(1, 6)], "cv5") == []  # they say nothing: nothing is known
+
+
+def test_notes_of_any_kind_make_a_training() -> None:
+    assert training_of({"protocol": 5, "fold": "2", "data": None, "best_epoch": 3}) == Training()
+    assert training_of({"protocol": "cv5", "fold": 2, "data": "d" * 900}).data == "d" * 400
+
+
+def test_an_image_that_cannot_be_read_ends_the_evaluation(tmp_path: Path) -> None:
+    file = tmp_path / "AF1.jpg"
+    file.write_bytes(b"no picture")
+    with pytest.raises(MDNetError, match=r"AF1.jpg: not an image .*; every image of the split is needed"):
+        predict(brightness, SIZE, Rated([file], np.ones(1, np.float32)))
+
+
+def test_a_score_that_is_not_finite_ends_the_evaluation(faces: Path) -> None:
+    (split,) = read_splits(faces, "60-40")
+    with pytest.raises(MDNetError, match=rf"{split.test.images[1].name}: its score is not finite \(nan\)"):
+        predict(lambda images: np.where(np.arange(len(images)) == 1, np.nan, 3.0), SIZE, split.test)
+
+
+def test_no_images_give_no_scores() -> None:
+    none = Rated([], np.zeros(0, np.float32))
+    assert predict(brightness, SIZE, none).shape == (0,)
+    assert Evaluation.of(none.ratings, np.zeros(0)).images == 0
