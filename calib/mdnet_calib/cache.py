@@ -6,15 +6,13 @@ damaged or of another layout counts as missing.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 
 from mdnet_calib.ranges import BINS, Histogram
+from mdnet_engines.system.atomic import new_file
 
 _LAYOUT = 1
 
@@ -68,18 +66,11 @@ def _read(file: Path, key: str) -> dict[str, Histogram] | None:
 
 def _write(file: Path, key: str, values: dict[str, Histogram]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez_compressed(
-                stream,
-                key=np.array(key),
-                names=np.array(list(values)),
-                bounds=np.array([(h.limit, h.largest) for h in values.values()]),
-                counts=np.array([h.counts for h in values.values()]),
-            )
-        Path(scratch).replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(scratch).unlink()
-        raise
+    with new_file(file) as scratch, scratch.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            key=np.array(key),
+            names=np.array(list(values)),
+            bounds=np.array([(h.limit, h.largest) for h in values.values()]),
+            counts=np.array([h.counts for h in values.values()]),
+        )

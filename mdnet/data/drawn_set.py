@@ -9,8 +9,6 @@ nor about any group of them.
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 from mdnet.data.draw_face import GROUP_CYCLE, FaceFactors, draw_face
 from mdnet.data.scut_fbp5500 import FOLDS
 from mdnet_engines.errors import UsageError
+from mdnet_engines.system.atomic import new_folder
 
 RATERS = 60
 
@@ -73,19 +72,16 @@ def write_dataset(root: Path, count: int, seed: int, progress: Callable[[int], N
     if seed < 0:
         raise UsageError(f"seed is {seed}; expected 0 or more")
     root = root.resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UsageError(f"{root} exists and isn't an empty folder; it is left alone. Choose a new one")
-    scratch = root.parent / f".{root.name}.{uuid.uuid4().hex[:8]}"
-    (scratch / "Images").mkdir(parents=True)
-    try:
+
+    def check_free() -> None:
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise UsageError(f"{root} exists and isn't an empty folder; it is left alone. Choose a new one")
+
+    with new_folder(root, check_free) as scratch:
+        (scratch / "Images").mkdir()
         labels = _write_images(scratch / "Images", count, seed, progress or (lambda done: None))
         _write_splits(scratch / "train_test_files", labels, _stream(seed, 1))
         (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
-        if root.exists():
-            root.rmdir()
-        scratch.rename(root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # gone already, unless something failed
 
 
 def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int], None]) -> dict[str, float]:

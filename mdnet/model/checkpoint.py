@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from mdnet.model.config import MDNetConfig
 from mdnet.model.net import MDNet
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable
+from mdnet_engines.system.atomic import new_file
 
 CONFIG_KEY = "mdnet_config"
 NOTES_KEY = "mdnet_notes"
@@ -32,15 +32,8 @@ def save_checkpoint(model: MDNet, file: str | os.PathLike[str], *, notes: dict[s
     target = Path(file)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     metadata = {CONFIG_KEY: json.dumps(model.config.to_dict()), NOTES_KEY: json.dumps(notes or {})}
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
+    with new_file(target) as scratch:
         save_file(tensors, scratch, metadata)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(file: str | os.PathLike[str], *, expect_preset: str | None = None) -> MDNet:

@@ -26,6 +26,7 @@ from mdnet.training.features import cached_features
 from mdnet.training.state import Fingerprint, fingerprint
 from mdnet.training.train import score_features, train
 from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.system.atomic import new_file
 
 FIGURES = ("pearson", "mae", "rmse")
 
@@ -75,13 +76,9 @@ class Results:
         self.runs.append(run)
         if self.file is None:
             return
-        scratch = self.file.with_name(f".{self.file.name}.part")
-        try:
-            content = {"runs": [dataclasses.asdict(run) for run in self.runs]}
+        content = {"runs": [dataclasses.asdict(run) for run in self.runs]}
+        with new_file(self.file) as scratch:
             scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(self.file)
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 def ablate(

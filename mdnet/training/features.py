@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import uuid
@@ -33,6 +32,7 @@ from mdnet.data.scut_fbp5500 import Rated
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.system.atomic import new_file
 from mdnet_rt.images.preprocess import ImageError, load_image
 
 SHARD_IMAGES = 64
@@ -181,12 +181,9 @@ class _Cache:
 
     def _write(self, tensors: dict[str, Tensor], digests: Sequence[str]) -> Path:
         file = self.folder / f"{uuid.uuid4().hex[:16]}.safetensors"
-        scratch = file.with_suffix(f".{os.getpid()}.part")
-        try:
+        with new_file(file) as scratch:
             save_file(tensors, scratch, {_IMAGES_KEY: json.dumps(list(digests))})
-            return scratch.replace(file)
-        finally:
-            scratch.unlink(missing_ok=True)
+        return file
 
 
 def _open_shard(file: Path, names: Iterable[str]) -> tuple[list[str], dict[str, Tensor]]:

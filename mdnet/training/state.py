@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +14,7 @@ from mdnet.data.scut_fbp5500 import Rated
 from mdnet.model.config import TrainConfig
 from mdnet.training.features import encoder_digest, state_digest
 from mdnet_engines.errors import MDNetError, UsageError, first_line
+from mdnet_engines.system.atomic import new_file
 
 if TYPE_CHECKING:
     from mdnet.model.net import MDNet
@@ -75,13 +74,8 @@ class StateFile:
 
     def save(self, run: Stateful) -> None:
         """Replace the file by the state of `run`."""
-        handle, scratch = tempfile.mkstemp(prefix=f".{self.file.name}.", dir=self.file.parent)
-        os.close(handle)
-        try:
+        with new_file(self.file) as scratch:
             torch.save({"fingerprint": self._fingerprint, "run": run.state_dict()}, scratch)
-            Path(scratch).replace(self.file)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The run has ended."""

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,8 +18,9 @@ from pydantic import Field, ValidationError
 
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName, Machine, Part
-from mdnet_engines.system.machine import cache_folder, processor_name, this_machine
+from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName, Part
+from mdnet_engines.system.atomic import new_file
+from mdnet_engines.system.machine import Machine, cache_folder, processor_name, this_machine
 
 _MAX_BYTES = 2**20
 
@@ -84,15 +84,10 @@ def save(bundle: Bundle, record: Record) -> bool:
     """Keep `record`; whether that was possible."""
     if (file := _file(bundle)) is None:
         return False
-    draft = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as stream:
-            draft = Path(stream.name)
-            stream.write(record.model_dump_json(indent=1) + "\n")
-        draft.replace(file)
+        with new_file(file) as draft:
+            draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
         return False
     return True
 

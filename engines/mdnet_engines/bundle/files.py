@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from mdnet_engines.bundle.manifest import (
     Manifest,
 )
 from mdnet_engines.errors import BundleError, UsageError, printable
+from mdnet_engines.system.atomic import new_folder
 
 
 @dataclass(frozen=True)
@@ -137,28 +135,16 @@ def file_entry(file: Path) -> FileEntry:
 def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder; when the block ends well, it takes the place of `destination` in one step.
 
-    The folder is made beside `destination`, so the last step is a rename. If the block raises, or the process dies,
-    `destination` is as it was. An existing destination is replaced only if it is a bundle or an empty folder.
+    If the block raises, or the process dies, `destination` is as it was. An existing destination is replaced only if it
+    is a bundle or an empty folder.
 
     Raises:
         UsageError: `destination` exists and is something else.
     """
     # The final component may be a link to where the bundle really is: replace that, not the link.
     target = Path(destination).resolve()
-    check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch
-        finish(scratch)
-        check_replaceable(target)  # again: a build takes minutes
-        if target.exists():
-            exchange(scratch, target)
-        else:
-            scratch.rename(target)
-    finally:
-        # After an exchange this is the old bundle; after a failure the unfinished one; after a rename nothing.
-        shutil.rmtree(scratch, ignore_errors=True)
+    with new_folder(target, lambda: check_replaceable(target)) as folder:
+        yield folder
 
 
 def check_replaceable(target: Path) -> None:
@@ -189,44 +175,3 @@ def _holds_our_manifest(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"schema_version", "graphs"} <= document.keys()
-
-
-def exchange(new: Path, old: Path) -> None:
-    """Swap two folders. On Linux in one system call, so that no reader ever finds `old` missing."""
-    at_fdcwd, rename_exchange = -100, 2
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
-    kept = aside / "bundle"
-    try:
-        old.rename(kept)
-        new.rename(old)
-        kept.rename(new)
-    except BaseException:
-        if not old.exists():
-            kept.rename(old)
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # not empty: the old bundle could not be put back, and stays there
-            aside.rmdir()
-
-
-def finish(scratch: Path) -> None:
-    """Make a temporary folder ready for its place: permissions as the umask has them, every file on the disk."""
-    scratch.chmod(0o777 & ~_umask())
-    for file in scratch.iterdir():
-        file.chmod(0o666 & ~_umask())  # onnx makes files of weights that only their owner can read
-        flush_to_disk(file)
-
-
-def flush_to_disk(file: Path) -> None:
-    """Wait until a file's bytes are on the disk; a full one may say so only then."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

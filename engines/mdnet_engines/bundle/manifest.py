@@ -38,6 +38,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from mdnet_engines.system.machine import Machine
+
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
@@ -145,24 +147,6 @@ class ParitySummary(Part):
             return f"scores that are not finite, {self.source}"
         correlation = "" if self.pearson is None else f", Pearson {self.pearson:.6f}"
         return f"max |Δscore| {self.max_abs:.2g}, mean {self.mean_abs:.2g}{correlation}, {self.source}"
-
-
-class Machine(Part):
-    """What decides how a graph is computed: equal machines give equal scores.
-
-    `features` are the CPU's instruction sets that a runtime chooses kernels by, `versions` those of the runtimes.
-    """
-
-    architecture: str = Field(max_length=40)
-    features: list[str]
-    gpu: str | None = Field(default=None, max_length=200)
-    versions: dict[str, str]
-
-    def __str__(self) -> str:
-        """For one line of output."""
-        processor = " ".join([self.architecture, *self.features])
-        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return "; ".join(part for part in (processor, self.gpu, versions) if part)
 
 
 class BackendCheck(Part):

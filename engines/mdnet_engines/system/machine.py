@@ -10,7 +10,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mdnet_engines.bundle.manifest import Machine
+from pydantic import BaseModel, ConfigDict, Field
+
 from mdnet_engines.system.gpu import visible_gpu
 
 _FEATURES = {
@@ -20,6 +21,26 @@ _FEATURES = {
 """Flags of /proc/cpuinfo by which ONNX Runtime, OpenVINO or our own library choose a kernel."""
 _RUNTIMES = ("mdnet", "onnxruntime", "openvino")
 _GPU_RUNTIMES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+
+
+class Machine(BaseModel):
+    """What decides how a graph is computed: equal machines give equal scores.
+
+    `features` are the CPU's instruction sets that a runtime chooses kernels by, `versions` those of the runtimes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str = Field(max_length=40)
+    features: list[str]
+    gpu: str | None = Field(default=None, max_length=200)
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        """For one line of output."""
+        processor = " ".join([self.architecture, *self.features])
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "; ".join(part for part in (processor, self.gpu, versions) if part)
 
 
 @functools.cache

@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdnet_engines.bundle.files import Bundle, check_file, exchange, finish, flush_to_disk, read_manifest
+from mdnet_engines.bundle.files import Bundle, check_file, read_manifest
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, PORTABLE, EngineSet, GraphName, Manifest, PlanRuntime
 from mdnet_engines.errors import BundleError, MDNetError
+from mdnet_engines.system.atomic import exchange, flush_to_disk, new_file, settle
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt.plan_builder import NAMES
 
@@ -171,39 +172,29 @@ def install_plans(bundle: Bundle, scratch: Path, engines: EngineSet) -> Bundle:
         MDNetError: the bundle was replaced by one with other graphs while the plans were built.
     """
     try:
-        finish(scratch)
+        settle(scratch)
         with _locked(scratch.parent):
             manifest = read_manifest(bundle.path)
             if any(plan.graph != manifest.graphs[name].digest() for name, plan in engines.plans.items()):
                 raise FileNotFoundError
             others = [other for other in manifest.engines if other.folder != engines.folder]
             changed = Manifest.model_validate({**manifest.model_dump(), "engines": [*others, engines]})
-            with _draft(bundle.path, changed) as draft:  # before the step: a full disk must not come between the two
+            file = bundle.path / MANIFEST_NAME
+            with new_file(file) as draft:
+                draft.write_text(changed.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                shutil.copymode(file, draft)
+                flush_to_disk(draft)  # before the next step: a full disk must not come between the two
                 target = scratch.parent / engines.folder
                 if target.exists():
                     exchange(scratch, target)
                 else:
                     scratch.rename(target)
-                draft.replace(bundle.path / MANIFEST_NAME)
     except FileNotFoundError:
         command = rebuild_command(bundle, engines.runtime)
         raise MDNetError(
             f"{bundle.path} was replaced while its plans were built; build them again: {command}"
         ) from None
     return Bundle(bundle.path, changed)
-
-
-@contextlib.contextmanager
-def _draft(root: Path, manifest: Manifest) -> Iterator[Path]:
-    """A file beside the manifest that is to replace it; gone at the end."""
-    draft = root / f".{MANIFEST_NAME}"
-    try:
-        draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(root / MANIFEST_NAME, draft)
-        flush_to_disk(draft)
-        yield draft
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -21,16 +21,16 @@ import errno
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mdnet_engines.bundle.files import Bundle, exchange, flush_to_disk, read_manifest
+from mdnet_engines.bundle.files import Bundle, read_manifest
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, EngineSet, GraphName, Manifest
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_engines.ops import native
+from mdnet_engines.system.atomic import new_folder
 from mdnet_engines.tensorrt.plans import check_plans, plan_path, rebuild_command
 from mdnet_export.triton.config import (
     VERSION,
@@ -243,22 +243,8 @@ def _write_facts(
 def _replacing(target: Path, bundle: Bundle) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its place in one step when the block ends well."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            folder = scratch / target.name
-            folder.mkdir()  # whose permissions are the umask's, unlike the temporary folder's
+        with new_folder(target, lambda: check_free(target, bundle)) as folder:
             yield folder
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    flush_to_disk(path)
-            check_free(target, bundle)  # again: copying takes a while
-            if target.exists():
-                exchange(folder, target)
-            else:
-                folder.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a failed copy names its source
             raise MDNetError(f"no space left on the disk for {target}; nothing was written") from None

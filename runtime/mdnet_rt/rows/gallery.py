@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, require
 from mdnet_engines.report.numbers import score_text
 from mdnet_engines.report.thumbnails import Thumbnail, thumbnail
+from mdnet_engines.system.atomic import new_file
 from mdnet_engines.system.output_path import is_special
 from mdnet_rt.rows.result import Result, Stamp, Summary
 
@@ -67,18 +67,12 @@ class Gallery:
         """
         page = self._render(stamp)
         target = Path(os.path.realpath(output))
-        scratch = target.with_name(f".{secrets.token_hex(8)}.part")  # not of its name, which may be as long as may be
         try:
-            with scratch.open("x", encoding="utf-8") as stream:
-                stream.write(page)
-                stream.flush()
-                os.fsync(stream.fileno())
-            scratch.replace(target)
+            with new_file(target) as scratch:
+                scratch.write_text(page, encoding="utf-8")
         except OSError as error:
             why = error.strerror or first_line(error)
             raise MDNetError(f"--report {printable(output)} was not written: {why}; the rows are whole") from error
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def _render(self, stamp: Stamp) -> str:
         from mdnet_engines.report.page import render

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line
+from mdnet_engines.system.atomic import new_file
 
 _ROWS_IN_A_GROUP = 65_536
 _ROWS_READ_AT_ONCE = 16
@@ -39,20 +37,11 @@ def write_parquet(rows: Path, target: Path) -> None:
 
     Parquet's strings are UTF-8: a byte of a name that is not becomes `\udcXX` in letters.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    scratch = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream, rows.open("rb") as lines:
-            with pq.ParquetWriter(stream, _SCHEMA, compression="zstd") as writer:
-                while group := [_row(line) for line in itertools.islice(lines, _ROWS_IN_A_GROUP)]:
-                    writer.write_batch(pa.RecordBatch.from_pylist(group, _SCHEMA))
-            stream.flush()
-            os.fsync(stream.fileno())
+    with new_file(target) as scratch:
+        with rows.open("rb") as lines, pq.ParquetWriter(scratch, _SCHEMA, compression="zstd") as writer:
+            while group := [_row(line) for line in itertools.islice(lines, _ROWS_IN_A_GROUP)]:
+                writer.write_batch(pa.RecordBatch.from_pylist(group, _SCHEMA))
         scratch.chmod(rows.stat().st_mode & 0o777)
-        scratch.replace(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            scratch.unlink()
 
 
 def read_images(stream: BinaryIO, column: str | None = None) -> Iterator[bytes | None]:
