@@ -34,12 +34,12 @@ def test_import_cache_train_evaluate_build_evaluate(source: str, tmp_path: Path)
     shards = sorted(cache.rglob("*.safetensors"))
     assert shards
     run(mdnet_export, "build", "--checkpoint", trained, "--num-images", 4, "-o", bundle)
-    for subject in (trained, bundle):
-        file = tmp_path / f"{subject.name}.json"
-        assert run(mdnet, "evaluate", subject, "--data", data, "--json", file) == told
-        figures[subject] = json.loads(file.read_text())["splits"][0]
+    for model in (trained, bundle):
+        file = tmp_path / f"{model.name}.json"
+        assert run(mdnet, "evaluate", model, "--data", data, "--json", file) == told
+        figures[model] = json.loads(file.read_text())["splits"][0]
 
-    scores = {subject: [row["score"] for row in figures[subject]["predictions"]] for subject in figures}
+    scores = {model: [row["score"] for row in figures[model]["predictions"]] for model in figures}
     # Two runtimes in float32; the limit of the build's own gate.
     assert scores[bundle] == pytest.approx(scores[trained], abs=1e-3)
     assert len(set(scores[trained])) == 16  # the test list, and the model tells its images apart

@@ -45,7 +45,7 @@ from mdnet_engines.parity.report import ParityReport
 from mdnet_engines.parity.report_json import to_json
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.system.machine import lacks_vnni, this_machine
-from mdnet_export.graphs.cpu_variant import cpu_form
+from mdnet_export.graphs.cpu_variant import cpu_variant
 from mdnet_export.graphs.export import export_graph, save_graph
 from mdnet_export.model_source import Weights
 from mdnet_export.parity_images import probe_pixels
@@ -327,7 +327,7 @@ def graph_entry(file: Path, precision: Precision) -> GraphEntry:
     """Describe an ONNX file for the manifest."""
     graph = onnx.load(file, load_external_data=False).graph
     data = file.with_name(f"{file.name}.data")
-    cpu = cpu_form(file)
+    cpu = cpu_variant(file)
     return GraphEntry(
         file=file_entry(file),
         data=[file_entry(data)] if data.exists() else [],

@@ -8,7 +8,7 @@ from rich.table import Table
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import EngineSet, Manifest, TensorSpec
+from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.console import output
 from mdnet_engines.errors import BundleError
 from mdnet_engines.tensorrt.plan_process import probe
@@ -80,7 +80,7 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     return facts
 
 
-def _describe(bundle: Bundle, engines: EngineSet, host: Host) -> str:
+def _describe(bundle: Bundle, engines: PlanSet, host: Host) -> str:
     """One set of plans, and whether this machine can use it."""
     size = sum(entry.size for entry in engines.files()) / 1e6
     try:

@@ -27,8 +27,9 @@ from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.metrics import pearson
 from mdnet_engines.sessions import openvino as openvino_session
-from mdnet_engines.sessions.onnxruntime import OrtSession, Session, chain
+from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
+from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export.graphs.cpu_variant import open_for_cpu, write_forms
 
@@ -126,7 +127,7 @@ def quantise_encoder(
     *,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Int8Result:
-    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write each graph's form for ONNX Runtime's CPU kernels.
+    """Rewrite `encoder.onnx` in a bundle's folder to int8; write each graph's variant for ONNX Runtime's CPU kernels.
 
     Args:
         folder: with the three float32 graphs.
@@ -202,7 +203,7 @@ class _Drift:
         self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
         self.written: list[str] = []
         float_graphs: dict[GraphName, Session] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
-        expected = [chain(float_graphs, image)["score"] for image in self._images()]
+        expected = [run_graphs(float_graphs, image)["score"] for image in self._images()]
         self.expected = np.concatenate(expected).astype(np.float64)
         del float_graphs
         vim, self.fusion = open_for_cpu(folder, "vim"), open_for_cpu(folder, "fusion")

@@ -20,7 +20,7 @@ from mdnet_engines.errors import UsageError
 from mdnet_engines.parity.measure import Images, Outputs, measure
 from mdnet_engines.parity.probes import PROBES
 from mdnet_engines.parity.report import LayerParity, ParityReport
-from mdnet_engines.sessions.onnxruntime import chain
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_export.build import package_versions, reference_outputs, write_reports
 from mdnet_export.graphs.export import export_graph
 from mdnet_export.layers import compare_layers
@@ -47,7 +47,7 @@ class Reference:
             return outputs
         assert self.bundle is not None
         graphs = open_choice(self.bundle, named(self.bundle, "onnxruntime-cpu"))
-        rows = [chain(graphs, images.pixels[i : i + 1]) for i in range(len(images.pixels))]
+        rows = [run_graphs(graphs, images.pixels[i : i + 1]) for i in range(len(images.pixels))]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     @contextmanager

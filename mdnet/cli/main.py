@@ -139,7 +139,7 @@ def evaluate(
     training list of its fold), or one for all of them. Figures per group are in --report and --json.
     """
     from mdnet.evaluation.protocols import run_benchmark
-    from mdnet.evaluation.scored_model import open_subject
+    from mdnet.evaluation.scored_model import open_model
 
     for option, file in (("--report", report), ("--json", json_)):
         check_output(file, option, "the result")
@@ -155,7 +155,7 @@ def evaluate(
             click.echo(f"{split.name}: {split.evaluation()}")
 
         benchmark = run_benchmark(
-            [open_subject(path) for path in models],
+            [open_model(path) for path in models],
             data,
             protocol,
             device=device,

@@ -12,7 +12,7 @@ import numpy as np
 
 from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, Split, departures, read_splits
 from mdnet.evaluation.evaluate import BATCH_SIZE, Evaluation, predict
-from mdnet.evaluation.scored_model import Device, Subject
+from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
@@ -26,7 +26,7 @@ class SplitResult:
     """The test images of one split, with the score of each."""
 
     name: str
-    subject: Subject
+    model: ScoredModel
     test: Rated
     scores: np.ndarray  # (n,) float64, in rating points
 
@@ -85,7 +85,7 @@ class Benchmark:
             "splits": [
                 {
                     "name": split.name,
-                    "model": {"path": str(split.subject.path), "kind": split.subject.kind, **split.subject.facts},
+                    "model": {"path": str(split.model.path), "kind": split.model.kind, **split.model.facts},
                     **_evaluation(split.evaluation()),
                     "groups": {group: _evaluation(split.evaluation(group)) for group in GROUPS},
                     "predictions": [
@@ -103,7 +103,7 @@ class Benchmark:
 
 
 def run_benchmark(
-    subjects: Sequence[Subject],
+    models: Sequence[ScoredModel],
     data: Path,
     protocol: Protocol,
     *,
@@ -114,7 +114,7 @@ def run_benchmark(
     on_split: Callable[[Split], Callable[[int], None]] = lambda _: lambda _: None,
     on_result: Callable[[SplitResult], None] = lambda _: None,
 ) -> Benchmark:
-    """Score every split of a protocol: with the one subject, or for `cv5` with one for each fold, in their order.
+    """Score every split of a protocol: with the one model, or for `cv5` with one for each fold, in their order.
 
     Args:
         device: what runs checkpoints.
@@ -124,57 +124,57 @@ def run_benchmark(
         on_result: called after each split.
 
     Raises:
-        UsageError: another number of subjects, or `data` is not the data set.
+        UsageError: another number of models, or `data` is not the data set.
         MDNetError: the data set is broken, an image can't be read, or a model can't be loaded.
     """
-    per_split = assign(subjects, protocol)
+    per_split = assign(models, protocol)
     splits = read_splits(data, protocol)
     notes = [*seen_images(per_split, protocol), *departures(data, protocol, splits)]
     for note in notes:
         on_note(note)
     results, loaded = [], None
-    for subject, split in zip(per_split, splits, strict=True):
-        if loaded is None or loaded[0] is not subject:
+    for model, split in zip(per_split, splits, strict=True):
+        if loaded is None or loaded[0] is not model:
             loaded = None  # before the next one is read: two full-size models need not fit side by side
-            loaded = subject, subject.load(device, backend)
+            loaded = model, model.load(device, backend)
         scores = predict(
             loaded[1],
-            subject.image_size,
+            model.image_size,
             split.test,
-            to_srgb=subject.to_srgb,
+            to_srgb=model.to_srgb,
             batch_size=batch_size,
             on_image=on_split(split),
         )
-        results.append(SplitResult(split.name, subject, split.test, scores))
+        results.append(SplitResult(split.name, model, split.test, scores))
         on_result(results[-1])
     return Benchmark(protocol, str(data), results, notes)
 
 
-def assign(subjects: Sequence[Subject], protocol: Protocol) -> list[Subject]:
-    """The subject of each split.
+def assign(models: Sequence[ScoredModel], protocol: Protocol) -> list[ScoredModel]:
+    """The model of each split.
 
     Raises:
         UsageError: there are neither one nor, for `cv5`, as many as folds.
     """
     wanted = 1 if protocol == "60-40" else FOLDS
-    if len(subjects) not in (1, wanted):
+    if len(models) not in (1, wanted):
         expected = "one" if wanted == 1 else f"one, or {wanted} in the order of the folds"
-        raise UsageError(f"{len(subjects)} models for protocol {protocol}; expected {expected}")
-    return [*subjects] if len(subjects) == wanted else [*subjects] * wanted
+        raise UsageError(f"{len(models)} models for protocol {protocol}; expected {expected}")
+    return [*models] if len(models) == wanted else [*models] * wanted
 
 
-def seen_images(per_split: Sequence[Subject], protocol: Protocol) -> list[str]:
-    """A line for each subject that, by what it says of its training, has learned from images it is tested on.
+def seen_images(per_split: Sequence[ScoredModel], protocol: Protocol) -> list[str]:
+    """A line for each model that, by what it says of its training, has learned from images it is tested on.
 
-    One subject for all folds gets a line even if it says nothing. Whether the data are those it was trained on can't be
+    One model for all folds gets a line even if it says nothing. Whether the data are those it was trained on can't be
     told from a name, so a line says what it would mean.
     """
     notes = []
-    for subject in dict.fromkeys(subject.path for subject in per_split):
-        rows = [row for row, other in enumerate(per_split, start=1) if other.path == subject]
+    for model in dict.fromkeys(model.path for model in per_split):
+        rows = [row for row, other in enumerate(per_split, start=1) if other.path == model]
         training = per_split[rows[0] - 1].training
         if (reason := _seen(training, protocol, rows)) is not None:
-            notes.append(f"{subject} {reason}: these figures are no benchmark result")
+            notes.append(f"{model} {reason}: these figures are no benchmark result")
     return notes
 
 

@@ -65,10 +65,10 @@ def render_report(benchmark: Benchmark, *, facts: Mapping[str, str]) -> str:
 
 
 def _models(benchmark: Benchmark) -> dict[str, str]:
-    """The subject of each split, or the one of all."""
+    """The model of each split, or the one of all."""
     rows = {}
     for split in benchmark.splits:
-        rows[split.name] = ", ".join([f"{split.subject.kind} {split.subject.path}", *split.subject.facts.values()])
+        rows[split.name] = ", ".join([f"{split.model.kind} {split.model.path}", *split.model.facts.values()])
     same = len(set(rows.values())) == 1
     return {"model": next(iter(rows.values()))} if same else {f"model of {name}": text for name, text in rows.items()}
 

@@ -25,7 +25,7 @@ DEVICES: tuple[str, ...] = get_args(Device)
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScoredModel:
     """A model on disk: what is known of it before its weights are read, and `load` to get its scores."""
 
     path: Path
@@ -57,7 +57,7 @@ class Subject:
         return torch_scores(load_checkpoint(self.path).to(device))
 
 
-def open_subject(path: Path) -> Subject:
+def open_model(path: Path) -> ScoredModel:
     """Look at a checkpoint or a bundle, the latter with all its hashes, without reading weights into memory.
 
     Raises:
@@ -104,13 +104,13 @@ def torch_scores(model: MDNet) -> ScoreBatch:
     return score
 
 
-def _open_bundle(path: Path) -> Subject:
+def _open_bundle(path: Path) -> ScoredModel:
     from mdnet_engines.bundle.files import Bundle
 
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     provenance = manifest.provenance
-    return Subject(
+    return ScoredModel(
         path,
         "bundle",
         manifest.preprocessing.image_size,
@@ -125,7 +125,7 @@ def _open_bundle(path: Path) -> Subject:
     )
 
 
-def _open_checkpoint(path: Path) -> Subject:
+def _open_checkpoint(path: Path) -> ScoredModel:
     for module in ("torch", "diffusers", "safetensors"):
         require(module, "train")
     from mdnet.model.checkpoint import read_metadata
@@ -133,4 +133,4 @@ def _open_checkpoint(path: Path) -> Subject:
 
     config, notes = read_metadata(path)
     facts = {"preset": config.preset, "precision": "PyTorch fp32", "weights": f"sha256 {sha256_of(path)[:12]}…"}
-    return Subject(path, "checkpoint", config.image_size, training_of(notes), facts)
+    return ScoredModel(path, "checkpoint", config.image_size, training_of(notes), facts)

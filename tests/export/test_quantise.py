@@ -23,7 +23,8 @@ from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.parity.gates import LIMITS
-from mdnet_engines.sessions.onnxruntime import OrtSession, chain
+from mdnet_engines.sessions.onnxruntime import OrtSession
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export import build as build_module
 from mdnet_export import quantise
@@ -77,7 +78,7 @@ def scores(folder: Path, encoder: str, pixels: np.ndarray) -> np.ndarray:
     """By ONNX Runtime, one image at a time, with one of the folder's encoders."""
     files = {"encoder": folder / encoder, "vim": folder / "vim.onnx", "fusion": folder / "fusion.onnx"}
     graphs: dict[GraphName, OrtSession] = {name: OrtSession(files[name]) for name in GRAPH_NAMES}
-    return np.concatenate([chain(graphs, pixels[i : i + 1])["score"] for i in range(len(pixels))])
+    return np.concatenate([run_graphs(graphs, pixels[i : i + 1])["score"] for i in range(len(pixels))])
 
 
 def weights_in_int8(file: Path) -> set[str]:

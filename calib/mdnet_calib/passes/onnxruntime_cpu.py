@@ -1,4 +1,4 @@
-"""The form of an int8 bundle's graphs that ONNX Runtime's CPU kernels, and ours, are fast for."""
+"""The variant of an int8 bundle's graphs that ONNX Runtime's CPU kernels, and ours, are fast for."""
 
 from __future__ import annotations
 

@@ -25,8 +25,9 @@ from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphBackend, PlanRuntime
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions import openvino as openvino_session
-from mdnet_engines.sessions.onnxruntime import OrtSession, Session, chain
+from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
+from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system import machine
 from mdnet_engines.tensorrt import plan_process
 from mdnet_engines.tensorrt.plans import plan_path, usable_plans
@@ -34,7 +35,7 @@ from mdnet_engines.tensorrt.session import TensorRTSessions
 
 if TYPE_CHECKING:
     from mdnet_engines.bundle.files import Bundle
-    from mdnet_engines.bundle.manifest import EngineSet, GraphName
+    from mdnet_engines.bundle.manifest import GraphName, PlanSet
 
 Backend = Literal[
     "auto", "onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"
@@ -49,7 +50,7 @@ class Graphs(dict["GraphName", Session]):
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [n, S, S, 3] → scores [n]."""
-        return chain(self, images)["score"]
+        return run_graphs(self, images)["score"]
 
     def close(self) -> None:
         """Free the graphs. Closing again does nothing."""
@@ -76,7 +77,7 @@ class Choice:
     """Which backend runs each graph of a bundle."""
 
     graphs: Mapping[GraphName, GraphBackend]
-    plans: EngineSet | None = field(default=None, compare=False)
+    plans: PlanSet | None = field(default=None, compare=False)
     """The plans, where they have been looked for already: their hashes take seconds."""
 
     def __str__(self) -> str:
@@ -158,7 +159,7 @@ def _find_plans(bundle: Bundle, runtime: PlanRuntime) -> Choice | None:
     return Choice(dict.fromkeys(bundle.manifest.graphs, runtime), plans)
 
 
-def _open_plans(bundle: Bundle, engines: EngineSet) -> Graphs:
+def _open_plans(bundle: Bundle, engines: PlanSet) -> Graphs:
     plans = {name: plan_path(bundle, engines, name) for name in GRAPH_NAMES}
     return _Plans(TensorRTSessions(plans, runtime=engines.runtime, max_batch=engines.batch.maximum))
 

@@ -59,7 +59,7 @@ class Bundle:
             return cls(root, manifest)
 
     def graph_path(self, name: GraphName, *, cpu: bool = False) -> Path:
-        """The ONNX file of the graph `name`; with `cpu` the form for ONNX Runtime on the CPU, where it has one."""
+        """The ONNX file of the graph `name`; with `cpu` the variant for ONNX Runtime on the CPU, where it has one."""
         entry = self.manifest.graphs[name]
         return self.path / (entry.cpu if cpu and entry.cpu else entry.file).name
 

@@ -87,7 +87,7 @@ class GraphEntry(Part):
     file: FileEntry
     data: list[FileEntry] = []
     cpu: FileEntry | None = None
-    """The same graph, on the same `data`, in the form that ONNX Runtime's CPU kernels are fast for (int8 only)."""
+    """The same graph, on the same `data`, in the variant that ONNX Runtime's CPU kernels are fast for (int8 only)."""
     precision: Precision
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
@@ -239,7 +239,7 @@ class PlanEntry(Part):
     graph: Sha256
 
 
-class EngineSet(Part):
+class PlanSet(Part):
     """The plans of all graphs for one runtime, version and target; they lie in `engines/<folder>`."""
 
     runtime: PlanRuntime
@@ -259,7 +259,7 @@ class EngineSet(Part):
         return f"{self.runtime}-{self.version}-{self.target}"
 
     @model_validator(mode="after")
-    def _whole(self) -> EngineSet:
+    def _whole(self) -> PlanSet:
         if missing := [name for name in GRAPH_NAMES if name not in self.plans]:
             raise ValueError(f"no plan for {', '.join(missing)}")
         return self
@@ -281,7 +281,7 @@ class Manifest(Part):
     probes: FileEntry | None = None
     """None in version 1 alone."""
     reports: list[FileEntry] = []
-    engines: list[EngineSet] = Field(default=[], max_length=64)
+    engines: list[PlanSet] = Field(default=[], max_length=64)
     parity: ParitySummary
     """Of what `auto` took where the bundle was built."""
     backends: list[BackendCheck] = Field(default=[], max_length=64)

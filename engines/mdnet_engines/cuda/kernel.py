@@ -90,7 +90,7 @@ def compile_ptx(arch: str = COMPILED_FOR) -> str:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def committed_form(compiled: str) -> str:
+def committed_ptx(compiled: str) -> str:
     """What `compile_ptx` gave, as it is committed: says what it was made from and by; declares `PTX_ISA`."""
     made_by = re.search(r"\bV(\d+(?:\.\d+)+)", compiled)  # NVRTC's own comment; its API leaves the patch level out
     digest = hashlib.sha256(source().encode()).hexdigest()
@@ -101,7 +101,7 @@ def committed_form(compiled: str) -> str:
 
 def main() -> None:
     """Rewrite the committed PTX from the source."""
-    text = committed_form(compile_ptx())
+    text = committed_ptx(compile_ptx())
     _PTX.write_text(text, encoding="utf-8", newline="\n")
     print(f"{_PTX.name}: {len(text) / 1e3:.0f} kB; {text.splitlines()[0].removeprefix('// ')}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from mdnet_engines.bundle.manifest import GraphName
 from mdnet_engines.parity.metrics import mae, max_abs, pearson
 from mdnet_engines.parity.report import PEARSON_GATE, Gate, TensorParity
-from mdnet_engines.sessions.onnxruntime import Session, chain
+from mdnet_engines.sessions.session import Session, run_graphs
 
 BATCH = 4  # images in the runs that test batching
 MAX_SNR_LOST = 6.0  # dB: an error twice as large
@@ -111,8 +111,8 @@ def batch_gates(
     limits: Limits, sessions: Mapping[GraphName, Session], pixels: np.ndarray, singles: np.ndarray
 ) -> list[Gate]:
     """Largest differences between the rows of a batch of copies, and between a batch and single runs."""
-    copies = chain(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
-    batch = chain(sessions, pixels[:BATCH])["score"]
+    copies = run_graphs(sessions, np.repeat(pixels[:1], BATCH, axis=0))["score"]
+    batch = run_graphs(sessions, pixels[:BATCH])["score"]
     note = f"first {len(batch)} images"
     return [
         Gate("batch of copies, max |Δ| between rows", max_abs(copies, copies[:1]), True, limits.batch_max_abs),

@@ -12,9 +12,9 @@ from mdnet_engines.bundle.manifest import GraphName
 from mdnet_engines.parity.gates import LIMITS, batch_gates, graph_gates, rating_gate, score_gates
 from mdnet_engines.parity.metrics import max_abs
 from mdnet_engines.parity.report import LayerParity, ParityReport, ScorePair, TensorParity
-from mdnet_engines.sessions.onnxruntime import Session, chain
+from mdnet_engines.sessions.session import Session, run_graphs
 
-_CHAINED = "score of the chain"
+_IN_USE = "score in use"
 
 Outputs = dict[str, np.ndarray]
 
@@ -54,9 +54,9 @@ def measure(
     for i in range(len(images.pixels)):
         if i < known:
             runs.append(run := _run(sessions, reference, images.pixels, i))
-            scores.append(run[_CHAINED])
+            scores.append(run[_IN_USE])
         else:
-            scores.append(chain(sessions, images.pixels[i : i + 1])["score"])
+            scores.append(run_graphs(sessions, images.pixels[i : i + 1])["score"])
         on_progress()
     graphs = _compare(sessions, reference, runs)
     got = np.concatenate(scores)
@@ -117,10 +117,10 @@ def _known(sessions: Mapping[GraphName, Session], reference: Outputs) -> int:
 
 
 def _run(sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, i: int) -> Outputs:
-    """Every graph output for one image, each graph fed with the reference's inputs; `_CHAINED` is the score in use."""
-    run = chain(sessions, pixels[i : i + 1])
+    """Every graph output for one image, each graph fed with the reference's inputs; `_IN_USE` is the score in use."""
+    run = run_graphs(sessions, pixels[i : i + 1])
     ideal = {name: reference[name][i : i + 1] for name in sessions["fusion"].inputs}
-    return {**run, **sessions["fusion"].run(ideal), _CHAINED: run["score"]}
+    return {**run, **sessions["fusion"].run(ideal), _IN_USE: run["score"]}
 
 
 def _compare(

@@ -1,11 +1,11 @@
-"""What a session is, and ONNX Runtime's: one ONNX graph on the provider that was asked for and on no other."""
+"""ONNX Runtime's session: one ONNX graph on the provider that was asked for and on no other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mdnet_engines.system.cores import available_cores
 from mdnet_engines.system.gpu import visible_gpu
 
 if TYPE_CHECKING:
-    from mdnet_engines.bundle.manifest import GraphName
+    pass
 
 OrtBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
 PROVIDERS: dict[OrtBackend, str] = {
@@ -24,16 +24,6 @@ PROVIDERS: dict[OrtBackend, str] = {
 }
 _LARGE = 8 << 20  # bytes: the demo's graphs have up to 3 MB, the full size's 25 to 1,440
 _QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need not be in its log as well
-
-
-class Session(Protocol):
-    """One graph, ready to run on some runtime. Safe to call from several threads."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph on `feeds` (input name → array, batch first); give its outputs by name."""
 
 
 class OrtSession:
@@ -96,15 +86,9 @@ class OrtSession:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def chain(graphs: Mapping[GraphName, Session], images: np.ndarray) -> dict[str, np.ndarray]:
-    """Run a bundle's three graphs on uint8 images [n, S, S, 3]; give every output by name, `score` [n] among them."""
-    outputs = {**graphs["encoder"].run({"image": images}), **graphs["vim"].run({"image": images})}
-    return {**outputs, **graphs["fusion"].run(outputs)}
-
-
 def _is_large(path: Path) -> bool:
     """Whether a graph, with the weights beside it, computes for so long that decoding is nothing next to it."""
-    weights = path.with_name(f"{path.name.partition('.')[0]}.onnx.data")  # of both its forms
+    weights = path.with_name(f"{path.name.partition('.')[0]}.onnx.data")  # of both its variants
     return sum(file.stat().st_size for file in (path, weights) if file.exists()) >= _LARGE
 
 

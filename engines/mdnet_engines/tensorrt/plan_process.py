@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mdnet_engines.bundle.files import Bundle, check_file, file_entry
-from mdnet_engines.bundle.manifest import PORTABLE, BatchRange, EngineSet, PlanEntry, PlanRuntime
+from mdnet_engines.bundle.manifest import PORTABLE, BatchRange, PlanEntry, PlanRuntime, PlanSet
 from mdnet_engines.errors import BundleError, MDNetError, UsageError, first_line
 from mdnet_engines.system.child_process import Tell, ask
 from mdnet_engines.system.gpu import Gpu
@@ -41,7 +41,7 @@ class Built:
     """A set of plans and, unless it was there already, what building took: `engine.json`."""
 
     bundle: Bundle
-    engines: EngineSet
+    engines: PlanSet
     record: dict[str, Any] | None
 
 
@@ -126,11 +126,11 @@ def build_plans(
 
 def _describe(
     bundle: Bundle, host: Host, target: str, batch: BatchRange, workspace_gib: float | None, folder: Path
-) -> EngineSet:
+) -> PlanSet:
     """The manifest's entry for the plans in `folder`."""
     tuned = host.gpu if host.runtime == "tensorrt" else None
     cache = folder / TIMING_CACHE
-    return EngineSet(
+    return PlanSet(
         runtime=host.runtime,
         version=host.version,
         target=target,
@@ -164,7 +164,7 @@ def _targets(host: Host, wanted: Sequence[str]) -> list[str]:
     return sorted(set(named), key=sm_number)
 
 
-def _is_good(bundle: Bundle, engines: EngineSet) -> bool:
+def _is_good(bundle: Bundle, engines: PlanSet) -> bool:
     try:
         check_plans(bundle, engines)
     except BundleError:
@@ -175,7 +175,7 @@ def _is_good(bundle: Bundle, engines: EngineSet) -> bool:
     )
 
 
-def _old_cache(bundle: Bundle, old: EngineSet | None, on_note: Tell) -> str | None:
+def _old_cache(bundle: Bundle, old: PlanSet | None, on_note: Tell) -> str | None:
     """The timing cache of the set that is to be replaced, where it is as it was written: native code reads it."""
     if old is None or old.timing_cache is None:
         return None

@@ -3,7 +3,7 @@
     mdnet-bundle/engines/<runtime>-<version>-<target>/
         encoder.plan  vim.plan  fusion.plan  (timing.cache)  layers.json  engine.json
 
-A set of plans is an `EngineSet` of the manifest, its files are a cache: a bundle opens whatever has become of them. So
+A set of plans is an `PlanSet` of the manifest, its files are a cache: a bundle opens whatever has become of them. So
 whoever wants to load a plan calls `explain_incompatible`, which looks at no file, then `check_plans`, and hands a plan
 to native code only after both. `usable_plans` does so for all the sets of a runtime.
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdnet_engines.bundle.files import Bundle, check_file, read_manifest
-from mdnet_engines.bundle.manifest import MANIFEST_NAME, PORTABLE, EngineSet, GraphName, Manifest, PlanRuntime
+from mdnet_engines.bundle.manifest import MANIFEST_NAME, PORTABLE, GraphName, Manifest, PlanRuntime, PlanSet
 from mdnet_engines.errors import BundleError, MDNetError
 from mdnet_engines.system.atomic import exchange, flush_to_disk, new_file, settle
 from mdnet_engines.system.gpu import Gpu
@@ -55,11 +55,11 @@ def this_platform() -> str:
     return f"{sys.platform}-{platform.machine().lower()}"
 
 
-def plans_folder(bundle: Bundle, engines: EngineSet) -> Path:
+def plans_folder(bundle: Bundle, engines: PlanSet) -> Path:
     return bundle.path / ENGINES / engines.folder
 
 
-def plan_path(bundle: Bundle, engines: EngineSet, name: GraphName) -> Path:
+def plan_path(bundle: Bundle, engines: PlanSet, name: GraphName) -> Path:
     """The plan of the graph `name`. To be opened only after `check_plans`."""
     return plans_folder(bundle, engines) / engines.plans[name].file.name
 
@@ -69,7 +69,7 @@ def rebuild_command(bundle: Bundle, runtime: PlanRuntime) -> str:
     return f"mdnet-export engines {shlex.quote(str(bundle.path))} --backend {runtime}"
 
 
-def explain_incompatible(engines: EngineSet, manifest: Manifest, host: Host) -> str | None:
+def explain_incompatible(engines: PlanSet, manifest: Manifest, host: Host) -> str | None:
     """Why a set of plans can't be used on `host`, or None: what it was built for, and what was found. Reads no file."""
     runtime, gpu = NAMES[engines.runtime], host.gpu
     if other := [name for name, plan in engines.plans.items() if plan.graph != manifest.graphs[name].digest()]:
@@ -89,11 +89,11 @@ def explain_incompatible(engines: EngineSet, manifest: Manifest, host: Host) -> 
     return None
 
 
-def _target(engines: EngineSet) -> str:
+def _target(engines: PlanSet) -> str:
     return "RTX GPUs from Ampere (sm_80) on" if engines.target == PORTABLE else engines.target.replace("-", " and ")
 
 
-def _runs_on(engines: EngineSet, host: Host, gpu: Gpu) -> bool:
+def _runs_on(engines: PlanSet, host: Host, gpu: Gpu) -> bool:
     if engines.target != PORTABLE:
         return gpu.sm in engines.target.split("-")
     # Of those that TensorRT-RTX knows, and any later; sm_90, between them, is no RTX GPU.
@@ -106,13 +106,13 @@ def sm_number(sm: str) -> int:
     return int(sm.removeprefix("sm_"))
 
 
-def check_plans(bundle: Bundle, engines: EngineSet) -> None:
+def check_plans(bundle: Bundle, engines: PlanSet) -> None:
     """Raise `BundleError` unless every plan of the set is there, in the bundle's own folder, as the manifest says."""
     if damage := _damage(bundle, engines):
         raise BundleError(f"{damage}; build the plans again: {rebuild_command(bundle, engines.runtime)}")
 
 
-def _damage(bundle: Bundle, engines: EngineSet) -> str | None:
+def _damage(bundle: Bundle, engines: PlanSet) -> str | None:
     folder = plans_folder(bundle, engines)
     for step in (folder.parent, folder):
         if step.is_symlink() or not step.is_dir():
@@ -125,7 +125,7 @@ def _damage(bundle: Bundle, engines: EngineSet) -> str | None:
     return None
 
 
-def usable_plans(bundle: Bundle, host: Host) -> EngineSet:
+def usable_plans(bundle: Bundle, host: Host) -> PlanSet:
     """The first set of plans for the host's runtime that can be loaded on it.
 
     Raises:
@@ -165,7 +165,7 @@ def scratch_folder(bundle: Bundle) -> Iterator[Path]:
                 home.rmdir()
 
 
-def install_plans(bundle: Bundle, scratch: Path, engines: EngineSet) -> Bundle:
+def install_plans(bundle: Bundle, scratch: Path, engines: PlanSet) -> Bundle:
     """Put a finished folder of plans in its place and enter it in the manifest; gives the bundle as it is then.
 
     Raises:

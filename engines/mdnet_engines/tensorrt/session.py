@@ -37,7 +37,7 @@ from mdnet_engines.tensorrt.plan_builder import MODULES
 class TensorRTSessions:
     """The three graphs, ready to run. Safe to call from several threads; close it, or use it in a `with` block.
 
-    `graphs` has each graph as a session of its own, for `mdnet_engines.sessions.onnxruntime.chain` and the parity
+    `graphs` has each graph as a session of its own, for `mdnet_engines.sessions.session.run_graphs` and the parity
     gates; `run` is the way to scores. All run on the GPU that is the constructing thread's current one.
 
     Args:
@@ -166,7 +166,7 @@ class _Worker:
             raise
 
     def run(self, graph: GraphName | None, feeds: Mapping[str, np.ndarray], wanted: list[str]) -> dict[str, np.ndarray]:
-        """Run one graph, or the chain, on at most `max_batch` rows."""
+        """Run one graph, or all three, on at most `max_batch` rows."""
         rows = len(next(iter(feeds.values())))
         size = min(1 << (rows - 1).bit_length(), self._model.max_batch)
         if size not in self._contexts:

@@ -1,4 +1,4 @@
-"""Two forms of a graph in one folder, on one file of weights: for every runtime, and for ONNX Runtime on the CPU.
+"""Two variants of a graph in one folder, on one file of weights: for every runtime, and for ONNX Runtime on the CPU.
 
 encoder.onnx      encoder.cpu.onnx      encoder.onnx.data
 """
@@ -15,24 +15,24 @@ from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
 
-def cpu_form(file: Path) -> Path:
-    """Where the form of a graph for ONNX Runtime on the CPU lies, if it has one."""
+def cpu_variant(file: Path) -> Path:
+    """Where the variant of a graph for ONNX Runtime on the CPU lies, if it has one."""
     return file.with_name(f"{file.stem}.cpu.onnx")
 
 
 def write_forms(proto: onnx.ModelProto, file: Path) -> None:
-    """Write a graph, int8 or float32, to `file`, and its form for ONNX Runtime's CPU kernels beside it."""
+    """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels beside it."""
     data = file.with_name(f"{file.name}.data")
     data.unlink(missing_ok=True)  # onnx appends to a file that is there
     onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
     light = onnx.load(file, load_external_data=False)
-    onnx.save(for_onnxruntime_cpu(light), cpu_form(file))
+    onnx.save(for_onnxruntime_cpu(light), cpu_variant(file))
     scan_op.register_schemas()
-    for form in (file, cpu_form(file)):
-        onnx.checker.check_model(form, full_check=True)
+    for variant in (file, cpu_variant(file)):
+        onnx.checker.check_model(variant, full_check=True)
 
 
 def open_for_cpu(folder: Path, name: GraphName) -> OrtSession:
     """A graph in a bundle's folder, on ONNX Runtime's CPU provider."""
     file = folder / f"{name}.onnx"
-    return OrtSession(cpu_form(file) if cpu_form(file).exists() else file)
+    return OrtSession(cpu_variant(file) if cpu_variant(file).exists() else file)

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mdnet_engines.bundle.files import Bundle, read_manifest
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, EngineSet, GraphName, Manifest
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Manifest, PlanSet
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_engines.ops import native
 from mdnet_engines.system.atomic import new_folder
@@ -57,7 +57,7 @@ class Repository:
 
     path: Path
     serving: Serving
-    plans: EngineSet | None
+    plans: PlanSet | None
     size: int
     """Of all files, in bytes."""
 
@@ -165,7 +165,7 @@ def _check_name(name: str) -> None:
 # ------------------------------------------------------------------------------------------------- what is to be served
 
 
-def _choose_plans(bundle: Bundle, folder: str | None) -> EngineSet:
+def _choose_plans(bundle: Bundle, folder: str | None) -> PlanSet:
     """The set of plans to serve. Triton's TensorRT backend loads those of TensorRT, not those of TensorRT-RTX."""
     graphs, build = bundle.manifest.graphs, f"build them with: {rebuild_command(bundle, 'tensorrt')}"
     built = [each for each in bundle.manifest.engines if each.runtime == "tensorrt" and folder in (None, each.folder)]
@@ -183,7 +183,7 @@ def _choose_plans(bundle: Bundle, folder: str | None) -> EngineSet:
     return fresh[0]
 
 
-def _batch_limit(asked: int | None, plans: EngineSet | None) -> int:
+def _batch_limit(asked: int | None, plans: PlanSet | None) -> int:
     most = plans.batch.maximum if plans else None
     if most and asked and asked > most:
         raise UsageError(f"--max-batch-size is {asked}; the plans take {most} images at most")
@@ -204,7 +204,7 @@ def _library(root: str | None, serving: Serving) -> tuple[Path, str] | None:
 
 
 def _uses_library(bundle: Bundle, graph: GraphName, kind: Kind) -> bool:
-    """Vim has the selective scan; the form for the CPU of any graph has other operators of ours."""
+    """Vim has the selective scan; the variant for the CPU of any graph has other operators of ours."""
     return graph == "vim" or (kind == "cpu" and bundle.manifest.graphs[graph].cpu is not None)
 
 
@@ -226,7 +226,7 @@ def _write_model(folder: Path, config: dict[str, Any], files: list[Path]) -> Non
 
 
 def _write_facts(
-    folder: Path, manifest: Manifest, serving: Serving, engines: EngineSet | None, library: str | None
+    folder: Path, manifest: Manifest, serving: Serving, engines: PlanSet | None, library: str | None
 ) -> None:
     """README and marker; the latter lists what is there, itself included."""
     plans_for = f"TensorRT {engines.version} on {engines.gpu or engines.target}" if engines else None

@@ -37,7 +37,7 @@ class Setup:
 
     Args:
         bundle: its folder, and `manifest` what it holds.
-        backend: what runs the bundle, the subject of every ratio.
+        backend: what runs the bundle, the baseline of every ratio.
         against: backends, or `pytorch`, to run beside it.
         threads: per graph; 0 takes all the cores this process may use.
         images: locations, as `mdnet_rt.sources.locations` has them; without any, JPEGs of `image_size` are made.
@@ -59,7 +59,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Another contestant's time over the subject's, of the rounds' pairs: above 1 the subject is faster."""
+    """Another contestant's time over the baseline's, of the rounds' pairs: above 1 the baseline is faster."""
 
     median: float
     p25: float
@@ -68,7 +68,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of one contestant. A run is `images` images; `ratio` is missing for the subject itself."""
+    """One stage of one contestant. A run is `images` images; `ratio` is missing for the baseline itself."""
 
     stage: str
     contestant: str
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one batch size gave. `contestants`: what each said of itself, and `peak_memory_bytes` of its process."""
+    """What one batch size gave. `contestants`: what each says of itself, and `peak_memory_bytes` of its process."""
 
     batch_size: int
     rounds: int
@@ -92,7 +92,7 @@ class BatchResult:
 
 
 def contestants(setup: Setup) -> dict[str, str]:
-    """What is run, by the names that rows have, the subject first. One that runs against itself has two names."""
+    """What is run, by the names that rows have, the baseline first. One that runs against itself has two names."""
     others = {f"{each} (again)" if each == setup.backend else each: each for each in setup.against}
     return {setup.backend: setup.backend, **others}
 
@@ -107,10 +107,10 @@ def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = l
         chosen = contestants(setup)
         on_step(f"batch {batch_size}: starting {', '.join(chosen)}")
         workers = [stack.enter_context(_start(setup, name, what, batch_size)) for name, what in chosen.items()]
-        facts = [worker.ready() for worker in workers]
-        for worker, said in zip(workers, facts, strict=True):
-            _check_shapes(worker.name, said, setup.manifest)
-        runs = [said["images_per_run"] for said in facts]
+        told = [worker.ready() for worker in workers]
+        for worker, facts in zip(workers, told, strict=True):
+            _check_shapes(worker.name, facts, setup.manifest)
+        runs = [facts["images_per_run"] for facts in told]
         # Decoding is the same for all.
         stages = {stage: [i for i, known in enumerate(runs) if stage in known] for stage in STAGES}
         stages["decode"] = [0]
@@ -122,8 +122,8 @@ def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = l
             on_step(f"batch {batch_size}: round {len(rounds) + 1}")
             rounds.append(_round(workers, stages, turned=len(rounds) % 2 == 1))
         about = {
-            worker.name: {**said, "peak_memory_bytes": worker.peak_memory()}
-            for worker, said in zip(workers, facts, strict=True)
+            worker.name: {**facts, "peak_memory_bytes": worker.peak_memory()}
+            for worker, facts in zip(workers, told, strict=True)
         }
 
     def times(stage: str, i: int) -> list[float]:
@@ -138,13 +138,13 @@ def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = l
 
 
 def make_row(
-    stage: str, contestant: str, images: int, seconds: Sequence[float], subject: Sequence[float] | None
+    stage: str, contestant: str, images: int, seconds: Sequence[float], baseline: Sequence[float] | None
 ) -> Row:
-    """The figures of one contestant's runs. `subject`: the seconds of the subject in the same rounds."""
+    """The figures of one contestant's runs. `baseline`: the seconds of the baseline in the same rounds."""
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, (50, 90, 99)) * 1e3)
     ratio = None
-    if subject is not None:
-        p25, median, p75 = (float(value) for value in np.percentile(np.divide(seconds, subject), (25, 50, 75)))
+    if baseline is not None:
+        p25, median, p75 = (float(value) for value in np.percentile(np.divide(seconds, baseline), (25, 50, 75)))
         ratio = Ratio(median, p25, p75)
     return Row(stage, contestant, images, len(seconds), p50, p90, p99, images * len(seconds) / sum(seconds), ratio)
 
@@ -156,7 +156,7 @@ def to_json(setup: Setup, results: Sequence[BatchResult], command: str) -> dict[
         "command": command,
         **describe_host(),
         "bundle": describe_bundle(setup.manifest),
-        "subject": setup.backend,
+        "baseline": setup.backend,
         "threads": setup.threads or available_cores(),
         "batches": [asdict(result) for result in results],
     }
@@ -181,10 +181,10 @@ def _start(setup: Setup, name: str, what: str, batch_size: int) -> Worker:
     return Worker(name, ["-m", "mdnet_rt.bench.worker", *arguments], threads=threads)
 
 
-def _check_shapes(name: str, said: dict[str, Any], manifest: Manifest) -> None:
+def _check_shapes(name: str, facts: dict[str, Any], manifest: Manifest) -> None:
     """Refuse a model of another size: the preset alone does not say everything (Vim's stride, for one)."""
     own = {spec.name: spec.shape[1:] for graph in manifest.graphs.values() for spec in graph.outputs}
-    for output, shape in said.get("shapes", {}).items():
+    for output, shape in facts.get("shapes", {}).items():
         if own.get(output) != shape:
             raise UsageError(
                 f"{name}: the preset {manifest.preset} gives {output} {shape}, this bundle {own.get(output)}; "

@@ -133,7 +133,7 @@ def _about(result: BatchResult) -> Iterator[str]:
     yield f"images: {source}{skipped}"
 
 
-def _table(result: BatchResult, subject: str) -> Table:
+def _table(result: BatchResult, baseline: str) -> Table:
     from rich.table import Table
 
     peaks = ", ".join(
@@ -150,7 +150,7 @@ def _table(result: BatchResult, subject: str) -> Table:
     for title in ("images", "p50 ms", "p90 ms", "p99 ms", "images/s"):
         table.add_column(title, justify="right")
     if several:
-        table.add_column(f"{subject} ÷ this", no_wrap=True)
+        table.add_column(f"{baseline} ÷ this", no_wrap=True)
     stage = ""
     for row in result.rows:
         cells = [row.stage if row.stage != stage else "", *([row.contestant] if several else []), str(row.images)]

@@ -21,7 +21,7 @@ from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.parity.measure import measure_scores
 from mdnet_engines.parity.probes import read_probes
-from mdnet_engines.sessions.onnxruntime import Session
+from mdnet_engines.sessions.session import Session
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.images.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory
 from mdnet_rt.rows.result import Result

@@ -19,12 +19,13 @@ from mdnet_engines.backends import candidates as backends
 from mdnet_engines.backends.candidates import BACKENDS, Backend, Choice, candidates, named, open_choice
 from mdnet_engines.backends.choice import choose, open_graphs
 from mdnet_engines.bundle.files import Bundle, file_entry
-from mdnet_engines.bundle.manifest import BatchRange, EngineSet, PlanEntry
+from mdnet_engines.bundle.manifest import BatchRange, PlanEntry, PlanSet
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions import openvino as openvino_session
-from mdnet_engines.sessions.onnxruntime import OrtSession, chain
+from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.system import machine
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt import plan_process
@@ -119,7 +120,7 @@ def test_the_graphs_that_are_opened_give_the_bundles_outputs(backend: Backend, f
         name: expected[chosen] for name, chosen in choose(fp32, backend, threads=1).graphs.items()
     }
     images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
-    outputs = chain(graphs, images)
+    outputs = run_graphs(graphs, images)
     colours = images.astype(np.float64).mean((1, 2))
     np.testing.assert_allclose(outputs["down"], colours, rtol=1e-5)  # sums of 4096 bytes in float32
     np.testing.assert_allclose(outputs["tokens"], -colours, rtol=1e-5)
@@ -201,7 +202,7 @@ def test_only_onnxruntime_on_the_cpu_takes_the_form_made_for_it(tmp_path: Path) 
 
 def with_plans(bundle: Bundle, plans: dict[Any, Path], runtime: Any, maximum: int = 4) -> Bundle:
     """`bundle` with `plans` in its manifest, and on disk where its manifest says."""
-    engines = EngineSet(
+    engines = PlanSet(
         runtime=runtime,
         version="11.4.0",
         target="sm_90",

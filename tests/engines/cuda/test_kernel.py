@@ -74,7 +74,7 @@ def test_committed_ptx_is_made_from_the_source() -> None:
 
 
 def test_the_same_nvrtc_gives_the_committed_ptx_again() -> None:
-    committed, again = cuda_kernel.ptx(), cuda_kernel.committed_form(compiled(cuda_kernel.COMPILED_FOR))
+    committed, again = cuda_kernel.ptx(), cuda_kernel.committed_ptx(compiled(cuda_kernel.COMPILED_FOR))
     mine, its = (text.splitlines()[0].rpartition("NVRTC ")[2] for text in (again, committed))
     if mine != its:
         pytest.skip(f"the committed PTX is NVRTC {its}'s, here is {mine}")

@@ -16,7 +16,7 @@ import pytest
 from small_bundle import write_small_bundle
 
 from mdnet_engines.bundle.files import Bundle, file_entry
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, EngineSet, PlanEntry
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, PlanEntry, PlanSet
 from mdnet_engines.errors import BundleError, MDNetError
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt import plans
@@ -46,7 +46,7 @@ def digest(bundle: Bundle, name: str) -> str:
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
-def make(bundle: Bundle, folder: Path, content: str = "plan", **changes: Any) -> EngineSet:
+def make(bundle: Bundle, folder: Path, content: str = "plan", **changes: Any) -> PlanSet:
     """Write plans of `content` into `folder`, and describe them."""
     entries = {}
     for name in GRAPH_NAMES:
@@ -59,7 +59,7 @@ def make(bundle: Bundle, folder: Path, content: str = "plan", **changes: Any) ->
         "batch": BatchRange(minimum=1, optimum=8, maximum=32),
         "plans": entries,
     }
-    return EngineSet.model_validate({**described, **changes})
+    return PlanSet.model_validate({**described, **changes})
 
 
 def install(bundle: Bundle, content: str = "plan", **changes: Any) -> Bundle:

@@ -20,7 +20,7 @@ from gpu_stand_in import ENGINES, SIZE, Gpu, assert_same, images, reference, wri
 from gpu_stand_in.networks import MEMORY
 
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.sessions.onnxruntime import chain
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.tensorrt.plan_builder import MODULES
 from mdnet_engines.tensorrt.session import TensorRTSessions
 
@@ -196,7 +196,7 @@ def test_each_graph_runs_alone_as_a_session(sessions: TensorRTSessions) -> None:
     for batch in BATCHES:
         pixels = images(batch, seed=batch)
         expected = reference(pixels)
-        assert_same(chain(sessions.graphs, pixels), expected)
+        assert_same(run_graphs(sessions.graphs, pixels), expected)
         features = {name: expected[name][::-1] + 1 for name in sessions.graphs["fusion"].inputs}
         assert_same(sessions.graphs["fusion"].run(features), ENGINES["fusion"].compute(**features))
         assert_same(sessions.run(pixels, all_outputs=True), expected)  # their runs leave the chain as it was

@@ -10,7 +10,8 @@ import pytest
 
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, PlanRuntime
-from mdnet_engines.sessions.onnxruntime import OrtSession, chain
+from mdnet_engines.sessions.onnxruntime import OrtSession
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.tensorrt.plan_process import build_plans, probe
 from mdnet_engines.tensorrt.plans import plan_path
 from mdnet_engines.tensorrt.session import TensorRTSessions
@@ -51,14 +52,14 @@ def test_plans_give_the_outputs_of_onnx_runtime(bundle: Bundle, runtime: PlanRun
     size, most = bundle.manifest.preprocessing.image_size, min(8, built.engines.batch.maximum)
     random = np.random.default_rng(0)
     batches = [random.integers(0, 256, (n, size, size, 3), np.uint8) for n in (1, 3, most, most + 1, 1, 3, most, 3)]
-    expected = [chain(reference, batch) for batch in batches]
+    expected = [run_graphs(reference, batch) for batch in batches]
     plans = {name: plan_path(built.bundle, built.engines, name) for name in GRAPH_NAMES}
     with TensorRTSessions(plans, runtime=runtime, max_batch=most) as sessions:
 
         def run() -> None:
             for batch, outputs in zip(batches, expected, strict=True):
                 assert_close(sessions.run(batch, all_outputs=True), outputs)
-                assert_close(chain(sessions.graphs, batch), outputs)
+                assert_close(run_graphs(sessions.graphs, batch), outputs)
 
         run()
         with ThreadPoolExecutor(2) as pool:

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from small_bundle import SIZE, write_small_bundle
 
 from mdnet_engines.bundle.files import Bundle, file_entry
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, EngineSet, PlanEntry
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, PlanEntry, PlanSet
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.ops import native
 from mdnet_engines.tensorrt.plans import install_plans, plan_path, scratch_folder
@@ -321,7 +321,7 @@ def install(bundle: Bundle, **changes: Any) -> Bundle:
             )
         batch = BatchRange(minimum=1, optimum=4, maximum=8)
         described = {"runtime": "tensorrt", "version": "11.4.0.106", "target": "sm_90", "batch": batch, "plans": plans}
-        return install_plans(bundle, scratch, EngineSet.model_validate({**described, **changes}))
+        return install_plans(bundle, scratch, PlanSet.model_validate({**described, **changes}))
 
 
 def test_plans_are_served_where_the_bundle_has_them(small: Bundle, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 from mdnet.data.scut_fbp5500 import GROUPS, Rated, read_splits
 from mdnet.evaluation.evaluate import Evaluation, predict
 from mdnet.evaluation.protocols import Benchmark, SplitResult, assign, run_benchmark, seen_images
-from mdnet.evaluation.scored_model import Device, Subject, training_of
+from mdnet.evaluation.scored_model import Device, ScoredModel, training_of
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import MDNetError, UsageError
@@ -26,7 +26,7 @@ SIZE = 32
 
 
 @dataclass(frozen=True)
-class Brightness(Subject):
+class Brightness(ScoredModel):
     """A model that scores how bright an image is, times `gain`."""
 
     gain: float = 1.0
@@ -41,7 +41,7 @@ def brightness(images: np.ndarray) -> np.ndarray:
     return 1 + images.astype(np.float32).mean(axis=(1, 2, 3)) / 64
 
 
-def subject(name: str = "model", gain: float = 1.0, **training: object) -> Brightness:
+def scored_by(name: str = "model", gain: float = 1.0, **training: object) -> Brightness:
     return Brightness(Path(name), "checkpoint", SIZE, training_of(training), gain=gain)
 
 
@@ -50,7 +50,7 @@ def expected_scores(data: Rated) -> np.ndarray:
 
 
 def test_cv5_is_every_fold_then_mean_and_sample_deviation(faces: Path) -> None:
-    model = subject()
+    model = scored_by()
     result = run_benchmark([model], faces, "cv5", batch_size=5)
     folds = read_splits(faces, "cv5")
     rows = []
@@ -68,7 +68,7 @@ def test_cv5_is_every_fold_then_mean_and_sample_deviation(faces: Path) -> None:
 
 
 def test_groups_are_by_name_and_partition_the_test_images(faces: Path) -> None:
-    (split,) = run_benchmark([subject()], faces, "60-40").splits
+    (split,) = run_benchmark([scored_by()], faces, "60-40").splits
     (test,) = (one.test for one in read_splits(faces, "60-40"))
     scores, truth = expected_scores(test), test.ratings.astype(np.float64)
     for group in GROUPS:
@@ -81,7 +81,7 @@ def test_groups_are_by_name_and_partition_the_test_images(faces: Path) -> None:
 
 
 def test_five_models_score_their_own_folds_in_order(faces: Path) -> None:
-    result = run_benchmark([subject(f"{n}", gain=n) for n in range(1, 6)], faces, "cv5")
+    result = run_benchmark([scored_by(f"{n}", gain=n) for n in range(1, 6)], faces, "cv5")
     for gain, (fold, split) in enumerate(zip(read_splits(faces, "cv5"), result.splits, strict=True), start=1):
         np.testing.assert_allclose(split.scores, gain * expected_scores(fold.test), rtol=1e-6)
 
@@ -89,7 +89,7 @@ def test_five_models_score_their_own_folds_in_order(faces: Path) -> None:
 def test_progress_and_results_come_split_by_split(faces: Path) -> None:
     events: list[tuple[str, int]] = []
     run_benchmark(
-        [subject()],
+        [scored_by()],
         faces,
         "cv5",
         batch_size=8,
@@ -102,7 +102,7 @@ def test_progress_and_results_come_split_by_split(faces: Path) -> None:
 def test_a_split_without_a_group_leaves_a_gap_and_no_mean() -> None:
     def split(names: list[str]) -> SplitResult:
         ratings = np.linspace(2, 4, len(names), dtype=np.float32)
-        return SplitResult("fold", subject(), Rated([Path(name) for name in names], ratings), ratings + 0.5)
+        return SplitResult("fold", scored_by(), Rated([Path(name) for name in names], ratings), ratings + 0.5)
 
     result = Benchmark("cv5", "faces", [split(["AF1.jpg", "AF2.jpg", "CM1.jpg"]), split(["AF3.jpg", "AF4.jpg"])], [])
     assert result.spread("AF").mean == pytest.approx({"pearson": 1.0, "mae": 0.5, "rmse": 0.5})
@@ -118,7 +118,7 @@ def test_a_split_without_a_group_leaves_a_gap_and_no_mean() -> None:
 
 
 def test_json_has_every_score(faces: Path) -> None:
-    result = run_benchmark([subject()], faces, "60-40")
+    result = run_benchmark([scored_by()], faces, "60-40")
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     (split,) = document["splits"]
     assert [row["score"] for row in split["predictions"]] == result.splits[0].scores.tolist()
@@ -135,7 +135,7 @@ def test_json_has_every_score(faces: Path) -> None:
 @pytest.mark.parametrize(("protocol", "count"), [("60-40", 2), ("60-40", 5), ("cv5", 2), ("cv5", 6), ("cv5", 0)])
 def test_a_wrong_number_of_models_is_refused(protocol: str, count: int) -> None:
     with pytest.raises(UsageError, match=f"{count} models for protocol {protocol}; expected one"):
-        assign([subject()] * count, protocol)
+        assign([scored_by()] * count, protocol)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_wrong_number_of_models_is_refused(protocol: str, count: int) -> None:
 def test_one_model_that_has_seen_test_images_is_told_of_once(
     protocol: str, training: dict[str, object], reason: str | None
 ) -> None:
-    notes = seen_images(assign([subject(**training)], protocol), protocol)
+    notes = seen_images(assign([scored_by(**training)], protocol), protocol)
     if reason is None:
         assert notes == []
         return
@@ -173,12 +173,12 @@ def test_one_model_that_has_seen_test_images_is_told_of_once(
 
 def test_of_five_models_only_those_at_the_wrong_fold_are_told_of() -> None:
     def models(*folds: int) -> list[Brightness]:
-        return [subject(f"m{row}", protocol="cv5", fold=fold) for row, fold in enumerate(folds, start=1)]
+        return [scored_by(f"m{row}", protocol="cv5", fold=fold) for row, fold in enumerate(folds, start=1)]
 
     assert seen_images(models(1, 2, 3, 4, 5), "cv5") == []
     wrong = seen_images(models(2, 1, 3, 4, 5), "cv5")
     assert [note.split(",")[0] for note in wrong] == ["m1 was trained for fold 2", "m2 was trained for fold 1"]
-    assert seen_images([subject(f"m{n}") for n in range(1, 6)], "cv5") == []  # they say nothing: nothing is known
+    assert seen_images([scored_by(f"m{n}") for n in range(1, 6)], "cv5") == []  # they say nothing: nothing is known
 
 
 def test_notes_of_any_kind_make_a_training() -> None:

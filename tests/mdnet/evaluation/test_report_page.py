@@ -14,7 +14,7 @@ from mdnet.data.scut_fbp5500 import GROUPS, Protocol, Rated
 from mdnet.evaluation.protocols import Benchmark, SplitResult
 from mdnet.evaluation.published import PUBLISHED
 from mdnet.evaluation.report_page import render_report
-from mdnet.evaluation.scored_model import Subject
+from mdnet.evaluation.scored_model import ScoredModel
 from mdnet.model.checkpoint import demo_checkpoint
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.report.charts import MAX_POINTS
@@ -24,13 +24,13 @@ def benchmark(
     protocol: Protocol = "cv5", images: int = 40, notes: list[str] | None = None, data: str = "d"
 ) -> Benchmark:
     rng = np.random.default_rng(4)
-    subject = Subject(Path("model.safetensors"), "checkpoint", 128, Training(), {"preset": "demo"})
+    model = ScoredModel(Path("model.safetensors"), "checkpoint", 128, Training(), {"preset": "demo"})
     names = ["60-40"] if protocol == "60-40" else [f"fold {n}" for n in range(1, 6)]
     splits = []
     for row, name in enumerate(names):
         files = [Path(f"{GROUPS[i % 4]}{1 + i + row * images}.jpg") for i in range(images)]
         ratings = rng.uniform(1, 5, images).astype(np.float32)
-        splits.append(SplitResult(name, subject, Rated(files, ratings), ratings + rng.normal(0, 0.3, images)))
+        splits.append(SplitResult(name, model, Rated(files, ratings), ratings + rng.normal(0, 0.3, images)))
     return Benchmark(protocol, data, splits, notes or [])
 
 
@@ -135,9 +135,9 @@ def test_a_whole_data_set_gives_a_small_page() -> None:
 @pytest.mark.parametrize("scores", [np.full(4, 3.0), np.array([2.0, 3.0, 4.0, 5.0])])
 @pytest.mark.parametrize("ratings", [np.full(4, 3.0), np.array([2.0, 3.0, 4.0, 5.0])])
 def test_equal_scores_or_ratings_still_make_a_page(scores: np.ndarray, ratings: np.ndarray) -> None:
-    subject = Subject(Path("m"), "bundle", 128, Training())
+    model = ScoredModel(Path("m"), "bundle", 128, Training())
     test = Rated([Path(f"{group}1.jpg") for group in GROUPS], ratings.astype(np.float32))
-    html = render_report(Benchmark("60-40", "d", [SplitResult("60-40", subject, test, scores)], []), facts={})
+    html = render_report(Benchmark("60-40", "d", [SplitResult("60-40", model, test, scores)], []), facts={})
     for name in ("scatter", "residuals", "histogram"):
         chart(html, name)
     assert table(Page(html), "groups")["AF"][1] == "–"  # no correlation of one image

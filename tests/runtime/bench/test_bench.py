@@ -142,7 +142,7 @@ def test_the_file_has_every_stage_and_what_a_reader_needs(shared_bundle: Path, t
     manifest = Bundle.open(shared_bundle).manifest
     assert found["bundle"]["digest"] == Stamp.of(manifest).bundle
     assert (found["bundle"]["preset"], found["bundle"]["precision"]) == ("tiny", "fp32")
-    assert (found["subject"], found["threads"]) == ("onnxruntime-cpu", 1)
+    assert (found["baseline"], found["threads"]) == ("onnxruntime-cpu", 1)
     assert found["machine"]["cores_usable"] >= 1
     assert found["machine"]["instruction_sets"] == this_machine().features
     assert {"python", "mdnet", "numpy", "pillow"} <= set(found["versions"])
