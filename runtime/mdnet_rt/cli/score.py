@@ -21,7 +21,7 @@ from mdnet_rt.rows.writers import FORMATS, Format, check_output, choose_format, 
 
 if TYPE_CHECKING:
     from mdnet_rt.rows.gallery import Gallery
-    from mdnet_rt.scoring.run import Engine, Settings
+    from mdnet_rt.scoring.run import Executor, Settings
 
 _WEIGHTS_NOTES = {
     "demo": "note: this bundle has the demo weights; its scores mean nothing for real people",
@@ -48,7 +48,7 @@ _REMOTE_WORKERS = 16  # which wait more than they decode
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
 @click.option("--no-check", is_flag=True, help="Score although the backend is off the bundle's gates on this machine.")
 @click.option(
-    "--engine",
+    "--executor",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
@@ -76,7 +76,7 @@ def score(
     workers: int,
     backend: Backend,
     no_check: bool,
-    engine: str,
+    executor: str,
     ray_address: str | None,
     ray_actors: int | None,
 ) -> int:
@@ -110,7 +110,7 @@ def score(
         keep_pixels=report is not None,
         check=not no_check,
     )
-    with _open_engine(engine, settings, ray_address, ray_actors) as (manifest, score_locations):
+    with _open_executor(executor, settings, ray_address, ray_actors) as (manifest, score_locations):
         if note := _WEIGHTS_NOTES.get(manifest.provenance.weights):
             say(note)
         if manifest.probes is None:
@@ -132,18 +132,18 @@ def score(
     return 1 if summary.failed else 0
 
 
-def _open_engine(
-    engine: str, settings: Settings, ray_address: str | None, ray_actors: int | None
-) -> AbstractContextManager[Engine]:
-    if engine == "ray":
-        from mdnet_rt.cluster.ray_engine import ray_engine
+def _open_executor(
+    executor: str, settings: Settings, ray_address: str | None, ray_actors: int | None
+) -> AbstractContextManager[Executor]:
+    if executor == "ray":
+        from mdnet_rt.cluster.ray_engine import ray_executor
 
-        return ray_engine(settings, address=ray_address, actors=ray_actors)
+        return ray_executor(settings, address=ray_address, actors=ray_actors)
     if ray_address or ray_actors:
-        raise UsageError("--ray-address and --ray-actors are about --engine ray, which is not given")
-    from mdnet_rt.scoring.run import local_engine
+        raise UsageError("--ray-address and --ray-actors require --executor ray")
+    from mdnet_rt.scoring.run import local_executor
 
-    return local_engine(settings)
+    return local_executor(settings)
 
 
 def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callable[[], Iterator[str]]:

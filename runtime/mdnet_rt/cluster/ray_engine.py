@@ -26,7 +26,7 @@ from mdnet_engines.console import say
 from mdnet_engines.errors import MDNetError, first_line, require
 from mdnet_rt.cluster.ray_cluster import Pool, choose_pool, connected, last_line, without_core_logs
 from mdnet_rt.rows.result import Result
-from mdnet_rt.scoring.run import Engine, Settings, local_engine
+from mdnet_rt.scoring.run import Executor, Settings, local_executor
 from mdnet_rt.scoring.scorer import find_bundle
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _MOST_DEATHS = 10
 
 
 @contextlib.contextmanager
-def ray_engine(settings: Settings, *, address: str | None = None, actors: int | None = None) -> Iterator[Engine]:
-    """Give an engine that scores on a Ray cluster. A cluster that is started for it ends with it.
+def ray_executor(settings: Settings, *, address: str | None = None, actors: int | None = None) -> Iterator[Executor]:
+    """Give an executor that scores on a Ray cluster. A cluster that is started for it ends with it.
 
     Args:
         address: `host:port`, or `local` for a new Ray on this machine; None is Ray's own rule: `$RAY_ADDRESS`, else a
@@ -75,7 +75,7 @@ def ray_engine(settings: Settings, *, address: str | None = None, actors: int | 
             scored = _score(shards, pool, worker, manifest.preprocessing.image_size, stop or threading.Event())
             return runs.enter_context(closing(scored))  # a run that is left early ends before its Ray does
 
-        yield Engine(manifest, rows)
+        yield Executor(manifest, rows)
 
 
 class _Worker:
@@ -92,8 +92,8 @@ class _Worker:
             _give_up_after_many(deaths)
             with contextlib.suppress(OSError):  # needed for relative paths alone; those are then said not to be there
                 os.chdir(folder)
-            self._engine = self._stack.enter_context(local_engine(settings))
-            if self._engine.manifest.digest() != digest:
+            self._executor = self._stack.enter_context(local_executor(settings))
+            if self._executor.manifest.digest() != digest:
                 raise MDNetError(f"{settings.bundle} is another bundle there than where the run was started")
         except Exception as error:
             self._error = _explained(error)
@@ -111,7 +111,7 @@ class _Worker:
         number, rows, error = 0, list[Result](), self._error
         if error is None:
             try:
-                for row in self._engine.rows(shard.locations, iter(shard.done), None):
+                for row in self._executor.rows(shard.locations, iter(shard.done), None):
                     rows.append(row)
                     if len(rows) == self._batch_size:
                         yield Part(shard.number, number, rows)

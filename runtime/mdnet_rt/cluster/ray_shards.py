@@ -81,7 +81,7 @@ def split(locations: Iterable[str], done: Iterator[str], size: int) -> Iterator[
             number, held = number + 1, []
         if archive_kind(location):
             if resumed and location in archives:
-                raise UsageError(f"{printable(location)} comes twice, which --engine ray can't resume; use local")
+                raise UsageError(f"{printable(location)} comes twice, which --executor ray can't resume; use local")
             archives.add(location)
             yield Shard(number, [location], left.take_members(location))
             number += 1

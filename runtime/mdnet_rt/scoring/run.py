@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How images become rows, whichever engine does it; the names are those of `Scorer.open` and `Scorer.stream`.
+    """How images become rows, whichever executor does it; the names are those of `Scorer.open` and `Scorer.stream`.
 
     `column` is that of Parquet files; `face`, when it is "crop", scores a square around the face.
     """
@@ -41,7 +41,7 @@ class Settings:
     check: bool = True
 
 
-class Engine(NamedTuple):
+class Executor(NamedTuple):
     """What scores. `rows` takes locations, the names of the rows that are there, in their order, and an event that ends
     it early; it gives the other rows of these locations, in order.
     """
@@ -51,8 +51,8 @@ class Engine(NamedTuple):
 
 
 @contextlib.contextmanager
-def local_engine(settings: Settings) -> Iterator[Engine]:
-    """Give an engine that scores in this process.
+def local_executor(settings: Settings) -> Iterator[Executor]:
+    """Give an executor that scores in this process.
 
     Raises:
         As `Scorer.open` does.
@@ -78,7 +78,7 @@ def local_engine(settings: Settings) -> Iterator[Engine]:
         batch_size=settings.batch_size,
         check=settings.check,
     ) as scorer:
-        yield Engine(scorer.manifest, rows)
+        yield Executor(scorer.manifest, rows)
 
 
 def score_all(

@@ -1,4 +1,4 @@
-"""Images that arrive one by one → batches for the engine, which runs in a thread of its own, one batch at a time."""
+"""Images that arrive one by one → batches for the model, which runs in a thread of its own, one batch at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdnet_engines.errors import MDNetError, first_line
 
 
 class Job(Protocol):
-    """One preprocessed image on its way through the engine."""
+    """One preprocessed image on its way through the model."""
 
     image: np.ndarray
     """uint8 `[S, S, 3]`."""
@@ -31,15 +31,15 @@ Scores: TypeAlias = list[float] | MDNetError
 
 
 class Batcher:
-    """A queue in front of an engine.
+    """A queue in front of a model.
 
-    A batch is what has arrived when the engine is free: up to `max_batch` images, in the order they were put. A batch
+    A batch is what has arrived when the model is free: up to `max_batch` images, in the order they were put. A batch
     that is not full waits for more until its oldest image is `max_wait` seconds old. How long the queue may get is for
     the caller to bound.
 
     Args:
         score: uint8 `[n, S, S, 3]` → `[n]` scores; only ever called by the batcher's thread.
-        deliver: called by that thread with the jobs of a batch, their scores and the seconds the engine took; unwanted
+        deliver: called by that thread with the jobs of a batch, their scores and the seconds the model took; unwanted
             jobs come with no scores and no time.
     """
 
@@ -54,13 +54,13 @@ class Batcher:
         self._score, self._deliver = score, deliver
         self._max_batch, self._max_wait = max_batch, max_wait
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        # A daemon: an engine that hangs must not keep the process from ending when it is told to twice.
-        self._thread = threading.Thread(target=self._run, name="mdnet-engine", daemon=True)
+        # A daemon: a model that hangs must not keep the process from ending when it is told to twice.
+        self._thread = threading.Thread(target=self._run, name="mdnet-model", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the model's thread runs."""
         return self._thread.is_alive()
 
     def put(self, job: Job) -> None:
@@ -110,5 +110,5 @@ class Batcher:
             return [float(score) for score in self._score(np.stack([job.image for job in batch]))]
         except MDNetError as error:
             return error
-        except Exception as error:  # the thread must outlive whatever an engine raises
+        except Exception as error:  # the thread must outlive whatever a model raises
             return MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")

@@ -41,7 +41,7 @@ class Metrics:
         )
         self.decode_seconds = histogram("mdnet_decode_seconds", "Decoding and preprocessing of one image.")
         self.queue_seconds = histogram("mdnet_queue_seconds", "From a decoded image to its batch.")
-        self.engine_seconds = histogram("mdnet_engine_seconds", "The engine's time for one batch.")
+        self.model_seconds = histogram("mdnet_model_seconds", "The model's time for one batch.")
 
     def count_nameless(self, status: int) -> None:
         """Count an answer to what has no readable path."""

@@ -24,7 +24,7 @@ class Settings:
     max_wait: float = 0.005
     """How long the oldest image of a batch that is not full waits for others."""
     max_queue: int = 256
-    """Images of all requests that are decoded, waiting or in the engine; a request that would exceed it gets 429."""
+    """Images of all requests that are decoded, waiting or in the model; a request that would exceed it gets 429."""
     max_images: int = 64
     """Images in one request."""
     max_body: int = 32 * MEBIBYTE

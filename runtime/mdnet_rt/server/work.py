@@ -1,8 +1,8 @@
-"""Requests → outcomes: what is let in, decoding in a small pool, batches through the engine, time-outs.
+"""Requests → outcomes: what is let in, decoding in a small pool, batches through the model, time-outs.
 
-    admitted ──► decode (threads; large images in processes) ──► batcher ──► engine (one thread) ──► the event loop,
+    admitted ──► decode (threads; large images in processes) ──► batcher ──► model (one thread) ──► the event loop,
                                                                                                    once per batch
-All bookkeeping is done by the event loop's thread; decoders and engine only hand over what they made.
+All bookkeeping is done by the event loop's thread; decoders and model only hand over what they made.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Task:
 
 @dataclass(eq=False)
 class _ImageJob:
-    """One image of a task, on its way through decoder and engine."""
+    """One image of a task, on its way through decoder and model."""
 
     task: _Task
     index: int
@@ -103,11 +103,11 @@ class Work:
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="mdnet-decode")
         self._large = LargeDecoders(max(1, decoders // 2), settings.score_timeout)
         self._batcher = Batcher(score, self._from_engine, max_batch=settings.max_batch, max_wait=settings.max_wait)
-        metrics.watch("mdnet_queue_images", "Images that are decoded, waiting or in the engine.", lambda: self.load)
+        metrics.watch("mdnet_queue_images", "Images that are decoded, waiting or in the model.", lambda: self.load)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the model's thread runs."""
         return self._batcher.alive
 
     def check_room(self, images: int = 1) -> None:
@@ -205,7 +205,7 @@ class Work:
 
         return decode(payload, admit=admit, **self._options)
 
-    # In the engine's thread.
+    # In the model's thread.
 
     def _from_engine(self, jobs: list[Job], scores: Scores, seconds: float) -> None:
         self._call(self._deliver, jobs, scores, seconds, time.monotonic() - seconds)
@@ -224,7 +224,7 @@ class Work:
                 self._finish(job, None)
             return
         self._metrics.batch_size.observe(len(jobs))
-        self._metrics.engine_seconds.observe(seconds)
+        self._metrics.model_seconds.observe(seconds)
         newest = seconds / len(jobs)
         self._seconds_per_image += (newest - self._seconds_per_image) * (_SMOOTHING if self._seconds_per_image else 1)
         for index, job in enumerate(jobs):

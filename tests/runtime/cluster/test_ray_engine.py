@@ -1,4 +1,4 @@
-"""`mdnet-rt score --engine ray` gives what one process gives: on a local Ray of two CPUs, with two actors."""
+"""`mdnet-rt score --executor ray` gives what one process gives: on a local Ray of two CPUs, with two actors."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from onnx import helper, numpy_helper
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.cli.main import main
 from mdnet_rt.cluster.ray_cluster import Pool, choose_pool
-from mdnet_rt.cluster.ray_engine import _checked, ray_engine
+from mdnet_rt.cluster.ray_engine import _checked, ray_executor
 from mdnet_rt.cluster.ray_shards import Part
 from mdnet_rt.rows.result import Result as Row
-from mdnet_rt.scoring.run import Settings, local_engine
+from mdnet_rt.scoring.run import Settings, local_executor
 from mdnet_rt.sources.locations import find_locations
 
 ray = pytest.importorskip("ray")
 
 Photo = Callable[..., Path]
-RAY = ("--engine", "ray", "--ray-actors", "2")
+RAY = ("--executor", "ray", "--ray-actors", "2")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def inputs(folder: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_file_is_the_one_that_the_local_engine_writes(
+def test_the_file_is_the_one_that_the_local_executor_writes(
     shared_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)  # actors find relative paths too
@@ -97,7 +97,7 @@ def test_the_file_is_the_one_that_the_local_engine_writes(
 def test_pixels_come_with_the_rows_where_asked_for(shared_bundle: Path, folder: Path) -> None:
     settings = Settings(shared_bundle, batch_size=3, keep_pixels=True)
     locations = list(find_locations(inputs(folder)))
-    with local_engine(settings) as local, ray_engine(settings) as remote:
+    with local_executor(settings) as local, ray_executor(settings) as remote:
         pairs = zip(local.rows(locations, iter(()), None), remote.rows(locations, iter(()), None), strict=True)
         for expected, row in pairs:
             assert row == expected
@@ -111,16 +111,16 @@ def test_a_run_that_is_told_to_stop_ends_early_and_leaves_the_actors_place_to_th
 ) -> None:
     stop = threading.Event()
     image = os.fspath(photo("a.png"))
-    with ray_engine(Settings(shared_bundle, batch_size=1), actors=2) as engine:
-        rows = engine.rows([image] * 1000, iter(()), stop)
+    with ray_executor(Settings(shared_bundle, batch_size=1), actors=2) as executor:
+        rows = executor.rows([image] * 1000, iter(()), stop)
         assert len(list(islice(rows, 5))) == 5
         stop.set()
         assert len(list(rows)) < 900
-        assert len(list(engine.rows([image] * 5, iter(()), None))) == 5
+        assert len(list(executor.rows([image] * 5, iter(()), None))) == 5
 
 
 @pytest.mark.usefixtures("cluster")
-def test_changed_inputs_are_resumed_as_the_local_engine_does(shared_bundle: Path, folder: Path) -> None:
+def test_changed_inputs_are_resumed_as_the_local_executor_does(shared_bundle: Path, folder: Path) -> None:
     args = [*inputs(folder), "--bundle", shared_bundle, "--batch-size", 2]
     assert run(*args, "-o", folder / "whole.csv").exit_code == 1
     lines = (folder / "whole.csv").read_bytes().splitlines(keepends=True)
@@ -202,7 +202,7 @@ def test_what_ends_an_actors_work_ends_the_run_after_the_rows_before_it(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_bundle_that_an_actor_cannot_open_is_one_line_that_names_the_node(shared_bundle: Path, photo: Photo) -> None:
-    result = run(photo("a.png"), "--bundle", shared_bundle, "--backend", "onnxruntime-cuda", "--engine", "ray")
+    result = run(photo("a.png"), "--bundle", shared_bundle, "--backend", "onnxruntime-cuda", "--executor", "ray")
     assert result.exit_code == 1
     *_, line = result.stderr.splitlines()
     assert line.startswith("error: node ")
@@ -250,12 +250,12 @@ def test_rows_that_come_twice_or_not_at_all_end_the_run(parts: list[tuple[int, i
 def test_a_missing_ray_is_one_line(shared_bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "ray" else find(name, *args))
-    result = run(photo("a.png"), "--bundle", shared_bundle, "--engine", "ray")
+    result = run(photo("a.png"), "--bundle", shared_bundle, "--executor", "ray")
     assert result.exit_code == 1
     assert result.stderr == "error: ray is not installed; it comes with the extra mdnet[ray]\n"
 
 
-def test_options_about_ray_need_the_engine(shared_bundle: Path, photo: Photo) -> None:
+def test_options_about_ray_need_the_executor(shared_bundle: Path, photo: Photo) -> None:
     result = run(photo("a.png"), "--bundle", shared_bundle, "--ray-actors", 2)
     assert result.exit_code == 2
-    assert "--engine ray" in result.stderr
+    assert "--executor ray" in result.stderr

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mdnet_rt.rows.encoding import read_rows
 from mdnet_rt.rows.result import Result, Stamp
 from mdnet_rt.rows.writers import open_writer
-from mdnet_rt.scoring.run import Settings, local_engine, score_all, stop_on_signal, unfinished
+from mdnet_rt.scoring.run import Settings, local_executor, score_all, stop_on_signal, unfinished
 from mdnet_rt.sources.entry import Entry
 
 Photo = Callable[..., Path]
@@ -123,13 +123,13 @@ def test_every_image_has_one_row_when_images_come_and_go_between_two_runs(
         with output.open("rb") as stream:
             return [row.result for row in read_rows(format, stream)]  # type: ignore[arg-type]
 
-    with local_engine(Settings(shared_bundle, backend="onnxruntime-cpu", threads=1, batch_size=2)) as engine:
+    with local_executor(Settings(shared_bundle, backend="onnxruntime-cpu", threads=1, batch_size=2)) as executor:
 
         def score(names: str, *, stop_after: int | None = None, resume: bool = True) -> None:
-            stamp = Stamp.of(engine.manifest)
+            stamp = Stamp.of(executor.manifest)
             with open_writer(format, output, stamp, resume=resume) as writer:  # type: ignore[arg-type]
                 done = (result.path for result in writer.earlier())
-                results = engine.rows([files[name] for name in names], done, None)
+                results = executor.rows([files[name] for name in names], done, None)
                 for i, result in enumerate(results):
                     if i == stop_after:
                         raise KeyboardInterrupt

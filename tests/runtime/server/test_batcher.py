@@ -30,7 +30,7 @@ class Number:
         return np.full((2, 2, 3), self.number, np.uint8)
 
 
-class Engine:
+class Model:
     """Scores an image by its number; waits, where it is told to, until it may go on."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class Engine:
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def model() -> Model:
+    return Model()
 
 
 @pytest.fixture
@@ -60,72 +60,72 @@ def delivered() -> queue.Queue[tuple[list[int], Scores]]:
 
 
 @pytest.fixture
-def make(engine: Engine, delivered: queue.Queue[tuple[list[int], Scores]]) -> Iterator[Callable[..., Batcher]]:
+def make(model: Model, delivered: queue.Queue[tuple[list[int], Scores]]) -> Iterator[Callable[..., Batcher]]:
     batchers = []
 
     def start(*, max_batch: int = 4, max_wait: float = 0.0) -> Batcher:
         def deliver(jobs: list[Job], scores: Scores, seconds: float) -> None:
             delivered.put(([int(job.image[0, 0, 0]) for job in jobs], scores))
 
-        batchers.append(Batcher(engine.score, deliver, max_batch=max_batch, max_wait=max_wait))
+        batchers.append(Batcher(model.score, deliver, max_batch=max_batch, max_wait=max_wait))
         return batchers[-1]
 
     yield start
-    engine.go.set()
+    model.go.set()
     for batcher in batchers:
         batcher.close()
 
 
-def test_what_came_while_the_engine_was_busy_is_the_next_batches_in_its_order(
-    make: Callable[..., Batcher], engine: Engine, delivered: queue.Queue[tuple[list[int], Scores]]
+def test_what_came_while_the_model_was_busy_is_the_next_batches_in_its_order(
+    make: Callable[..., Batcher], model: Model, delivered: queue.Queue[tuple[list[int], Scores]]
 ) -> None:
     batcher = make(max_batch=4)
-    engine.go.clear()
+    model.go.clear()
     batcher.put(Number(0))
-    assert engine.began.get(timeout=DEADLINE) == [0]
+    assert model.began.get(timeout=DEADLINE) == [0]
     for number in range(1, 7):
         batcher.put(Number(number))
-    engine.go.set()
+    model.go.set()
     batches = [delivered.get(timeout=DEADLINE) for _ in range(3)]
     assert [jobs for jobs, _ in batches] == [[0], [1, 2, 3, 4], [5, 6]]
     assert [scores for _, scores in batches] == [[0.0], [1.0, 2.0, 3.0, 4.0], [5.0, 6.0]]
 
 
-def test_a_batch_that_is_not_full_waits_for_more(make: Callable[..., Batcher], engine: Engine) -> None:
+def test_a_batch_that_is_not_full_waits_for_more(make: Callable[..., Batcher], model: Model) -> None:
     batcher = make(max_batch=3, max_wait=DEADLINE)
     for number in range(3):
         time.sleep(0.02)
         batcher.put(Number(number))
-    assert engine.began.get(timeout=DEADLINE / 2) == [0, 1, 2]
+    assert model.began.get(timeout=DEADLINE / 2) == [0, 1, 2]
 
 
-def test_the_oldest_image_has_waited_max_wait_and_goes(make: Callable[..., Batcher], engine: Engine) -> None:
+def test_the_oldest_image_has_waited_max_wait_and_goes(make: Callable[..., Batcher], model: Model) -> None:
     batcher = make(max_batch=64, max_wait=0.05)
     start = time.monotonic()
     batcher.put(Number(1))
-    assert engine.began.get(timeout=DEADLINE) == [1]
+    assert model.began.get(timeout=DEADLINE) == [1]
     assert time.monotonic() - start >= 0.05
 
 
-def test_unwanted_images_do_not_reach_the_engine(
-    make: Callable[..., Batcher], engine: Engine, delivered: queue.Queue[tuple[list[int], Scores]]
+def test_unwanted_images_do_not_reach_the_model(
+    make: Callable[..., Batcher], model: Model, delivered: queue.Queue[tuple[list[int], Scores]]
 ) -> None:
     batcher = make()
-    engine.go.clear()
+    model.go.clear()
     batcher.put(Number(0))
-    engine.began.get(timeout=DEADLINE)
+    model.began.get(timeout=DEADLINE)
     jobs = [Number(1), Number(2), Number(3)]
     for job in jobs:
         batcher.put(job)
     jobs[1].unwanted = True
-    engine.go.set()
-    assert engine.began.get(timeout=DEADLINE) == [1, 3]
+    model.go.set()
+    assert model.began.get(timeout=DEADLINE) == [1, 3]
     batches = [delivered.get(timeout=DEADLINE) for _ in range(3)]
     assert batches[1:] == [([2], []), ([1, 3], [1.0, 3.0])]
 
 
 @pytest.mark.parametrize(("number", "text"), [(13, "thirteen"), (14, "unexpected ZeroDivisionError")])
-def test_an_engine_that_fails_fails_its_batch_only(
+def test_a_model_that_fails_fails_its_batch_only(
     make: Callable[..., Batcher], delivered: queue.Queue[tuple[list[int], Scores]], number: int, text: str
 ) -> None:
     batcher = make()

@@ -1,4 +1,4 @@
-"""The server under load it can't take, with an engine that a test can stop: bounded, quick, nothing lost."""
+"""The server under load it can't take, with a model that a test can stop: bounded, quick, nothing lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEADLINE = 10
 SIZE = 32
 
 
-class Engine:
+class Model:
     """Scores an image by its first value; stops while it is told to, fails when it is told to."""
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Engine:
 class Lab:
     """A server without sockets, and its parts."""
 
-    def __init__(self, client: httpx.AsyncClient, engine: Engine, service: Service, work: Work, metrics: Metrics):
-        self.client, self.engine, self.service, self.work, self.metrics = client, engine, service, work, metrics
+    def __init__(self, client: httpx.AsyncClient, model: Model, service: Service, work: Work, metrics: Metrics):
+        self.client, self.model, self.service, self.work, self.metrics = client, model, service, work, metrics
 
     async def score(self, image: bytes) -> httpx.Response:
         return await self.client.post("/score", content=image, headers={"content-type": "image/png"})
@@ -75,13 +75,13 @@ def run(shared_bundle: Path) -> Callable[..., None]:
 
     @contextlib.asynccontextmanager
     async def lab(settings: Settings) -> AsyncIterator[Lab]:
-        engine, metrics = Engine(), Metrics(max_batch=settings.max_batch)
-        work = Work(engine.score, SIZE, settings, metrics)
+        model, metrics = Model(), Metrics(max_batch=settings.max_batch)
+        work = Work(model.score, SIZE, settings, metrics)
         service = Service(manifest, work, settings, metrics, tell=lambda line: None)
         transport = httpx.ASGITransport(Counted(make_app(service, metrics), metrics))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
-            yield Lab(client, engine, service, work, metrics)
-        engine.go.set()
+            yield Lab(client, model, service, work, metrics)
+        model.go.set()
         work.close()
         await asyncio.sleep(0)  # what the threads have handed over
         assert work.load == 0
@@ -175,15 +175,15 @@ def test_a_full_queue_answers_429_at_once_and_what_was_let_in_is_answered(
     run: Callable[..., None], images: list[bytes]
 ) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.go.clear()
+        lab.model.go.clear()
         accepted = [lab.start(image) for image in images[:4]]
         await lab.load(4)
         for image in images[4:]:
-            refused = await lab.score(image)  # comes back while the engine stands still
+            refused = await lab.score(image)  # comes back while the model stands still
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"].startswith("busy: 4 images")
-        lab.engine.go.set()
+        lab.model.go.set()
         answers = await asyncio.gather(*accepted)
         assert [answer.status_code for answer in answers] == [200] * 4
         scores = [answer.json()["results"][0]["score"] for answer in answers]
@@ -197,13 +197,13 @@ def test_a_request_of_several_images_is_let_in_whole_or_not_at_all(
     run: Callable[..., None], images: list[bytes]
 ) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.go.clear()
+        lab.model.go.clear()
         first = lab.start(images[0])
         await lab.load(1)
         files = [("images", (str(i), image)) for i, image in enumerate(images[:4])]
         assert (await lab.client.post("/score", files=files)).status_code == 429
         assert lab.work.load == 1
-        lab.engine.go.set()
+        lab.model.go.set()
         assert (await first).status_code == 200
         assert (await lab.client.post("/score", files=files)).status_code == 200
 
@@ -212,14 +212,14 @@ def test_a_request_of_several_images_is_let_in_whole_or_not_at_all(
 
 def test_a_queue_whose_last_score_would_come_too_late_is_full(run: Callable[..., None], images: list[bytes]) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.seconds = 0.2
+        lab.model.seconds = 0.2
         assert (await lab.score(images[0])).status_code == 200  # an image takes 0.2 s, it has learnt
-        lab.engine.go.clear()
+        lab.model.go.clear()
         waiting = [lab.start(image) for image in images[:4]]
         await lab.load(4)
         files = [("images", (str(i), image)) for i, image in enumerate(images[4:10])]
         assert (await lab.client.post("/score", files=files)).status_code == 429  # the tenth would take two seconds
-        lab.engine.go.set()
+        lab.model.go.set()
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 4
 
     run(test, score_timeout=1.5, max_batch=4)
@@ -229,27 +229,27 @@ def test_no_scores_in_time_is_504_and_images_not_begun_are_dropped(
     run: Callable[..., None], images: list[bytes]
 ) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.go.clear()
+        lab.model.go.clear()
         late = [lab.start(image) for image in images[:3]]
         assert [answer.status_code for answer in await asyncio.gather(*late)] == [504] * 3
-        assert lab.work.load == 3  # still counted, as one is in the engine and two in its queue
-        lab.engine.go.set()
+        assert lab.work.load == 3  # still counted, as one is in the model and two in its queue
+        lab.model.go.set()
         await lab.load(0)
-        assert lab.engine.batches == [1]
+        assert lab.model.batches == [1]
         assert b'mdnet_images_total{status="abandoned"} 2.0' in lab.metrics.page()
         assert (await lab.score(images[0])).status_code == 200
 
     run(test, score_timeout=0.5, max_batch=1)
 
 
-def test_an_engine_that_fails_is_500_and_the_next_request_is_scored(
+def test_a_model_that_fails_is_500_and_the_next_request_is_scored(
     run: Callable[..., None], images: list[bytes]
 ) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.failing = True
+        lab.model.failing = True
         answer = await lab.score(images[0])
         assert (answer.status_code, answer.json()) == (500, {"error": "scoring failed: out of order"})
-        lab.engine.failing = False
+        lab.model.failing = False
         assert (await lab.score(images[0])).status_code == 200
 
     run(test)
@@ -272,7 +272,7 @@ def test_a_decoder_that_fails_unforeseen_leaves_the_queue_as_it_was(
 
 def test_each_request_of_a_batch_gets_its_own_scores(run: Callable[..., None], images: list[bytes]) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.go.clear()
+        lab.model.go.clear()
         first = lab.start(images[0])
         await lab.load(1)
         several = [
@@ -280,25 +280,25 @@ def test_each_request_of_a_batch_gets_its_own_scores(run: Callable[..., None], i
         ]
         tasks = [asyncio.create_task(each) for each in several]
         await lab.load(10)
-        lab.engine.go.set()
+        lab.model.go.set()
         await first
         for i, answer in zip((1, 4, 7), await asyncio.gather(*tasks), strict=True):
             scores = [result["score"] for result in answer.json()["results"]]
             assert scores == [first_value(image) for image in images[i : i + 3]]
-        assert sum(lab.engine.batches) == 10
-        assert len(lab.engine.batches) < 10  # some did share one
+        assert sum(lab.model.batches) == 10
+        assert len(lab.model.batches) < 10  # some did share one
 
     run(test, max_batch=8)
 
 
 def test_bodies_of_all_requests_together_are_bounded(run: Callable[..., None], images: list[bytes]) -> None:
     async def test(lab: Lab) -> None:
-        lab.engine.go.clear()
+        lab.model.go.clear()
         waiting = [lab.start(image) for image in images[:2]]
         await lab.load(2)
         refused = await lab.score(images[2])
         assert refused.status_code == 429
-        lab.engine.go.set()
+        lab.model.go.set()
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 2
         assert (await lab.score(images[2])).status_code == 200
 

@@ -37,7 +37,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/healthz", response_model=schema.Health, responses=errors(503))
     async def healthz() -> Response:
-        """Liveness: whether the engine's thread runs. True while draining."""
+        """Liveness: whether the model's thread runs. True while draining."""
         return _health({"status": "alive"}, service.alive)
 
     @app.get("/readyz", response_model=schema.Health, responses=errors(503))

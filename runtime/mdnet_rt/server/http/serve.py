@@ -1,7 +1,7 @@
 """Run the server: open the bundle, listen, serve, and drain when told to stop.
 
 uvicorn ── Connection ── Counted ── FastAPI ── Service ── Work ── Batcher ── Scorer
- (one event loop, which never waits for decoding or the engine)   (threads)
+ (one event loop, which never waits for decoding or the model)   (threads)
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Engine(Protocol):
+class BatchScorer(Protocol):
     """What is served: a `Scorer`, or what looks like one."""
 
     manifest: Manifest
@@ -128,12 +128,12 @@ class Engine(Protocol):
     def score_batch(self, images: np.ndarray) -> np.ndarray: ...
 
 
-async def run(engine: Engine, listener: socket.socket, settings: Settings, tell: Callable[[str], None]) -> int:
-    """Serve an engine on a bound socket until the process is told to stop; the exit code is that of `serve`."""
+async def run(scorer: BatchScorer, listener: socket.socket, settings: Settings, tell: Callable[[str], None]) -> int:
+    """Serve a scorer on a bound socket until the process is told to stop; the exit code is that of `serve`."""
     metrics = Metrics(max_batch=settings.max_batch)
-    to_srgb = engine.manifest.preprocessing.to_srgb
-    work = Work(engine.score_batch, engine.image_size, settings, metrics, to_srgb=to_srgb)
-    service = Service(engine.manifest, work, settings, metrics, tell)
+    to_srgb = scorer.manifest.preprocessing.to_srgb
+    work = Work(scorer.score_batch, scorer.image_size, settings, metrics, to_srgb=to_srgb)
+    service = Service(scorer.manifest, work, settings, metrics, tell)
     config = uvicorn.Config(
         Counted(make_app(service, metrics), metrics),
         http=cast("Any", functools.partial(Connection, settings=settings, count=metrics.count_nameless)),

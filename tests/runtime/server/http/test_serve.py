@@ -246,7 +246,7 @@ def test_metrics_add_up(shared_bundle: Path, images: list[bytes], black: bytes) 
         assert server.metric("mdnet_images_total", status="unreadable") == 2
         assert server.metric("mdnet_images_total") == 7
         assert server.metric("mdnet_batch_size_sum") == server.metric("mdnet_queue_seconds_count") == 5
-        assert server.metric("mdnet_batch_size_count") == server.metric("mdnet_engine_seconds_count")
+        assert server.metric("mdnet_batch_size_count") == server.metric("mdnet_model_seconds_count")
         assert server.metric("mdnet_decode_seconds_count") == 7
         assert server.metric("mdnet_request_seconds_count") == 2
         codes = {
