@@ -109,7 +109,7 @@ CUresult current_module(CUmodule* module) {
 
 }  // namespace
 
-extern "C" const char* mdnet_cuda_scan(const MdnetScan* call, void* stream) {
+extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
   MdnetScan scan = *call;  // the driver takes addresses of arguments, and not const ones
   if (scan.type == MDNET_FLOAT64) return "the CUDA selective scan takes no float64";
   if (scan.states > kMaxStates) return "the CUDA selective scan takes at most 64 states";

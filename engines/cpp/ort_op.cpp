@@ -113,7 +113,7 @@ OrtStatus* compute(void* pointer, OrtKernelContext* context) {
   if (kernel.op->cuda) {
     void* stream = nullptr;
     MDNET_TRY(api.KernelContext_GetGPUComputeStream(context, &stream));
-    const char* problem = mdnet_cuda_scan(&scan, stream);
+    const char* problem = mdnet_scan_cuda(&scan, stream);
     return problem ? api.CreateStatus(ORT_FAIL, problem) : nullptr;
   }
   Pool pool{api, context, nullptr};

@@ -59,7 +59,7 @@ int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients
 // Enqueue the forward pass on a stream of the current CUDA context, through the CUDA driver, which is loaded when first
 // needed. Tensors are contiguous and on the device, float64 and strides have no part in it. Gives null, or what went
 // wrong, for people; the text lives until this thread calls again.
-const char* mdnet_cuda_scan(const MdnetScan* scan, void* stream);
+const char* mdnet_scan_cuda(const MdnetScan* scan, void* stream);
 
 // The widest MdnetIsa of this processor and build.
 int mdnet_isa(void);

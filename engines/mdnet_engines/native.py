@@ -15,7 +15,7 @@ from pathlib import Path
 import mdnet_engines
 from mdnet_engines.errors import MDNetError, first_line
 
-_NAME = "libmdnet_scan.so"
+_NAME = "libmdnet_ops.so"
 _SAYING = threading.Lock()
 MISSING = (
     "mdnet was installed without its native library: there was no compiler, or the build failed (pip install -v shows "
@@ -99,8 +99,8 @@ def library() -> ctypes.CDLL | None:
         ctypes.c_void_p,
         ctypes.c_int,
     ]
-    loaded.mdnet_cuda_scan.argtypes = [ctypes.POINTER(Scan), ctypes.c_void_p]
-    loaded.mdnet_cuda_scan.restype = ctypes.c_char_p
+    loaded.mdnet_scan_cuda.argtypes = [ctypes.POINTER(Scan), ctypes.c_void_p]
+    loaded.mdnet_scan_cuda.restype = ctypes.c_char_p
     loaded.mdnet_scan_splits.argtypes = [ctypes.c_int64]
     loaded.mdnet_scan_splits.restype = ctypes.c_int64
     return loaded
@@ -133,7 +133,7 @@ def run_cuda(scan: Scan, stream: int) -> None:
     Raises:
         MDNetError: the library or the CUDA driver is missing, there is no kernel for this, or the driver refuses it.
     """
-    problem = _required().mdnet_cuda_scan(ctypes.byref(scan), stream)
+    problem = _required().mdnet_scan_cuda(ctypes.byref(scan), stream)
     if problem:
         raise MDNetError(problem.decode())
 
