@@ -35,7 +35,7 @@ class Rows(ctypes.Structure):
 
 
 class Scan(ctypes.Structure):
-    """One call of the scan: `MdnetScan` of `engines/cpp/scan.h`."""
+    """One call of the scan: `MdnetScan` of `engines/cpp/scan/scan.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "states")),
@@ -46,7 +46,7 @@ class Scan(ctypes.Structure):
 
 
 class Gradients(ctypes.Structure):
-    """Where the gradients go: `MdnetScanGradients` of `engines/cpp/scan.h`."""
+    """Where the gradients go: `MdnetScanGradients` of `engines/cpp/scan/scan.h`."""
 
     _fields_ = [
         ("grad", Rows),

@@ -62,7 +62,7 @@ def tolerance(v: np.ndarray) -> float:
 
 
 class Attention(ctypes.Structure):
-    """`MdnetAttention` of `engines/cpp/attention.h`."""
+    """`MdnetAttention` of `engines/cpp/attention/attention.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "rows", "keys", "inner", "columns")),

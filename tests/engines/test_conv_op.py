@@ -72,7 +72,7 @@ def native_call(
 
 
 class ConvSilu(ctypes.Structure):
-    """`MdnetConvSilu` of `engines/cpp/conv.h`."""
+    """`MdnetConvSilu` of `engines/cpp/conv/conv.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "channels", "length", "taps", "before")),
@@ -82,7 +82,7 @@ class ConvSilu(ctypes.Structure):
 
 
 class ImageConv(ctypes.Structure):
-    """`MdnetImageConv` of `engines/cpp/conv.h`."""
+    """`MdnetImageConv` of `engines/cpp/conv/conv.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),

@@ -87,7 +87,7 @@ def assert_product(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
 
 
 class Product(ctypes.Structure):
-    """`MdnetProduct` of `engines/cpp/product.h`."""
+    """`MdnetProduct` of `engines/cpp/matmul/matmul.h`."""
 
     sizes = ("batch", "rows", "columns", "inner", "a_matrices", "b_matrices")
     _fields_ = [

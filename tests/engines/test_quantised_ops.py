@@ -135,7 +135,7 @@ def assert_rounded(got: np.ndarray, steps: np.ndarray, tolerance: float = TOLERA
 
 
 class GroupNorm(ctypes.Structure):
-    """`MdnetGroupNorm` of `engines/cpp/quantised.h`."""
+    """`MdnetGroupNorm` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "places", "channels", "groups")),
@@ -341,7 +341,7 @@ def test_what_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray],
 
 
 class ResidualSum(ctypes.Structure):
-    """`MdnetResidualSum` of `engines/cpp/quantised.h`."""
+    """`MdnetResidualSum` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
         ("count", ctypes.c_int64),
@@ -435,7 +435,7 @@ def test_a_sum_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.nda
 
 
 class Geglu(ctypes.Structure):
-    """`MdnetGeglu` of `engines/cpp/quantised.h`."""
+    """`MdnetGeglu` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "channels")),

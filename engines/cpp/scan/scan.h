@@ -1,0 +1,57 @@
+// The C interface of the native selective scan: what Python (ctypes) and the ONNX Runtime operators call.
+//
+// Tensors are described by a pointer and two strides in elements; the steps of a row are always contiguous.
+// See mdnet_engines/scan_op.py for the formula and the shapes.
+#pragma once
+
+#include "common/interface.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Type of u, delta, B, C, z and y. A, D and delta_bias are float, or double with MDNET_FLOAT64.
+enum MdnetType { MDNET_FLOAT32 = 0, MDNET_FLOAT64 = 1, MDNET_FLOAT16 = 2, MDNET_BFLOAT16 = 3 };
+
+typedef struct {
+  const void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+} MdnetRows;
+
+typedef struct {
+  int64_t batch, channels, length, states;  // each at least 1
+  int32_t type;                             // MdnetType
+  int32_t reverse;                          // scan from the last step to the first
+  int32_t isa;                              // MdnetIsa
+  MdnetRows u, delta, z;                    // batch x channels x length
+  MdnetRows B, C;                           // batch x states x length
+  const void *A, *D, *delta_bias;           // channels x states; channels; channels
+  void* y;                                  // batch x channels x length, contiguous
+} MdnetScan;
+
+// Gradients of the sum of grad * y. float32 and float64 only. Outputs are contiguous. Those of tensors that are shared
+// between the channels or the batch come in parts, for the caller to sum over the first axis:
+//   A: batch x channels x states     D, delta_bias: batch x channels
+//   B, C: splits x batch x length x states, with splits = mdnet_scan_splits(channels)
+typedef struct {
+  MdnetRows grad;  // batch x channels x length
+  void *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
+} MdnetScanGradients;
+
+int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host);
+int64_t mdnet_scan_splits(int64_t channels);
+
+// Forward, or backward where `gradients` is not null, on the threads of an OpenMP runtime that the caller has loaded
+// (PyTorch's): `gomp_parallel` is its GOMP_parallel, which GNU's and LLVM's both export. Without one (null) the scan
+// runs on the calling thread.
+int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients, void* gomp_parallel, int threads);
+
+// Enqueue the forward pass on a stream of the current CUDA context, through the CUDA driver, which is loaded when first
+// needed. Tensors are contiguous and on the device, float64 and strides have no part in it. Gives null, or what went
+// wrong, for people; the text lives until this thread calls again.
+const char* mdnet_scan_cuda(const MdnetScan* scan, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
