@@ -2,103 +2,98 @@
 // whose scores it alone sees, so that they stay in the cache.
 #include "attention/attention.h"
 
-#include <stdlib.h>
-
-#include <atomic>
 #include <initializer_list>
 
-#include "matmul/packing.h"
-#include "simd/builds.h"
+#include "common/buffer.h"
+#include "common/parallel.h"
+#include "matmul/kernel.h"
 
 namespace {
 
-class Attention {
+// The right side of a product, b: packed before, or in memory of its own.
+class Packed {
  public:
-  Attention(const MdnetAttention& call, const MdnetProductKernel& kernel)
-      : call_(call), kernel_(kernel), keys_(keys_call(call)), values_(values_call(call)) {
-    own_k_ = call.k_packed ? nullptr : allocate(call.k_matrices * packed_b(keys_));
-    own_v_ = call.v_packed ? nullptr : allocate(call.v_matrices * packed_b(values_));
-  }
-  ~Attention() {
-    free(own_k_);
-    free(own_v_);
-  }
-  Attention(const Attention&) = delete;
-  Attention& operator=(const Attention&) = delete;
-  int status() const {
-    return (call_.k_packed || own_k_) && (call_.v_packed || own_v_) ? status_.load() : int(MDNET_NO_MEMORY);
-  }
+  Packed(const MdnetMatmul& product, const void* packed, int64_t matrices)
+      : product_(product),
+        packed_(static_cast<const uint32_t*>(packed)),
+        matrices_(matrices),
+        own_(packed ? 0 : matrices * packed_b(product)) {}
+  explicit operator bool() const { return packed_ || own_; }
 
-  int64_t key_panels() const { return own_k_ ? call_.k_matrices * panels(keys_) : 0; }
-  int64_t value_panels() const { return own_v_ ? call_.v_matrices * panels(values_) : 0; }
-  void pack(int64_t task) {
-    if (task < key_panels()) {
-      pack_panel(kernel_, keys_, task, own_k_);
-    } else {
-      pack_panel(kernel_, values_, task - key_panels(), own_v_);
+  int64_t panels_to_pack() const { return packed_ ? 0 : matrices_ * b_panels(product_); }
+  void pack(const MatmulKernel& kernel, int64_t panel) const { pack_b_panel(kernel, product_, panel, own_.data()); }
+
+  // y = a b, where `product` has y and some of the rows, and `a` has these, packed.
+  void multiply(const MatmulKernel& kernel, const MdnetMatmul& product, const uint32_t* a, int64_t image) const {
+    const uint32_t* b = (packed_ ? packed_ : own_.data()) + image % matrices_ * packed_b(product_);
+    for (int64_t panel = 0; panel < b_panels(product_); ++panel) {
+      const int64_t all = pairs(product_);
+      kernel.multiply(product, a, all, b + before_b_panel(product_, panel), panel, all, false, 0, 0);
     }
-  }
-
-  int64_t tasks() const { return call_.batch * groups(keys_); }
-  void run(int64_t task) {
-    const int64_t image = task / groups(keys_), first = task % groups(keys_) * kRows;
-    const int64_t left = call_.rows - first, rows = left < kRows ? left : kRows;
-    const int64_t scores = (rows * call_.keys + 15) / 16 * 16,
-                  longest = pairs(keys_) > pairs(values_) ? pairs(keys_) : pairs(values_);
-    uint32_t* memory = allocate(scores + kRows * longest);
-    if (!memory) return status_.store(MDNET_NO_MEMORY);
-    float* weights = reinterpret_cast<float*>(memory);
-    uint32_t* scratch = memory + scores;
-    float shares[kRows];
-    MdnetProduct product = keys_;
-    product.rows = rows;
-    product.a = call_.q + (image % call_.q_matrices * call_.rows + first) * call_.inner;
-    product.y = weights;
-    kernel_.pack_rows(product, 0, 0, 0, pairs(product), scratch);
-    multiply(product, scratch, packed(own_k_, call_.k_packed, keys_, image % call_.k_matrices));
-    kernel_.softmax(weights, rows, call_.keys, scratch, shares);
-    product = values_;
-    product.rows = rows;
-    product.y = call_.y + (image * call_.rows + first) * call_.columns;
-    multiply(product, scratch, packed(own_v_, call_.v_packed, values_, image % call_.v_matrices));
-    kernel_.scale(product.y, rows, call_.columns, shares);
-    free(memory);
   }
 
  private:
-  static MdnetProduct keys_call(const MdnetAttention& call) {
-    MdnetProduct product = {};
-    product.rows = call.rows;
-    product.columns = call.keys;
-    product.inner = call.inner;
-    product.b = call.k;
-    return product;
-  }
-  static MdnetProduct values_call(const MdnetAttention& call) {
-    MdnetProduct product = {};
-    product.rows = call.rows;
-    product.columns = call.columns;
-    product.inner = call.keys;
-    product.b = call.v;
-    return product;
-  }
-  static const uint32_t* packed(const uint32_t* own, const void* given, const MdnetProduct& call, int64_t matrix) {
-    return (own ? own : static_cast<const uint32_t*>(given)) + matrix * packed_b(call);
+  const MdnetMatmul& product_;
+  const uint32_t* const packed_;
+  const int64_t matrices_;
+  const Buffer<uint32_t> own_;
+};
+
+class Attention {
+ public:
+  Attention(const MdnetAttention& call, const MatmulKernel& kernel)
+      : call_(call),
+        kernel_(kernel),
+        scores_(product_of(call.rows, call.inner, call.keys, call.k)),
+        sums_(product_of(call.rows, call.keys, call.columns, call.v)),
+        k_(scores_, call.k_packed, call.k_matrices),
+        v_(sums_, call.v_packed, call.v_matrices) {}
+
+  int run(const Host& host) const {
+    if (!k_ || !v_) return MDNET_NO_MEMORY;
+    const int64_t k_panels = k_.panels_to_pack();
+    host.run(k_panels + v_.panels_to_pack(),
+             [&](int64_t task) { task < k_panels ? k_.pack(kernel_, task) : v_.pack(kernel_, task - k_panels); });
+    const int64_t panels = a_panels(scores_);
+    return host.run_and_check(call_.batch * panels, [&](int64_t task) { return rows(task / panels, task % panels); });
   }
 
-  // A group of rows, packed, by b.
-  void multiply(const MdnetProduct& product, const uint32_t* rows, const uint32_t* b) const {
-    for (int64_t panel = 0; panel < panels(product); ++panel) {
-      const uint32_t* columns = b + panel * kColumns * pairs(product);
-      kernel_.multiply(product, rows, pairs(product), columns, panel, pairs(product), false, 0, 0);
-    }
+ private:
+  static MdnetMatmul product_of(int64_t rows, int64_t inner, int64_t columns, const float* b) {
+    MdnetMatmul product = {};
+    product.rows = rows;
+    product.inner = inner;
+    product.columns = columns;
+    product.b = b;
+    return product;
+  }
+
+  // The rows of y that a panel of q makes.
+  int rows(int64_t image, int64_t panel) const {
+    const int64_t first = panel * kRows, count = smaller(call_.rows - first, kRows);
+    const Buffer<float> scores(count * call_.keys);
+    const Buffer<uint32_t> packed(kRows * larger(pairs(scores_), pairs(sums_)));  // q, and then the softmax
+    if (!scores || !packed) return MDNET_NO_MEMORY;
+    float inverse_sums[kRows];
+    MdnetMatmul product = scores_;
+    product.rows = count;
+    product.a = call_.q + (image % call_.q_matrices * call_.rows + first) * call_.inner;
+    product.y = scores.data();
+    kernel_.pack_a(product, 0, 0, 0, pairs(product), packed.data());
+    k_.multiply(kernel_, product, packed.data(), image);
+    kernel_.softmax(scores.data(), count, call_.keys, packed.data(), inverse_sums);
+    product = sums_;
+    product.rows = count;
+    product.y = call_.y + (image * call_.rows + first) * call_.columns;
+    v_.multiply(kernel_, product, packed.data(), image);
+    kernel_.scale_rows(product.y, count, call_.columns, inverse_sums);
+    return MDNET_OK;
   }
 
   const MdnetAttention& call_;
-  const MdnetProductKernel& kernel_;
-  const MdnetProduct keys_, values_;  // what they have in common for all rows
-  uint32_t *own_k_, *own_v_;          // null where they came packed
-  std::atomic<int> status_{MDNET_OK};
+  const MatmulKernel& kernel_;
+  const MdnetMatmul scores_, sums_;  // q k, and softmax(q k) v: what they have in common for all rows
+  const Packed k_, v_;
 };
 
 bool sensible(const MdnetAttention& call) {
@@ -110,25 +105,9 @@ bool sensible(const MdnetAttention& call) {
 
 }  // namespace
 
-extern "C" {
-
-int mdnet_attention(const MdnetAttention* call, MdnetParallelFor parallel_for, void* host) {
+extern "C" int mdnet_attention(const MdnetAttention* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
-  const MdnetProductKernel* kernel = product_kernel();
+  const MatmulKernel* kernel = matmul_kernel();
   if (!kernel) return MDNET_NO_ISA;
-  Attention attention(*call, *kernel);
-  if (attention.status() != MDNET_OK) return attention.status();
-  if (const int64_t panels = attention.key_panels() + attention.value_panels()) {
-    parallel_for(
-        host, [](void* attention, size_t i) { static_cast<Attention*>(attention)->pack(int64_t(i)); }, &attention,
-        size_t(panels));
-  }
-  parallel_for(
-      host, [](void* attention, size_t i) { static_cast<Attention*>(attention)->run(int64_t(i)); }, &attention,
-      size_t(attention.tasks()));
-  return attention.status();
+  return Attention(*call, *kernel).run({parallel_for, host});
 }
-
-int mdnet_attention_here(const MdnetAttention* call) { return mdnet_attention(call, in_turn, nullptr); }
-
-}  // extern "C"

@@ -4,9 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __cplusplus
 extern "C" {
-#endif
 
 // Which build of a kernel runs. MDNET_BEST takes the widest that this processor has.
 enum MdnetIsa { MDNET_BEST = 0, MDNET_PORTABLE = 1, MDNET_AVX2 = 2, MDNET_AVX512 = 3 };
@@ -14,11 +12,9 @@ enum MdnetIsa { MDNET_BEST = 0, MDNET_PORTABLE = 1, MDNET_AVX2 = 2, MDNET_AVX512
 enum MdnetStatus { MDNET_OK = 0, MDNET_NO_MEMORY = 1, MDNET_NO_ISA = 2, MDNET_BAD_ARGUMENT = 3 };
 
 // Runs task(argument, i) for every i below count, on whatever threads the host has, and returns when all are done.
+// Functions that take one take null too, and then run on the calling thread.
 typedef void (*MdnetParallelFor)(void* host, void (*task)(void* argument, size_t i), void* argument, size_t count);
 
 // The widest MdnetIsa of this processor and build.
 int mdnet_isa(void);
-
-#ifdef __cplusplus
 }
-#endif

@@ -1,93 +1,74 @@
 // A depthwise convolution with SiLU on the host's threads, some rows to a task; that of an image, a row to a task.
 #include "conv/conv.h"
 
-#include <stdlib.h>
-#include <string.h>
-
-#include <atomic>
-
+#include "common/buffer.h"
+#include "common/parallel.h"
+#include "conv/kernel.h"
 #include "simd/builds.h"
+
+MDNET_BUILDS(ConvKernel, conv);
 
 namespace {
 
-constexpr int64_t kTask = 16384;  // elements
-
-constexpr const MdnetConvKernel* kBuilds[] = MDNET_BUILDS(conv);
-
-struct Conv {
-  const MdnetConvSilu& call;
-  const MdnetConvKernel& kernel;
-
-  int64_t rows_of_a_task() const { return kTask / call.length > 1 ? kTask / call.length : 1; }
-  int64_t tasks() const { return (call.rows + rows_of_a_task() - 1) / rows_of_a_task(); }
-
-  void run(int64_t task) const {
-    const int64_t first = task * rows_of_a_task(), end = first + rows_of_a_task();
-    for (int64_t row = first; row < end && row < call.rows; ++row) kernel.row(call, row);
-  }
-};
+constexpr int64_t kTask = 16384;  // elements of a depthwise convolution
 
 class ImageConv {
  public:
-  ImageConv(const MdnetImageConv& call, const MdnetConvKernel& kernel)
+  ImageConv(const MdnetImageConv& call, const ConvKernel& kernel)
       : call_(call),
         kernel_(kernel),
         taps_(call.kernel_height * call.kernel_width * call.channels),
         height_(call.height + 2 * call.pad - call.kernel_height + 1),
         width_(call.width + 2 * call.pad - call.kernel_width + 1),
-        padded_((call.outputs + kPadding - 1) / kPadding * kPadding),
-        weights_(static_cast<float*>(calloc(size_t((taps_ + 1) * padded_), sizeof(float)))) {
+        padded_(round_up(call.outputs, kPadding)),
+        weights_((taps_ + 1) * padded_) {
     if (weights_) pack();
   }
-  ~ImageConv() { free(weights_); }
-  ImageConv(const ImageConv&) = delete;
-  ImageConv& operator=(const ImageConv&) = delete;
-  int status() const { return weights_ ? status_.load() : int(MDNET_NO_MEMORY); }
+  explicit operator bool() const { return bool(weights_); }
   int64_t tasks() const { return call_.batch * height_; }
 
-  void run(int64_t task) {
-    constexpr int64_t kPlaces = MdnetConvKernel::kPlaces;
+  int run(int64_t task) const {
+    constexpr int64_t kPixels = ConvKernel::kPixels;
     const int64_t image = task / height_, row = task % height_, channels = call_.channels;
-    // The input lines of a row, with the zeros on both sides, and some behind for places that are not stored.
-    const int64_t line = (call_.width + 2 * call_.pad + kPlaces) * channels;
-    float* inputs = static_cast<float*>(calloc(size_t(call_.kernel_height * line), sizeof(float)));
-    if (!inputs) return status_.store(MDNET_NO_MEMORY);
+    // The input lines of a row, with the zeros on both sides, and some behind for pixels that are not stored.
+    const int64_t line = (call_.width + 2 * call_.pad + kPixels) * channels;
+    const ZeroedBuffer<float> inputs(call_.kernel_height * line);
+    if (!inputs) return MDNET_NO_MEMORY;
     const int64_t length = call_.width * channels;
     for (int64_t k = 0; k < call_.kernel_height; ++k) {
       const int64_t from = row - call_.pad + k;
       if (from < 0 || from >= call_.height) continue;
-      memcpy(inputs + k * line + call_.pad * channels, call_.x + (image * call_.height + from) * length,
+      memcpy(inputs.data() + k * line + call_.pad * channels, call_.x + (image * call_.height + from) * length,
              size_t(length) * sizeof(float));
     }
-    for (int64_t first = 0; first < width_; first += kPlaces) {
-      const int64_t count = width_ - first < kPlaces ? width_ - first : kPlaces;
-      kernel_.places(inputs + first * channels, call_.kernel_height, line, call_.kernel_width * channels, channels,
-                     weights_, call_.outputs, padded_, call_.y + (task * width_ + first) * call_.outputs, count);
+    for (int64_t first = 0; first < width_; first += kPixels) {
+      kernel_.image(inputs.data() + first * channels, call_.kernel_height, line, call_.kernel_width * channels,
+                    channels, weights_.data(), call_.outputs, padded_,
+                    call_.y + (task * width_ + first) * call_.outputs, smaller(width_ - first, kPixels));
     }
-    free(inputs);
+    return MDNET_OK;
   }
 
  private:
   static constexpr int64_t kPadding = 64;  // what the widest kernel reads at a time
 
-  // From outputs x channels x kernel to kernel x channels x outputs, as the inputs of a place lie.
-  void pack() {
-    const int64_t places = call_.kernel_height * call_.kernel_width;
+  // From outputs x channels x kernel to kernel x channels x outputs, as the inputs of a pixel lie.
+  void pack() const {
+    const int64_t taps = call_.kernel_height * call_.kernel_width;
     for (int64_t o = 0; o < call_.outputs; ++o) {
       for (int64_t c = 0; c < call_.channels; ++c) {
-        for (int64_t p = 0; p < places; ++p) {
-          weights_[(p * call_.channels + c) * padded_ + o] = call_.w[(o * call_.channels + c) * places + p];
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          weights_.data()[(tap * call_.channels + c) * padded_ + o] = call_.w[(o * call_.channels + c) * taps + tap];
         }
       }
-      weights_[taps_ * padded_ + o] = call_.bias[o];
+      weights_.data()[taps_ * padded_ + o] = call_.bias[o];
     }
   }
 
   const MdnetImageConv& call_;
-  const MdnetConvKernel& kernel_;
-  const int64_t taps_, height_, width_, padded_;
-  float* const weights_;
-  std::atomic<int> status_{MDNET_OK};
+  const ConvKernel& kernel_;
+  const int64_t taps_, height_, width_, padded_;  // taps of all channels; sizes of y; outputs with padding
+  const ZeroedBuffer<float> weights_;
 };
 
 bool sensible(const MdnetImageConv& call) {
@@ -96,7 +77,7 @@ bool sensible(const MdnetImageConv& call) {
          call.height + 2 * call.pad >= call.kernel_height && call.width + 2 * call.pad >= call.kernel_width;
 }
 
-bool sensible(const MdnetConvSilu& call) {
+bool sensible(const MdnetDepthwiseConvSilu& call) {
   return call.rows > 0 && call.channels > 0 && call.length > 0 && call.taps > 0 && call.before >= 0 &&
          call.before < call.taps;
 }
@@ -105,31 +86,25 @@ bool sensible(const MdnetConvSilu& call) {
 
 extern "C" {
 
-int mdnet_conv_silu(const MdnetConvSilu* call, MdnetParallelFor parallel_for, void* host) {
+int mdnet_depthwise_conv_silu(const MdnetDepthwiseConvSilu* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
-  const MdnetConvKernel* kernel = build_for(call->isa, kBuilds);
+  const ConvKernel* kernel = build_for(call->isa, conv_builds);
   if (!kernel) return MDNET_NO_ISA;
-  Conv conv{*call, *kernel};
-  parallel_for(
-      host, [](void* conv, size_t i) { static_cast<const Conv*>(conv)->run(int64_t(i)); }, &conv, size_t(conv.tasks()));
+  const int64_t rows = larger(kTask / call->length, 1);
+  Host{parallel_for, host}.run(ceil_div(call->rows, rows), [&](int64_t task) {
+    const int64_t end = smaller((task + 1) * rows, call->rows);
+    for (int64_t row = task * rows; row < end; ++row) kernel->depthwise_silu(*call, row);
+  });
   return MDNET_OK;
 }
 
 int mdnet_image_conv(const MdnetImageConv* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
-  const MdnetConvKernel* kernel = build_for(call->isa, kBuilds);
+  const ConvKernel* kernel = build_for(call->isa, conv_builds);
   if (!kernel) return MDNET_NO_ISA;
-  ImageConv conv(*call, *kernel);
-  if (conv.status() == MDNET_OK) {
-    parallel_for(
-        host, [](void* conv, size_t i) { static_cast<ImageConv*>(conv)->run(int64_t(i)); }, &conv,
-        size_t(conv.tasks()));
-  }
-  return conv.status();
+  const ImageConv conv(*call, *kernel);
+  if (!conv) return MDNET_NO_MEMORY;
+  return Host{parallel_for, host}.run_and_check(conv.tasks(), [&](int64_t task) { return conv.run(task); });
 }
-
-int mdnet_image_conv_here(const MdnetImageConv* call) { return mdnet_image_conv(call, in_turn, nullptr); }
-
-int mdnet_conv_silu_here(const MdnetConvSilu* call) { return mdnet_conv_silu(call, in_turn, nullptr); }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
-// One row of a depthwise convolution with SiLU; a few places of an image's convolution. CMake compiles this file once
+// One row of a depthwise convolution with SiLU; a few pixels of an image's convolution. CMake compiles this file once
 // per instruction set.
-#include "conv/conv.h"
+#include "conv/kernel.h"
+#include "simd/builds.h"
 #include "simd/math.h"
 
 namespace MDNET_NAMESPACE {
@@ -17,7 +18,7 @@ inline Floats steps(const float* x, int64_t length, int64_t first) {
   return value;
 }
 
-void row(const MdnetConvSilu& call, int64_t row) {
+void depthwise_silu(const MdnetDepthwiseConvSilu& call, int64_t row) {
   const int64_t channel = row % call.channels;
   const float *x = call.x + row * call.length, *w = call.w + channel * call.taps;
   float* y = call.y + row * call.length;
@@ -28,16 +29,16 @@ void row(const MdnetConvSilu& call, int64_t row) {
   }
 }
 
-// Vectors of outputs that are added up at a time: with the places, as many sums as there are registers for.
+// Vectors of outputs that are added up at a time: with the pixels, as many sums as there are registers for.
 constexpr int kVectors = MDNET_VECTOR_BYTES == 64 ? 4 : 2;
 
-void places(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,
-            int64_t outputs, int64_t padded, float* y, int64_t count) {
-  constexpr int kPlaces = int(MdnetConvKernel::kPlaces);
+void image(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,
+           int64_t outputs, int64_t padded, float* y, int64_t count) {
+  constexpr int kPixels = int(ConvKernel::kPixels);
   for (int64_t first = 0; first < outputs; first += kVectors * W) {
     const float* column = weights + first;
-    Floats sums[kPlaces][kVectors];
-    for (int p = 0; p < kPlaces; ++p) {
+    Floats sums[kPixels][kVectors];
+    for (int p = 0; p < kPixels; ++p) {
       for (int v = 0; v < kVectors; ++v) sums[p][v] = load<Floats>(column + lines * taps * padded + v * W);
     }
     for (int64_t line = 0; line < lines; ++line) {
@@ -45,13 +46,13 @@ void places(const float* inputs, int64_t lines, int64_t stride, int64_t taps, in
         const float* x = inputs + line * stride + tap;
         Floats weight[kVectors];
         for (int v = 0; v < kVectors; ++v) weight[v] = load<Floats>(column + v * W);
-        for (int p = 0; p < kPlaces; ++p) {
+        for (int p = 0; p < kPixels; ++p) {
           const Floats value = splat(x[p * step]);
           for (int v = 0; v < kVectors; ++v) sums[p][v] += value * weight[v];
         }
       }
     }
-    for (int p = 0; p < kPlaces; ++p) {
+    for (int p = 0; p < kPixels; ++p) {
       for (int v = 0; v < kVectors && p < count; ++v) {
         const int64_t output = first + v * W;
         if (output < outputs) write<float>(y + p * outputs + output, sums[p][v], outputs - output);
@@ -63,6 +64,4 @@ void places(const float* inputs, int64_t lines, int64_t stride, int64_t taps, in
 }  // namespace
 }  // namespace MDNET_NAMESPACE
 
-#define MDNET_JOIN_(a, b) a##b
-#define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
-extern const MdnetConvKernel MDNET_JOIN(MDNET_NAMESPACE, _conv) = {MDNET_NAMESPACE::row, MDNET_NAMESPACE::places};
+extern const ConvKernel MDNET_THIS_BUILD(conv) = {MDNET_NAMESPACE::depthwise_silu, MDNET_NAMESPACE::image};

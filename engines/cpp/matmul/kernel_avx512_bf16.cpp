@@ -4,16 +4,13 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "matmul/matmul.h"
+#include "matmul/kernel.h"
 
 namespace {
 
-constexpr int64_t kRows = MdnetProductKernel::kRows, kColumns = MdnetProductKernel::kColumns;
 constexpr int64_t kWidth = 16;  // floats of a register
 
 __mmask16 first_lanes(int64_t count) { return __mmask16(count >= kWidth ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 16 pairs: low halves from `low`, high ones from `high`.
 __m512i paired(__m512 low, __m512 high) {
@@ -36,9 +33,9 @@ __m512i column_pairs(const float* rows, int64_t stride, bool both, __mmask16 col
   return paired(low, both ? _mm512_maskz_loadu_ps(columns, rows + stride) : _mm512_setzero_ps());
 }
 
-void pack_rows(const MdnetProduct& call, int64_t matrix, int64_t group, int64_t first, int64_t count, uint32_t* to) {
+void pack_a(const MdnetMatmul& call, int64_t matrix, int64_t panel, int64_t first, int64_t count, uint32_t* to) {
   const float* a = call.a + matrix * call.rows * call.inner;
-  const int64_t row = group * kRows, rows = least(call.rows - row, kRows);
+  const int64_t row = panel * kRows, rows = smaller(call.rows - row, kRows);
   if (rows < kRows) memset(to, 0, size_t(kRows * count) * sizeof *to);
   if (!call.a_transposed) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -59,16 +56,16 @@ void pack_rows(const MdnetProduct& call, int64_t matrix, int64_t group, int64_t 
   }
 }
 
-void pack_panel(const MdnetProduct& call, int64_t matrix, int64_t panel, uint32_t* to) {
+void pack_b(const MdnetMatmul& call, int64_t matrix, int64_t panel, uint32_t* to) {
   const float* b = call.b + matrix * call.inner * call.columns;
-  const int64_t pairs = (call.inner + 1) / 2, column = panel * kColumns;
-  const int64_t columns = least(call.columns - column, kColumns), width = columns > kWidth ? kColumns : kWidth;
+  const int64_t pairs = ceil_div(call.inner, 2), column = panel * kColumns;
+  const int64_t columns = smaller(call.columns - column, kColumns), width = columns > kWidth ? kColumns : kWidth;
   if (!call.b_transposed) {
     for (int64_t pair = 0; pair < pairs; ++pair, to += width) {
       const float* from = b + 2 * pair * call.columns + column;
       for (int64_t c = 0; c < width; c += kWidth) {
         const bool both = 2 * pair + 1 < call.inner;
-        const int64_t skipped = least(c, columns);  // no address past the end
+        const int64_t skipped = smaller(c, columns);  // no address past the end
         _mm512_storeu_si512(to + c, column_pairs(from + skipped, call.columns, both, first_lanes(columns - c)));
       }
     }
@@ -76,7 +73,7 @@ void pack_panel(const MdnetProduct& call, int64_t matrix, int64_t panel, uint32_
   }
   if (columns < width) memset(to, 0, size_t(pairs * width) * sizeof *to);
   for (int64_t pair = 0; pair < pairs; pair += kWidth) {
-    const int64_t k = 2 * pair, count = least(pairs - pair, kWidth);
+    const int64_t k = 2 * pair, count = smaller(pairs - pair, kWidth);
     for (int64_t c = 0; c < columns; ++c) {
       alignas(64) uint32_t row[kWidth];
       _mm512_store_si512(row, row_pairs(b + (column + c) * call.inner + k, call.inner - k));
@@ -118,12 +115,12 @@ void multiply(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t pair
   }
 }
 
-void multiply_any(const MdnetProduct& call, const uint32_t* a, int64_t stride, const uint32_t* b, int64_t panel,
-                  int64_t pairs, bool add, int64_t image, int64_t group) {
-  const int64_t row = group * kRows, column = panel * kColumns, columns = least(call.columns - column, kColumns);
+void multiply_any(const MdnetMatmul& call, const uint32_t* a, int64_t stride, const uint32_t* b, int64_t b_panel,
+                  int64_t pairs, bool add, int64_t image, int64_t a_panel) {
+  const int64_t row = a_panel * kRows, column = b_panel * kColumns, columns = smaller(call.columns - column, kColumns);
   float* y = call.y + (image * call.rows + row) * call.columns + column;
   const auto chosen = columns > kWidth ? multiply<2> : multiply<1>;
-  chosen(a, stride, b, pairs, add, y, call.columns, least(call.rows - row, kRows), columns);
+  chosen(a, stride, b, pairs, add, y, call.columns, smaller(call.rows - row, kRows), columns);
 }
 
 // Of all lanes, in their order.
@@ -158,7 +155,7 @@ __m512 powers(const float* x, int64_t left, __m512 scaled_highest) {
   return _mm512_maskz_scalef_ps(first_lanes(left), p, power);
 }
 
-void softmax(const float* x, int64_t rows, int64_t columns, uint32_t* pairs, float* shares) {
+void softmax(const float* x, int64_t rows, int64_t columns, uint32_t* pairs, float* inverse_sums) {
   const int64_t count = (columns + 1) / 2;
   if (rows < kRows) memset(pairs, 0, size_t(kRows * count) * sizeof *pairs);
   for (int64_t row = 0; row < rows; ++row, x += columns, pairs += count) {
@@ -171,11 +168,11 @@ void softmax(const float* x, int64_t rows, int64_t columns, uint32_t* pairs, flo
       sums = _mm512_add_ps(sums, _mm512_add_ps(low, high));
       _mm512_mask_storeu_epi32(pairs + pair, first_lanes(count - pair), __m512i(_mm512_cvtne2ps_pbh(high, low)));
     }
-    shares[row] = 1.0f / joined(sums, [](float a, float b) { return a + b; });
+    inverse_sums[row] = 1.0f / joined(sums, [](float a, float b) { return a + b; });
   }
 }
 
-void scale(float* y, int64_t rows, int64_t columns, const float* factors) {
+void scale_rows(float* y, int64_t rows, int64_t columns, const float* factors) {
   for (int64_t row = 0; row < rows; ++row, y += columns) {
     for (int64_t c = 0; c < columns; c += kWidth) {
       const __mmask16 lanes = first_lanes(columns - c);
@@ -187,4 +184,4 @@ void scale(float* y, int64_t rows, int64_t columns, const float* factors) {
 
 }  // namespace
 
-extern const MdnetProductKernel mdnet_bfloat16_product = {pack_rows, pack_panel, multiply_any, softmax, scale};
+extern const MatmulKernel mdnet_avx512_bf16_matmul = {pack_a, pack_b, multiply_any, softmax, scale_rows};

@@ -23,8 +23,8 @@ struct Backward {
   V *grad_sum, *grad_dt, *grad_dtu;  // [kTile]
   T grad_D[W] = {}, grad_bias[W] = {};
 
-  static size_t bytes(int64_t tiles, int64_t states) {
-    return (tiles * states + 2 * kTile * states + 2 * states + 3 * kTile) * sizeof(V) + 8 * kAlignment;
+  static int64_t bytes(int64_t tiles, int64_t states) {
+    return (tiles * states + 2 * kTile * states + 2 * states + 3 * kTile) * int64_t(sizeof(V)) + 8 * kAlignment;
   }
 
   Backward(G& group, const MdnetScanGradients& out, T* grad_B, T* grad_C, Arena& arena)

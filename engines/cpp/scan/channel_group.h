@@ -1,8 +1,7 @@
-// What forward and backward share: memory for a task, a group of channels, and its way through a tile of steps.
+// What forward and backward share: a group of channels, and its way through a tile of steps.
 #pragma once
 
-#include <stdlib.h>
-
+#include "scan/arena.h"
 #include "scan/scan.h"
 #include "simd/math.h"
 #include "simd/transpose.h"
@@ -11,48 +10,6 @@ namespace MDNET_NAMESPACE {
 namespace {
 
 constexpr int kTile = 64;  // steps; a multiple of every width
-constexpr int kAlignment = 64;
-
-// Memory for one task: sized first, then handed out piece by piece.
-class Arena {
- public:
-  explicit Arena(size_t bytes) : memory_(static_cast<char*>(aligned_alloc(kAlignment, up(bytes)))), next_(memory_) {}
-  ~Arena() { free(memory_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  explicit operator bool() const { return memory_ != nullptr; }
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += up(count * sizeof(T));
-    return piece;
-  }
-
- private:
-  static size_t up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-  char* memory_;
-  char* next_;
-};
-
-// While one lives, results too small for a normal number are 0: a state that decays into subnormal numbers would slow
-// x86 processors down twentyfold. Operands keep theirs (the caller may have it otherwise): float16 is read through
-// them.
-class FlushToZero {
- public:
-#if defined(__x86_64__)
-  FlushToZero() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr((before_ | 0x8000) & ~0x0040u); }
-  ~FlushToZero() { __builtin_ia32_ldmxcsr(before_); }
-  FlushToZero(const FlushToZero&) = delete;
-  FlushToZero& operator=(const FlushToZero&) = delete;
-
- private:
-  const unsigned before_;
-#endif
-};
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename IO>
 const IO* row(const MdnetRows& rows, int64_t image, int64_t index) {
@@ -76,8 +33,8 @@ struct Group {
   V *dt, *dtu, *y;  // [kTile]
   T *B, *C;         // [states][kTile]
 
-  static size_t bytes(int64_t states) {
-    return (2 * states + 3 * kTile) * sizeof(V) + 2 * states * kTile * sizeof(T) + 7 * kAlignment;
+  static int64_t bytes(int64_t states) {
+    return (2 * states + 3 * kTile) * int64_t(sizeof(V)) + 2 * states * kTile * int64_t(sizeof(T)) + 7 * kAlignment;
   }
 
   Group(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)

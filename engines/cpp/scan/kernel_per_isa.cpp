@@ -6,6 +6,8 @@
 #include "scan/backward.h"
 #include "scan/channel_group.h"
 #include "scan/kernel.h"
+#include "simd/builds.h"
+#include "simd/flush_to_zero.h"
 
 namespace MDNET_NAMESPACE {
 namespace {
@@ -85,7 +87,5 @@ int backward(const MdnetScan& scan, const MdnetScanGradients& gradients, int64_t
 }  // namespace
 }  // namespace MDNET_NAMESPACE
 
-#define MDNET_JOIN_(a, b) a##b
-#define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
-extern const MdnetKernel MDNET_JOIN(MDNET_NAMESPACE, _kernel) = {MDNET_NAMESPACE::forward_tasks,
-                                                                 MDNET_NAMESPACE::forward, MDNET_NAMESPACE::backward};
+extern const ScanKernel MDNET_THIS_BUILD(scan) = {MDNET_NAMESPACE::forward_tasks, MDNET_NAMESPACE::forward,
+                                                  MDNET_NAMESPACE::backward};

@@ -6,20 +6,18 @@
 
 #include "common/interface.h"
 
-#ifdef __cplusplus
 extern "C" {
-#endif
 
 // Type of u, delta, B, C, z and y. A, D and delta_bias are float, or double with MDNET_FLOAT64.
 enum MdnetType { MDNET_FLOAT32 = 0, MDNET_FLOAT64 = 1, MDNET_FLOAT16 = 2, MDNET_BFLOAT16 = 3 };
 
-typedef struct {
+struct MdnetRows {
   const void* data;
   int64_t batch_stride;
   int64_t row_stride;
-} MdnetRows;
+};
 
-typedef struct {
+struct MdnetScan {
   int64_t batch, channels, length, states;  // each at least 1
   int32_t type;                             // MdnetType
   int32_t reverse;                          // scan from the last step to the first
@@ -28,16 +26,16 @@ typedef struct {
   MdnetRows B, C;                           // batch x states x length
   const void *A, *D, *delta_bias;           // channels x states; channels; channels
   void* y;                                  // batch x channels x length, contiguous
-} MdnetScan;
+};
 
 // Gradients of the sum of grad * y. float32 and float64 only. Outputs are contiguous. Those of tensors that are shared
 // between the channels or the batch come in parts, for the caller to sum over the first axis:
 //   A: batch x channels x states     D, delta_bias: batch x channels
 //   B, C: splits x batch x length x states, with splits = mdnet_scan_splits(channels)
-typedef struct {
+struct MdnetScanGradients {
   MdnetRows grad;  // batch x channels x length
   void *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
-} MdnetScanGradients;
+};
 
 int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host);
 int64_t mdnet_scan_splits(int64_t channels);
@@ -51,7 +49,4 @@ int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients
 // needed. Tensors are contiguous and on the device, float64 and strides have no part in it. Gives null, or what went
 // wrong, for people; the text lives until this thread calls again.
 const char* mdnet_scan_cuda(const MdnetScan* scan, void* stream);
-
-#ifdef __cplusplus
 }
-#endif

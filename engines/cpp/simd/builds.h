@@ -1,23 +1,29 @@
-// How kernels run: in which build, since CMake compiles each kernel's file once per instruction set, and on which
-// threads.
+// Which build of a kernel runs: CMake compiles each kernel_per_isa.cpp once per instruction set, and each build offers
+// its functions in a table.
 #pragma once
 
 #include "common/interface.h"
 
+// In kernel_per_isa.cpp: the name of this build's table.
+#define MDNET_JOIN_(a, b) a##b
+#define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
+#define MDNET_THIS_BUILD(kernel) MDNET_JOIN(MDNET_NAMESPACE, _##kernel)
+
+// In the file that calls the kernel: the tables of all builds, by MdnetIsa.
 #ifdef MDNET_X86
-#define MDNET_BUILDS(kernel) {nullptr, &mdnet_portable_##kernel, &mdnet_avx2_##kernel, &mdnet_avx512_##kernel}
+#define MDNET_BUILDS(Kernel, kernel)                                                                    \
+  extern const Kernel mdnet_portable_##kernel, mdnet_avx2_##kernel, mdnet_avx512_##kernel;              \
+  constexpr const Kernel* kernel##_builds[] = {nullptr, &mdnet_portable_##kernel, &mdnet_avx2_##kernel, \
+                                               &mdnet_avx512_##kernel}
 #else
-#define MDNET_BUILDS(kernel) {nullptr, &mdnet_portable_##kernel}
+#define MDNET_BUILDS(Kernel, kernel)           \
+  extern const Kernel mdnet_portable_##kernel; \
+  constexpr const Kernel* kernel##_builds[] = {nullptr, &mdnet_portable_##kernel}
 #endif
 
-// The build for `isa`, an MdnetIsa; null where this processor has not its instructions.
+// The build for `isa`, an MdnetIsa; null where this processor does not have its instructions.
 template <typename Kernel, int n>
 const Kernel* build_for(int isa, const Kernel* const (&builds)[n]) {
   if (isa == MDNET_BEST) isa = mdnet_isa();
   return isa >= MDNET_PORTABLE && isa <= mdnet_isa() && isa < n ? builds[isa] : nullptr;
-}
-
-// An MdnetParallelFor: the calling thread.
-inline void in_turn(void*, void (*task)(void*, size_t), void* argument, size_t count) {
-  for (size_t i = 0; i < count; ++i) task(argument, i);
 }
