@@ -1,5 +1,5 @@
-// Attention on the host's threads: k and v are packed, a task for each panel; then each task makes a few rows of y,
-// whose scores it alone sees, so that they stay in the cache.
+// Attention on the host's threads: k and v are packed, a task for each panel; then each task makes a few rows of y. It
+// keeps the scores of these rows to itself, so that they stay in the cache.
 #include "attention/attention.h"
 
 #include <initializer_list>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The right side of a product, b: packed before, or in memory of its own.
+// k or v, each the right side of a product: packed by the caller, or here.
 class Packed {
  public:
   Packed(const MdnetMatmul& product, const void* packed, int64_t matrices)
@@ -23,12 +23,12 @@ class Packed {
   int64_t panels_to_pack() const { return packed_ ? 0 : matrices_ * b_panels(product_); }
   void pack(const MatmulKernel& kernel, int64_t panel) const { pack_b_panel(kernel, product_, panel, own_.data()); }
 
-  // y = a b, where `product` has y and some of the rows, and `a` has these, packed.
+  // The product of some packed rows, `a`, with this side; `product` says where to write it.
   void multiply(const MatmulKernel& kernel, const MdnetMatmul& product, const uint32_t* a, int64_t image) const {
     const uint32_t* b = (packed_ ? packed_ : own_.data()) + image % matrices_ * packed_b(product_);
     for (int64_t panel = 0; panel < b_panels(product_); ++panel) {
       const int64_t all = pairs(product_);
-      kernel.multiply(product, a, all, b + before_b_panel(product_, panel), panel, all, false, 0, 0);
+      kernel.multiply(product, a, all, b + b_panel_start(product_, panel), panel, all, false, 0, 0);
     }
   }
 
@@ -68,11 +68,11 @@ class Attention {
     return product;
   }
 
-  // The rows of y that a panel of q makes.
+  // The rows of y that belong to a panel of q.
   int rows(int64_t image, int64_t panel) const {
     const int64_t first = panel * kRows, count = smaller(call_.rows - first, kRows);
     const Buffer<float> scores(count * call_.keys);
-    const Buffer<uint32_t> packed(kRows * larger(pairs(scores_), pairs(sums_)));  // q, and then the softmax
+    const Buffer<uint32_t> packed(kRows * larger(pairs(scores_), pairs(sums_)));  // q; then the softmax
     if (!scores || !packed) return MDNET_NO_MEMORY;
     float inverse_sums[kRows];
     MdnetMatmul product = scores_;
@@ -92,7 +92,7 @@ class Attention {
 
   const MdnetAttention& call_;
   const MatmulKernel& kernel_;
-  const MdnetMatmul scores_, sums_;  // q k, and softmax(q k) v: what they have in common for all rows
+  const MdnetMatmul scores_, sums_;  // q k and softmax(q k) v: what all rows have in common
   const Packed k_, v_;
 };
 

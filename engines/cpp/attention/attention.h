@@ -1,17 +1,17 @@
-// The C interface of attention with products in bfloat16. See mdnet_engines/product_op.py.
+// The C interface of attention with matrix products in bfloat16 (operator mdnet::BFloat16Attention).
 #pragma once
 
 #include "common/interface.h"
 
 extern "C" {
 
-// y[i] = softmax(q k) v of the matrices i % their number, each contiguous and in row-major order.
-// All sizes are at least 1.
+// y[i] = softmax(q[i % q_matrices] k[i % k_matrices]) v[i % v_matrices] for i < batch, each matrix contiguous and in
+// row-major order. All sizes are at least 1.
 struct MdnetAttention {
   int64_t batch, rows, keys, inner, columns;  // q: rows x inner   k: inner x keys   v: keys x columns
   int64_t q_matrices, k_matrices, v_matrices;
   const float *q, *k, *v;
-  const void *k_packed, *v_packed;  // what mdnet_matmul_pack made of k and v as b; or null
+  const void *k_packed, *v_packed;  // k and v as mdnet_matmul_pack packs a b; or null
   float* y;                         // batch x rows x columns
 };
 

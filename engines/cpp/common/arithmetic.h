@@ -1,5 +1,7 @@
-// Arithmetic on sizes. In an unnamed namespace, as everything that several builds of a kernel include: a shared inline
-// function could be linked in from a build for another processor.
+// Arithmetic on sizes.
+//
+// Everything that kernels include has internal linkage: of an inline function with external linkage the linker keeps
+// one copy, which could be that of a build for another processor.
 #pragma once
 
 #include <stdint.h>

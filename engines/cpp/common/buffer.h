@@ -1,26 +1,27 @@
-// Memory that is freed at the end of its scope. Nothing throws here: whoever allocates asks whether it got any.
+// Memory that is freed at the end of its scope. Allocation never throws, since the library is built without exceptions:
+// a buffer that got no memory is false.
 #pragma once
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/arithmetic.h"
-
 namespace {
 
-constexpr int64_t kAlignment = 64;  // bytes: a line of the cache, and the widest vector
+constexpr size_t kAlignment = 64;  // bytes: a cache line, and the widest vector
 
-// Memory for `count` elements, to be freed by free(); null where there is none.
+inline size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Memory for `count` elements, for the caller to free(); null where there is none left.
 template <typename T>
-T* allocate(int64_t count) {
-  return static_cast<T*>(aligned_alloc(kAlignment, size_t(round_up(count * int64_t(sizeof(T)), kAlignment))));
+T* allocate(size_t count) {
+  return static_cast<T*>(aligned_alloc(kAlignment, aligned(count * sizeof(T))));
 }
 
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(count ? allocate<T>(count) : nullptr) {}
+  explicit Buffer(int64_t count) : data_(count ? allocate<T>(size_t(count)) : nullptr) {}
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

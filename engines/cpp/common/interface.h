@@ -1,4 +1,5 @@
-// What the C interfaces of all operators share: instruction sets, the status of a call, the host's threads.
+// What the C interfaces of all operators share: instruction sets, the status of a call, the host's threads. A host is
+// whoever calls and lends threads: ONNX Runtime, PyTorch, a test.
 #pragma once
 
 #include <stddef.h>
@@ -12,7 +13,7 @@ enum MdnetIsa { MDNET_BEST = 0, MDNET_PORTABLE = 1, MDNET_AVX2 = 2, MDNET_AVX512
 enum MdnetStatus { MDNET_OK = 0, MDNET_NO_MEMORY = 1, MDNET_NO_ISA = 2, MDNET_BAD_ARGUMENT = 3 };
 
 // Runs task(argument, i) for every i below count, on whatever threads the host has, and returns when all are done.
-// Functions that take one take null too, and then run on the calling thread.
+// Functions with such a parameter accept null, and then run on the calling thread.
 typedef void (*MdnetParallelFor)(void* host, void (*task)(void* argument, size_t i), void* argument, size_t count);
 
 // The widest MdnetIsa of this processor and build.

@@ -23,7 +23,7 @@ struct Host {
     }
   }
 
-  // The same with tasks that give a MdnetStatus: MDNET_OK, or that of a task that failed.
+  // The same with tasks that return an MdnetStatus. Returns MDNET_OK, or the status of a task that failed.
   template <typename Task>
   int run_and_check(int64_t count, const Task& task) const {
     std::atomic<int> status{MDNET_OK};

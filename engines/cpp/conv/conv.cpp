@@ -1,6 +1,7 @@
-// A depthwise convolution with SiLU on the host's threads, some rows to a task; that of an image, a row to a task.
+// Both convolutions on the host's threads. A task has some rows of a depthwise one, or one row of an image.
 #include "conv/conv.h"
 
+#include "common/arithmetic.h"
 #include "common/buffer.h"
 #include "common/parallel.h"
 #include "conv/kernel.h"
@@ -10,7 +11,7 @@ MDNET_BUILDS(ConvKernel, conv);
 
 namespace {
 
-constexpr int64_t kTask = 16384;  // elements of a depthwise convolution
+constexpr int64_t kTask = 16384;  // elements in a task of a depthwise convolution
 
 class ImageConv {
  public:
@@ -30,7 +31,7 @@ class ImageConv {
   int run(int64_t task) const {
     constexpr int64_t kPixels = ConvKernel::kPixels;
     const int64_t image = task / height_, row = task % height_, channels = call_.channels;
-    // The input lines of a row, with the zeros on both sides, and some behind for pixels that are not stored.
+    // The input lines of a row with zeros on both sides, and more zeros at the end for pixels that are not stored.
     const int64_t line = (call_.width + 2 * call_.pad + kPixels) * channels;
     const ZeroedBuffer<float> inputs(call_.kernel_height * line);
     if (!inputs) return MDNET_NO_MEMORY;
@@ -50,9 +51,9 @@ class ImageConv {
   }
 
  private:
-  static constexpr int64_t kPadding = 64;  // what the widest kernel reads at a time
+  static constexpr int64_t kPadding = 64;  // weights that the widest kernel reads at a time
 
-  // From outputs x channels x kernel to kernel x channels x outputs, as the inputs of a pixel lie.
+  // From outputs x channels x kernel to kernel x channels x outputs: the order in which a pixel reads its inputs.
   void pack() const {
     const int64_t taps = call_.kernel_height * call_.kernel_width;
     for (int64_t o = 0; o < call_.outputs; ++o) {

@@ -1,5 +1,5 @@
 // The C interface of two convolutions in float32: depthwise along a sequence, with SiLU behind it; and of an image with
-// few channels. See mdnet_engines/conv_op.py.
+// few channels (operators mdnet::DepthwiseConvSilu and mdnet::ImageConv).
 #pragma once
 
 #include "common/interface.h"
@@ -9,7 +9,7 @@ extern "C" {
 // y[t] = silu(bias + sum of w[k] x[t - before + k] over the taps k), for each row; x is 0 outside of its row.
 struct MdnetDepthwiseConvSilu {
   int64_t rows, channels, length, taps;  // each at least 1; a row's channel is row % channels
-  int64_t before;                        // taps that lie before the step itself: from 0 to taps - 1
+  int64_t before;                        // how many taps lie before the step itself: 0 to taps - 1
   const float *x, *w, *bias;             // rows x length; channels x taps; channels
   float* y;                              // rows x length
   int32_t isa;                           // MdnetIsa

@@ -4,12 +4,12 @@
 #include "conv/conv.h"
 
 struct ConvKernel {
-  static constexpr int64_t kPixels = 6;  // of y that are made at a time
+  static constexpr int64_t kPixels = 6;  // of y in one call of `image`
 
   void (*depthwise_silu)(const MdnetDepthwiseConvSilu& call, int64_t row);
-  // The outputs of kPixels pixels that lie side by side, of which `count` are stored. Each takes `taps` inputs of each
-  // of `lines`, which are `stride` apart; the next pixel's begin `step` further on. `weights` has for each tap all
-  // outputs, padded to `padded`, and the biases behind the last tap.
+  // All outputs of kPixels neighbouring pixels, of which the first `count` are stored. A pixel reads `taps` inputs from
+  // each of `lines` lines, which are `stride` apart; the inputs of the next pixel begin `step` further on. `weights`
+  // holds `padded` values for each tap, one for each output, and after the last tap the biases.
   void (*image)(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,
                 int64_t outputs, int64_t padded, float* y, int64_t count);
 };

@@ -1,5 +1,5 @@
-// One row of a depthwise convolution with SiLU; a few pixels of an image's convolution. CMake compiles this file once
-// per instruction set.
+// One row of a depthwise convolution with SiLU; a few pixels of an image convolution. CMake compiles this file once per
+// instruction set.
 #include "conv/kernel.h"
 #include "simd/builds.h"
 #include "simd/math.h"
@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t W = kWidth<float>;
 using Floats = Vector<float>;
 
-// W steps of x from `first` on, with 0 where there are none.
+// W steps of x from `first` on; 0 outside of x.
 inline Floats steps(const float* x, int64_t length, int64_t first) {
   if (first >= 0 && first + W <= length) return load<Floats>(x + first);
   Floats value{};
@@ -29,7 +29,7 @@ void depthwise_silu(const MdnetDepthwiseConvSilu& call, int64_t row) {
   }
 }
 
-// Vectors of outputs that are added up at a time: with the pixels, as many sums as there are registers for.
+// Vectors of outputs in one pass: times kPixels, the sums just fit into the registers.
 constexpr int kVectors = MDNET_VECTOR_BYTES == 64 ? 4 : 2;
 
 void image(const float* inputs, int64_t lines, int64_t stride, int64_t taps, int64_t step, const float* weights,

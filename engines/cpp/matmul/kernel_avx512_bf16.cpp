@@ -1,6 +1,5 @@
-// Matrix products with AVX-512 BF16: an instruction multiplies 16 pairs of bfloat16 and adds both products to 16
-// floats. 12 rows by 32 columns of y are in registers, with two registers of b and one of a; each pair of a is
-// broadcast.
+// Matrix products with AVX-512 BF16: one instruction multiplies 16 pairs of bfloat16 and adds both products to 16
+// floats. A tile of y takes 24 registers, b two, and a one: each pair of a is broadcast.
 #include <immintrin.h>
 #include <string.h>
 
@@ -14,13 +13,13 @@ __mmask16 first_lanes(int64_t count) { return __mmask16(count >= kWidth ? 0xffff
 
 // 16 pairs: low halves from `low`, high ones from `high`.
 __m512i paired(__m512 low, __m512 high) {
-  // The forms with a mask: GCC 12 warns of its own definition of the others.
+  // The variants with a mask: GCC 12 warns about its own definition of the others.
   const __m512i first = _mm512_maskz_cvtepu16_epi32(0xffff, __m256i(_mm512_cvtneps_pbh(low)));
   const __m512i second = _mm512_maskz_cvtepu16_epi32(0xffff, __m256i(_mm512_cvtneps_pbh(high)));
   return _mm512_or_si512(first, _mm512_maskz_slli_epi32(0xffff, second, 16));
 }
 
-// Up to 16 pairs of a row in memory that begins there and has `left` values.
+// Up to 16 pairs of a row that has `left` more values.
 __m512i row_pairs(const float* from, int64_t left) {
   const __m512 low = _mm512_maskz_loadu_ps(first_lanes(left), from);
   const __m512 high = _mm512_maskz_loadu_ps(first_lanes(left - kWidth), from + (left > kWidth ? kWidth : 0));
@@ -65,7 +64,7 @@ void pack_b(const MdnetMatmul& call, int64_t matrix, int64_t panel, uint32_t* to
       const float* from = b + 2 * pair * call.columns + column;
       for (int64_t c = 0; c < width; c += kWidth) {
         const bool both = 2 * pair + 1 < call.inner;
-        const int64_t skipped = smaller(c, columns);  // no address past the end
+        const int64_t skipped = smaller(c, columns);  // or the address could lie past the end
         _mm512_storeu_si512(to + c, column_pairs(from + skipped, call.columns, both, first_lanes(columns - c)));
       }
     }
@@ -123,7 +122,7 @@ void multiply_any(const MdnetMatmul& call, const uint32_t* a, int64_t stride, co
   chosen(a, stride, b, pairs, add, y, call.columns, smaller(call.rows - row, kRows), columns);
 }
 
-// Of all lanes, in their order.
+// join(join(lane 0, lane 1), lane 2) and so on: always in this order.
 template <typename Join>
 float joined(__m512 lanes, Join join) {
   alignas(64) float values[kWidth];
@@ -147,7 +146,7 @@ float highest_of(const float* x, int64_t count) {
 __m512 powers(const float* x, int64_t left, __m512 scaled_highest) {
   const __m512 values = _mm512_maskz_loadu_ps(first_lanes(left), x);
   const __m512 power = _mm512_fmsub_ps(values, _mm512_set1_ps(1.44269504f), scaled_highest);
-  const __m512 fraction = _mm512_maskz_reduce_ps(0xffff, power, 9);  // behind the next integer below
+  const __m512 fraction = _mm512_maskz_reduce_ps(0xffff, power, 9);  // above the next lower integer
   __m512 p = _mm512_set1_ps(0.0780243278f);
   p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.2260674238f));
   p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.6958334446f));

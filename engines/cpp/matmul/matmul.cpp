@@ -1,5 +1,5 @@
 // Matrix products in bfloat16 on the host's threads: first b is packed, a task for each panel, then each task makes a
-// few rows of y. Every element of y is one sum in one order, whatever the batch and the threads are.
+// few rows of y. Every element of y is summed in the same order whatever the batch and the number of threads.
 #include "matmul/matmul.h"
 
 #include "common/buffer.h"
@@ -19,7 +19,8 @@ const MatmulKernel* matmul_kernel() {
 
 namespace {
 
-constexpr int64_t kTasks = 64;      // at most, where more would have less than kWork to do
+// Handing out a task takes time, and a long one keeps the others waiting at the end.
+constexpr int64_t kTasks = 64;      // of a call, or more where a task would have more than kWork
 constexpr int64_t kWork = 1 << 20;  // multiplications
 
 bool sensible(const MdnetMatmul& call) {
@@ -27,7 +28,7 @@ bool sensible(const MdnetMatmul& call) {
          call.b_matrices > 0 && call.batch % call.a_matrices == 0 && call.batch % call.b_matrices == 0;
 }
 
-// The rows of y that a panel of a makes. `b` is packed.
+// The rows of y that belong to a panel of a; `b` is packed.
 void multiply_panel(const MdnetMatmul& call, const MatmulKernel& kernel, const uint32_t* b, int64_t image,
                     int64_t a_panel) {
   constexpr int64_t kPairs = MatmulKernel::kPairs;
@@ -40,13 +41,13 @@ void multiply_panel(const MdnetMatmul& call, const MatmulKernel& kernel, const u
     int64_t stride = count;
     if (call.a_packed) {
       stride = pairs(call);
-      a = static_cast<const uint32_t*>(call.a_packed) + matrix * packed_a(call) + before_a_panel(call, a_panel) + first;
+      a = static_cast<const uint32_t*>(call.a_packed) + matrix * packed_a(call) + a_panel_start(call, a_panel) + first;
     } else {
       kernel.pack_a(call, matrix, a_panel, first, count, rows);
     }
     for (int64_t panel = 0; panel < b_panels(call); ++panel) {
       const int64_t width = call.columns - panel * kColumns > kColumns / 2 ? kColumns : kColumns / 2;
-      const uint32_t* columns = b + before_b_panel(call, panel) + first * width;
+      const uint32_t* columns = b + b_panel_start(call, panel) + first * width;
       kernel.multiply(call, a, stride, columns, panel, count, first > 0, image, a_panel);
     }
   }
@@ -78,7 +79,6 @@ int mdnet_matmul(const MdnetMatmul* call, MdnetParallelFor parallel_for, void* h
                 [&](int64_t task) { pack_b_panel(*kernel, *call, task, own_b.data()); });
     b = own_b.data();
   }
-  // Few tasks, so that little is spent on handing them out; but none so long that the others wait for it.
   const int64_t tasks = larger(call->batch * call->rows * call->columns * call->inner / kWork, kTasks);
   const int64_t panels = larger(call->batch * a_panels(*call) / tasks, 1);  // of a task
   const int64_t tasks_per_image = ceil_div(a_panels(*call), panels);
@@ -94,11 +94,11 @@ void* mdnet_matmul_pack(const MdnetMatmul* call, int b) {
   const MatmulKernel* kernel = matmul_kernel();
   if (!call || !sensible(*call) || !kernel) return nullptr;
   const int64_t matrices = b ? call->b_matrices : call->a_matrices, size = b ? packed_b(*call) : packed_a(*call);
-  uint32_t* packed = allocate<uint32_t>(matrices * size);
+  uint32_t* packed = allocate<uint32_t>(size_t(matrices * size));
   if (!packed) return nullptr;
   for (int64_t i = 0; b && i < matrices * b_panels(*call); ++i) pack_b_panel(*kernel, *call, i, packed);
   for (int64_t i = 0; !b && i < matrices * a_panels(*call); ++i) {
-    kernel->pack_a(*call, i / a_panels(*call), i % a_panels(*call), 0, pairs(*call), packed + before_a_panel(*call, i));
+    kernel->pack_a(*call, i / a_panels(*call), i % a_panels(*call), 0, pairs(*call), packed + a_panel_start(*call, i));
   }
   return packed;
 }

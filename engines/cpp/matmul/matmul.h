@@ -1,7 +1,7 @@
-// The C interface of float matrix products in bfloat16: inputs are rounded to it, sums are kept in float32.
+// The C interface of matrix products in bfloat16 (operator mdnet::BFloat16MatMul): inputs are float32 and are rounded,
+// sums are float32.
 //
-// See mdnet_engines/product_op.py for the operators. Only processors with AVX-512 BF16 have a kernel for it; on others
-// the operators' function body is as fast as anything.
+// The only kernel is for AVX-512 BF16: without that instruction nothing is faster than the operators' function bodies.
 #pragma once
 
 #include "common/interface.h"
@@ -14,8 +14,8 @@ struct MdnetMatmul {
   int64_t batch, rows, columns, inner;  // y: batch x rows x columns
   int64_t a_matrices, b_matrices;
   const float *a, *b;    // rows x inner and inner x columns, or transposed
-  const void* a_packed;  // what mdnet_matmul_pack made of a, which is not read then; or null
-  const void* b_packed;
+  const void* a_packed;  // what mdnet_matmul_pack made of a, which is then not read; or null
+  const void* b_packed;  // likewise
   float* y;
   int32_t a_transposed, b_transposed;
 };
@@ -25,6 +25,6 @@ int mdnet_has_bfloat16(void);
 
 int mdnet_matmul(const MdnetMatmul* call, MdnetParallelFor parallel_for, void* host);
 
-// All matrices of a (or of b) as the kernel reads them, to be freed by the caller; null where memory ran out.
+// All matrices of a (or, if `b`, of b) as the kernel reads them, for the caller to free(). Null where memory ran out.
 void* mdnet_matmul_pack(const MdnetMatmul* call, int b);
 }

@@ -1,4 +1,4 @@
-// mdnet::BFloat16Attention (mdnet_engines/product_op.py).
+// mdnet::BFloat16Attention.
 #include "attention/attention.h"
 
 #include "onnxruntime/matrices.h"

@@ -22,7 +22,7 @@ enum OrtElementType { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_FLOAT16 = 10, ORT_BFLOAT
 enum OrtCharacteristic { ORT_REQUIRED = 0 };
 enum OrtMemType { ORT_MEM_DEFAULT = 0 };
 
-// The table, with only the entries in use named. `Skip<n>` stands for n others.
+// The table. Only entries in use have a name; `Skip<n>` stands for n others.
 template <int n>
 struct Skip {
   void* entries[n];

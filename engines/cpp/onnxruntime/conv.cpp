@@ -1,4 +1,4 @@
-// mdnet::DepthwiseConvSilu and mdnet::ImageConv (mdnet_engines/conv_op.py).
+// mdnet::DepthwiseConvSilu and mdnet::ImageConv.
 #include "conv/conv.h"
 
 #include "onnxruntime/op.h"

@@ -1,4 +1,4 @@
-// mdnet::BFloat16MatMul, with a or b transposed or neither (mdnet_engines/product_op.py).
+// mdnet::BFloat16MatMul, BFloat16MatMulTransposedA and BFloat16MatMulTransposedB.
 #include "matmul/matmul.h"
 
 #include "onnxruntime/matrices.h"

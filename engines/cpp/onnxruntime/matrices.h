@@ -1,4 +1,4 @@
-// What the operators on matrices share: inputs whose last two axes are a matrix's and whose other axes count matrices.
+// What the operators on matrices share: inputs whose last two axes are those of a matrix; the others count matrices.
 #pragma once
 
 #include "matmul/matmul.h"
@@ -24,8 +24,8 @@ struct Matrices : Tensor {
   }
 };
 
-// The shape of what is made of some inputs, all but its last two axes; the product of those, or -1 where the inputs
-// don't fit: those of one input must be all axes of the others' that count matrices, or the last of them.
+// Find all axes of the output but the last two: of the axes that count matrices, each input must have those of the
+// input with most of them, or only the last ones. Returns their product, or -1 where an input doesn't fit.
 template <size_t n>
 int64_t broadcast(const Matrices (&inputs)[n], Shape* shape) {
   const Matrices* most = inputs;
@@ -45,9 +45,9 @@ int64_t broadcast(const Matrices (&inputs)[n], Shape* shape) {
 
 constexpr const char* kUnfit = "the matrices of one input must be as many as the other's, or as its last axes say";
 
-// An input that is a constant of the graph, packed once, when the session is made, as the a or b of a product.
+// An input that is a constant of the graph, packed as the a or b of a product when the session is made.
 struct PackedConstant {
-  void* data;  // null where the input is no constant
+  void* data;  // null where the input is not constant
 
   ~PackedConstant() { free(data); }
 
@@ -58,9 +58,9 @@ struct PackedConstant {
     if (!constant) return nullptr;
     Matrices matrices;
     MDNET_TRY(matrices.read(api, value));
-    if (!matrices.readable()) return nullptr;  // for compute to refuse
+    if (!matrices.readable()) return nullptr;  // compute will refuse it
     const int64_t rows = matrices.rows(transposed), columns = matrices.columns(transposed), count = matrices.count();
-    if (!rows || !columns || !count) return nullptr;  // nothing will read it
+    if (!rows || !columns || !count) return nullptr;  // nothing to pack
     MdnetMatmul call = {};
     call.batch = call.a_matrices = call.b_matrices = count;
     call.rows = b ? 1 : rows;

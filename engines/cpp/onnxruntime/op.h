@@ -1,6 +1,6 @@
-// What every operator shares: an Op<Node> tells ONNX Runtime its name and types, a Node is one node of a graph, a Run
-// one run of it. A file of operators writes its Node, with `prepare` where it needs one and `compute`, and a table of
-// Op<Node>, whose entries differ in names, types and flags.
+// What all operators share. An Op tells ONNX Runtime an operator's name and types, a Node is a node of a graph, a Run
+// is one run of a node. A file of operators derives a struct from Node, with `compute` and, if it has attributes or
+// constants, `prepare`; and lists its operators in a table of Op, whose entries differ in name, types and flags.
 #pragma once
 
 #include <stdarg.h>
@@ -22,7 +22,7 @@ constexpr size_t kMaxRank = 8;
 constexpr const char *kCpu = "CPUExecutionProvider", *kCuda = "CUDAExecutionProvider";
 
 struct Shape {
-  int64_t sizes[kMaxRank];  // those of the first axes, where there are more
+  int64_t sizes[kMaxRank];  // of the first axes, where there are more
   size_t rank;
 
   bool is(size_t wanted, const int64_t* other) const {
@@ -50,18 +50,18 @@ struct Tensor {
     api.ReleaseTensorTypeAndShapeInfo(info);
     if (status) return status;
     void* bytes = nullptr;
-    MDNET_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(value), &bytes));  // there is no const form in version 20
+    MDNET_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(value), &bytes));  // version 20 has no const variant
     data = bytes;
     return nullptr;
   }
 };
 
-// An operator, as ONNX Runtime chooses it: there may be several of one name, for other types or another provider.
+// What ONNX Runtime chooses an operator by: several may have one name, for different types or providers.
 struct Signature {
   const char* name;
   const char* inputs;  // the type of each, a letter: f float, h float16, g bfloat16, b uint8
   char output;
-  int flags;  // for the node's code alone
+  int flags;  // what else the node needs to know
   const char* provider;
 
   static OrtElementType type_of(char letter) {
@@ -69,7 +69,7 @@ struct Signature {
   }
 };
 
-// The base of a node of a graph: made with the session, destroyed with it, run by several threads at once.
+// A node of a graph. It lives as long as its session; several threads may run it at once.
 struct Node {
   const OrtApi& api;
   const Signature& op;
@@ -87,7 +87,7 @@ struct Node {
   }
 };
 
-// One run of a node: its inputs, its output, ONNX Runtime's threads.
+// One run of a node: inputs, output, and ONNX Runtime's threads.
 class Run {
  public:
   Run(const Node& node, OrtKernelContext* context) : node_(node), api_(node.api), context_(context) {}
@@ -116,7 +116,7 @@ class Run {
 
   OrtStatus* stream(void** cuda_stream) const { return api_.KernelContext_GetGPUComputeStream(context_, cuda_stream); }
 
-  // Call a function of our C interfaces.
+  // Call one of our C interfaces.
   template <typename Call>
   OrtStatus* on_threads(int (*function)(const Call* call, MdnetParallelFor, void* host), const Call& call) {
     const int status = function(&call, parallel_for, this);
@@ -133,10 +133,11 @@ class Run {
   const Node& node_;
   const OrtApi& api_;
   OrtKernelContext* const context_;
-  OrtStatus* problem_ = nullptr;  // of the threads
+  OrtStatus* problem_ = nullptr;  // that ONNX Runtime had with its threads
 };
 
-// T is the operator's Node. All operators have one output and need all their inputs. Sessions keep pointers to them.
+// T is derived from Node. All operators have one output, and all their inputs are required. Sessions keep pointers to
+// an Op.
 template <typename T>
 struct Op : OrtCustomOp {
   const Signature signature;
@@ -164,7 +165,7 @@ struct Op : OrtCustomOp {
   static const Signature& of(const OrtCustomOp* op) { return static_cast<const Op*>(op)->signature; }
 
   static OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    void* memory = malloc(sizeof(T));  // operator new would take the C++ runtime
+    void* memory = malloc(sizeof(T));  // operator new would need the C++ runtime
     if (!memory) return api->CreateStatus(ORT_FAIL, "no memory for a node");
     T* node = new (memory) T{{*api, of(op)}};
     if (OrtStatus* problem = node->prepare(info)) {
@@ -195,7 +196,7 @@ OrtStatus* add_to(OrtCustomOpDomain* domain, const OrtApi& api, const Op<T> (&op
 
 }  // namespace
 
-// Each adds the operators of the file of that name to the domain, as far as this processor has kernels for them.
+// Each adds the operators of one file to the domain, if this processor has a kernel for them.
 OrtStatus* add_selective_scan(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_matmul(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_attention(OrtCustomOpDomain* domain, const OrtApi& api);

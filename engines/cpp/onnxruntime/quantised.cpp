@@ -1,4 +1,4 @@
-// The operators of mdnet_engines/quantised_ops.py.
+// What runs between two quantised layers: group normalisation, residual sums and GEGLU from and to uint8.
 #include "quantised/quantised.h"
 
 #include <initializer_list>

@@ -1,5 +1,5 @@
-// Where ONNX Runtime enters: it finds RegisterCustomOps by its name. A node of our operators then runs the kernel here,
-// although its file carries a function body too.
+// The entry for ONNX Runtime, which looks RegisterCustomOps up by its name. A node of our operators then runs the
+// kernel here, although its file also has a function body.
 #include <pthread.h>
 
 #include <initializer_list>
@@ -26,7 +26,7 @@ OrtStatus* make_domain(const OrtApi& api) {
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(kOrtApiVersion);
-  if (!api) {  // older; every version's table starts with CreateStatus
+  if (!api) {  // an older one; every version's table starts with CreateStatus
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "the mdnet operators need ONNX Runtime 1.20 or newer");
   }
   pthread_mutex_lock(&domain_mutex);

@@ -1,4 +1,4 @@
-// mdnet::SelectiveScan and mdnet::SelectiveScanReverse, on the CPU and on CUDA (mdnet_engines/scan_op.py).
+// mdnet::SelectiveScan and mdnet::SelectiveScanReverse, on the CPU and on CUDA.
 #include "onnxruntime/op.h"
 #include "scan/scan.h"
 
@@ -8,7 +8,7 @@ enum Input { kU, kDelta, kA, kB, kC, kD, kZ, kDeltaBias, kInputs };
 constexpr const char* kInputNames[kInputs] = {"u", "delta", "A", "B", "C", "D", "z", "delta_bias"};
 constexpr int kReverse = 1;
 
-// For messages.
+// A shape as messages show it.
 struct Text {
   char text[64];
 

@@ -1,4 +1,4 @@
-// Vectors of values that lie in memory as floats, or as quantised bytes.
+// Vectors of floats that lie in memory as such, or quantised to bytes.
 #pragma once
 
 #include "simd/math.h"
@@ -10,7 +10,7 @@ constexpr int W = kWidth<float>;
 using Floats = Vector<float>;
 typedef uint8_t Bytes __attribute__((vector_size(W)));
 
-// The W values from there on. GCC 12 would convert bytes one lane at a time.
+// W values from memory. By intrinsics, since GCC 12 would convert bytes one lane at a time.
 inline Floats widened(const float* from) { return load<Floats>(from); }
 inline Floats widened(const uint8_t* from) {
 #if MDNET_VECTOR_BYTES == 64
@@ -24,7 +24,7 @@ inline Floats widened(const uint8_t* from) {
 #endif
 }
 
-// W integers from 0 to 255 as bytes.
+// Stores W integers from 0 to 255 as bytes.
 inline void store_bytes(uint8_t* to, Bits<float> values) {
 #if MDNET_VECTOR_BYTES == 32
   const __m256i all = __m256i(values);

@@ -1,4 +1,4 @@
-// The residual sum and GEGLU on the host's threads, some elements to a task.
+// The residual sum and GEGLU on the host's threads.
 #include "common/arithmetic.h"
 #include "common/parallel.h"
 #include "quantised/kernel.h"
@@ -8,7 +8,7 @@ MDNET_BUILDS(QuantisedKernel, quantised);
 
 namespace {
 
-constexpr int64_t kTask = 32768;  // elements
+constexpr int64_t kTask = 32768;  // elements of a task
 
 }  // namespace
 

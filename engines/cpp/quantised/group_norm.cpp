@@ -1,8 +1,8 @@
-// Group normalisation in two passes over blocks of pixels, on the host's threads: sums, then, when each group's mean
-// and variance are known, y. What a block is depends on nothing but the shapes, so no result depends on the number of
-// threads.
+// Group normalisation in two passes over blocks of pixels, on the host's threads: first sums, then, from each group's
+// mean and variance, y. The blocks depend on the shapes alone, so no result depends on the number of threads.
 #include <math.h>
 
+#include "common/arithmetic.h"
 #include "common/buffer.h"
 #include "common/parallel.h"
 #include "quantised/kernel.h"
@@ -12,7 +12,7 @@ MDNET_BUILDS(QuantisedKernel, quantised);
 
 namespace {
 
-constexpr int64_t kBlock = 32768;  // elements of a block, or more where an image has more than kBlocks of them
+constexpr int64_t kBlock = 32768;  // elements of a block; larger where an image would have more than kBlocks
 constexpr int64_t kBlocks = 64;
 constexpr int64_t kPadding = 16;  // floats of the widest vector
 
@@ -52,7 +52,7 @@ class GroupNorm {
     return {task / blocks_, first, smaller(call_.pixels - first, block_)};
   }
 
-  // Of each channel, and, behind them, of its squares.
+  // A block's sums of each channel, followed by the sums of squares.
   double* sums(int64_t task) const { return sums_.data() + task * 2 * call_.channels; }
 
   Normalisation normalisation(int64_t image) const {
@@ -60,7 +60,7 @@ class GroupNorm {
     return {first, first + padded_, first + 2 * padded_};
   }
 
-  // From the sums of an image's blocks, which end up in those of the first.
+  // The sums of all blocks of an image are added to those of its first block, and then used up.
   void find_normalisation(int64_t image) const {
     const int64_t n = call_.channels, width = n / call_.groups;
     double *total = sums(image * blocks_), *squares = total + n;
@@ -71,7 +71,7 @@ class GroupNorm {
     const float* origin = call_.x_is_uint8 ? nullptr : static_cast<const float*>(call_.x) + image * call_.pixels * n;
     for (int64_t first = 0; first < n; first += width) {
       double mean = 0, variance = 0;
-      for (int64_t c = first; c < first + width; ++c) {  // each channel's own mean and variance take their sums' place
+      for (int64_t c = first; c < first + width; ++c) {  // mean and variance of the channel take the place of its sums
         total[c] /= double(call_.pixels);
         squares[c] = squares[c] / double(call_.pixels) - total[c] * total[c];
         if (origin) total[c] += origin[c];
@@ -89,7 +89,7 @@ class GroupNorm {
   void write(const Normalisation& to, int64_t first, int64_t end, double mean, double variance) const {
     const double unit = call_.x_is_uint8 ? double(call_.x_scale) : 1.0;
     const double inverse = unit / sqrt(variance * unit * unit + double(call_.epsilon));
-    // What a float can't hold of the mean goes into the offset: values may lie close together, far from 0.
+    // The part of the mean that a float can't hold goes into the offset: values may lie close together, far from 0.
     const float near = call_.x_is_uint8 ? float(int(mean)) : float(mean);
     for (int64_t c = first; c < end; ++c) {
       const double scale = double(call_.gamma[c]) * inverse;

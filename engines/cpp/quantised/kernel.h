@@ -8,18 +8,19 @@ struct PixelRange {
   int64_t image, first, count;
 };
 
-// What normalises an image's channels: (x - mean) * scale + offset. Readable a vector's width behind the last channel.
+// (x - mean) * scale + offset, for each channel of an image. Padded: a vector can be read at the last one.
 struct Normalisation {
   float *mean, *scale, *offset;
 };
 
 struct QuantisedKernel {
-  // Sums over some pixels, for each channel: of x and of its square. A float x counts from its image's first pixel.
+  // For each channel, the sums of x and of its square over some pixels. From a float x its image's first pixel is
+  // subtracted, or values that lie close together, far from 0, would lose their variance.
   void (*accumulate)(const MdnetGroupNorm& call, const PixelRange& pixels, double* sums, double* squares);
   // y at some pixels.
   void (*normalise)(const MdnetGroupNorm& call, const PixelRange& pixels, const Normalisation& normalisation);
-  // A residual sum's elements from `first` on, before `end`.
+  // y from element `first` to before `end`.
   void (*residual_sum)(const MdnetResidualSum& call, int64_t first, int64_t end);
-  // Rows of y from `first` on, before `end`.
+  // y from row `first` to before `end`.
   void (*geglu)(const MdnetGeglu& call, int64_t first, int64_t end);
 };

@@ -15,7 +15,8 @@ const T* x_at(const MdnetGroupNorm& call, int64_t image, int64_t pixel) {
   return static_cast<const T*>(call.x) + (image * call.pixels + pixel) * call.channels;
 }
 
-// Sums are short at first: integers that can't overflow, or so few floats that hardly a bit is lost.
+// Sums of some pixels, before they are added to doubles: of integers that can't overflow, or of so few floats that
+// hardly a bit is lost.
 template <typename T>
 struct Short;
 template <>

@@ -7,19 +7,22 @@ namespace {
 
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : memory_(bytes), next_(memory_.data()) {}
-  explicit operator bool() const { return bool(memory_); }
+  explicit Arena(size_t bytes) : memory_(allocate<char>(bytes)), next_(memory_) {}
+  ~Arena() { free(memory_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  explicit operator bool() const { return memory_; }
 
-  // Up to kAlignment bytes more are used than the elements take.
+  // Pieces are aligned, so one may use up to kAlignment bytes more than its elements take.
   template <typename T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * int64_t(sizeof(T)), kAlignment);
+    next_ += aligned(size_t(count) * sizeof(T));
     return piece;
   }
 
  private:
-  Buffer<char> memory_;
+  char* memory_;
   char* next_;
 };
 

@@ -1,4 +1,4 @@
-// The gradients of one group of channels.
+// The backward pass of a group of channels.
 #pragma once
 
 #include "scan/channel_group.h"
@@ -6,25 +6,25 @@
 namespace MDNET_NAMESPACE {
 namespace {
 
-// The backward pass of a group. The state before each tile is kept; within a tile, states are computed again.
+// The state before each tile is saved; the states within a tile are computed again.
 template <typename T>
 struct Backward {
   using V = Vector<T>;
-  using G = Group<T, T>;
+  using G = ChannelGroup<T, T>;
   static constexpr int W = kWidth<T>;
 
   G& g;
   const MdnetScanGradients& out;
   const int64_t states;
-  T *grad_B, *grad_C;                // this task's part: [length][scan.states]
+  T *grad_B, *grad_C;                // [length][states], this task's part
   V* before;                         // [tiles][states]
   V *decay, *state;                  // [kTile][states]
-  V *carry, *grad_A;                 // [states]: the gradient that step t+1 hands to h[t]
+  V *carry, *grad_A;                 // [states]: decay[t+1] dL/dh[t+1]; dL/dA
   V *grad_sum, *grad_dt, *grad_dtu;  // [kTile]
   T grad_D[W] = {}, grad_bias[W] = {};
 
-  static int64_t bytes(int64_t tiles, int64_t states) {
-    return (tiles * states + 2 * kTile * states + 2 * states + 3 * kTile) * int64_t(sizeof(V)) + 8 * kAlignment;
+  static size_t bytes(int64_t tiles, int64_t states) {
+    return (tiles * states + 2 * kTile * states + 2 * states + 3 * kTile) * sizeof(V) + 8 * kAlignment;
   }
 
   Backward(G& group, const MdnetScanGradients& out, T* grad_B, T* grad_C, Arena& arena)
@@ -43,29 +43,29 @@ struct Backward {
   void run() {
     const int64_t last = g.tiles() - 1;
     for (int64_t k = 0; k < last; ++k) {
-      keep(k);
-      g.enter(k);
-      advance(g);
+      save_state(k);
+      g.load_tile(k);
+      scan_tile(g);
     }
-    keep(last);
+    save_state(last);
     for (int64_t k = last; k >= 0; --k) {
-      g.enter(k);
-      enter_gradients();
+      g.load_tile(k);
+      load_gradients();
       g.bounded ? recompute<true>(k) : recompute<false>(k);
-      retrace(k);
+      propagate(k);
       write_rows();
     }
     write_parameters();
   }
 
-  void keep(int64_t k) {
+  void save_state(int64_t k) {
     for (int64_t n = 0; n < states; ++n) before[k * states + n] = g.h[n];
   }
 
   V grad_y(int i, int64_t t) const { return g.steps_of(out.grad, i, t); }
 
   // The gradient of the ungated output, transposed.
-  void enter_gradients() {
+  void load_gradients() {
     for (int64_t t = 0; t < g.steps; t += W) {
       V rows[W];
       for (int i = 0; i < W; ++i) rows[i] = i < g.lanes ? grad_y(i, t) * silu<T>(g.z(i, t)) : V{};
@@ -96,7 +96,7 @@ struct Backward {
   }
 
   // Against the order of the scan: dL/dh[t] = grad_sum[t] C[t] + decay[t+1] dL/dh[t+1].
-  void retrace(int64_t k) {
+  void propagate(int64_t k) {
     const Order order = order_of(g);
     int64_t t = order.begin + (order.count - 1) * order.step;
     for (int64_t count = order.count - 1; count >= 0; --count, t -= order.step) {
@@ -131,7 +131,7 @@ struct Backward {
     write<T>(to, read<T>(to, count) + value, count);
   }
 
-  // Back to rows along time: what u, delta and z get.
+  // The gradients of u, delta and z, transposed back to rows along time.
   void write_rows() {
     for (int64_t t = 0; t < g.steps; t += W) {
       V sums[W], dts[W], dtus[W];
@@ -148,7 +148,7 @@ struct Backward {
         const V u = g.u(i, t), z = g.z(i, t), grad = grad_y(i, t), delta = g.biased_delta(i, t);
         const V gate = sigmoid<T>(z), grad_sum_row = grad * silu<T>(z);
         const V y = sums[i] + g.skip(i) * u;
-        const V grad_delta = (dts[i] + dtus[i] * u) * sigmoid<T>(delta);  // softplus' is the sigmoid
+        const V grad_delta = (dts[i] + dtus[i] * u) * sigmoid<T>(delta);  // the sigmoid is the derivative of softplus
         write<T>(output(out.z, i) + t, grad * y * gate * (T(1) + z * (T(1) - gate)), count);
         write<T>(output(out.u, i) + t, dtus[i] * softplus<T>(delta) + grad_sum_row * g.skip(i), count);
         write<T>(output(out.delta, i) + t, grad_delta, count);

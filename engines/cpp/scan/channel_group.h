@@ -1,6 +1,7 @@
-// What forward and backward share: a group of channels, and its way through a tile of steps.
+// What forward and backward pass share: a group of channels, and the scan of a tile of its steps.
 #pragma once
 
+#include "common/arithmetic.h"
 #include "scan/arena.h"
 #include "scan/scan.h"
 #include "simd/math.h"
@@ -16,9 +17,9 @@ const IO* row(const MdnetRows& rows, int64_t image, int64_t index) {
   return static_cast<const IO*>(rows.data) + image * rows.batch_stride + index * rows.row_stride;
 }
 
-// The channels of one task, kWidth of them or fewer, and where the scan is: what forward and backward share.
+// The channels of one task, kWidth of them or fewer, and the tile that the scan has reached.
 template <typename T, typename IO>
-struct Group {
+struct ChannelGroup {
   using Scalar = T;
   using V = Vector<T>;
   static constexpr int W = kWidth<T>;
@@ -33,11 +34,11 @@ struct Group {
   V *dt, *dtu, *y;  // [kTile]
   T *B, *C;         // [states][kTile]
 
-  static int64_t bytes(int64_t states) {
-    return (2 * states + 3 * kTile) * int64_t(sizeof(V)) + 2 * states * kTile * int64_t(sizeof(T)) + 7 * kAlignment;
+  static size_t bytes(int64_t states) {
+    return (2 * states + 3 * kTile) * sizeof(V) + 2 * states * kTile * sizeof(T) + 7 * kAlignment;
   }
 
-  Group(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)
+  ChannelGroup(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)
       : scan(scan), image(image), first(first), lanes(smaller(W, scan.channels - first)) {
     const int64_t states = scan.states;
     A2 = arena.take<V>(states);
@@ -54,17 +55,17 @@ struct Group {
         const T a = A[i * scan.states + n] * T(1.44269504088896340736);
         A2[n][i] = a;
         const T magnitude = a < 0 ? -a : a;
-        if (!(magnitude <= steepest[i])) steepest[i] = magnitude;  // a NaN stays, and no bound holds
+        if (!(magnitude <= steepest[i])) steepest[i] = magnitude;  // a NaN stays, so nothing is bounded
       }
     }
   }
 
-  // Lane `i` among the channels of all images: where its row is in a contiguous output.
+  // The channel of lane `i`, counted over all images: the index of its row in a contiguous output.
   int64_t channel(int64_t i) const { return image * scan.channels + first + i; }
   int64_t tiles() const { return ceil_div(scan.length, kTile); }
 
-  // Go to tile `k`, counted in the order of the scan: read B, C, and what depends on u and delta alone.
-  void enter(int64_t k) {
+  // Go to tile `k`, counted in the order of the scan: read B and C, and compute what depends on u and delta alone.
+  void load_tile(int64_t k) {
     const int64_t position = scan.reverse ? tiles() - 1 - k : k;
     start = position * kTile;
     steps = smaller(kTile, scan.length - start);
@@ -75,7 +76,7 @@ struct Group {
         store(C + n * kTile + t, read<T>(c + t, steps - t));
       }
     }
-    V exponents{};  // at least the largest |dt A log2(e)|: a sum costs one instruction, and is far below the limit
+    V exponents{};  // a sum, at least the largest |dt A log2(e)|: one instruction, and far below the limit
     for (int64_t t = 0; t < steps; t += W) {
       V step[W], added[W];
       for (int i = 0; i < W; ++i) {
@@ -99,7 +100,7 @@ struct Group {
     for (int j = 0; j < W; ++j) bounded &= exponents[j] < T(1 << 21);
   }
 
-  // W steps of channel `i`, from step `t` of the tile on.
+  // W steps of lane `i`, from step `t` of the tile on.
   V u(int i, int64_t t) const { return steps_of(scan.u, i, t); }
   V z(int i, int64_t t) const { return steps_of(scan.z, i, t); }
   V biased_delta(int i, int64_t t) const {
@@ -111,7 +112,7 @@ struct Group {
   }
 };
 
-// The sequence of the recurrence: `step` is 1 or -1.
+// The steps of a tile in the order of the scan: `step` is 1 or -1.
 struct Order {
   int64_t begin, step, count;
 };
@@ -121,9 +122,9 @@ Order order_of(const G& group) {
   return group.scan.reverse ? Order{group.steps - 1, -1, group.steps} : Order{0, 1, group.steps};
 }
 
-// Take the states n, n + 1, ... through the tile. Unrolled: they stay in registers.
+// Scan the tile for the states n, n + 1, ... Unrolled, so that they stay in registers.
 template <bool Bounded, typename G, size_t... I>
-void advance_states(G& g, int64_t n, std::index_sequence<I...>) {
+void scan_states(G& g, int64_t n, std::index_sequence<I...>) {
   using T = typename G::Scalar;
   Vector<T> h[sizeof...(I)] = {g.h[n + I]...};
   const Vector<T>* A2 = g.A2 + n;
@@ -140,17 +141,17 @@ void advance_states(G& g, int64_t n, std::index_sequence<I...>) {
 }
 
 template <bool Bounded, typename G>
-void advance(G& g) {
+void scan_tile(G& g) {
   int64_t n = 0;
   const int64_t states = g.scan.states;
-  for (; n + 16 <= states; n += 16) advance_states<Bounded>(g, n, std::make_index_sequence<16>{});
-  for (; n + 4 <= states; n += 4) advance_states<Bounded>(g, n, std::make_index_sequence<4>{});
-  for (; n < states; ++n) advance_states<Bounded>(g, n, std::make_index_sequence<1>{});
+  for (; n + 16 <= states; n += 16) scan_states<Bounded>(g, n, std::make_index_sequence<16>{});
+  for (; n + 4 <= states; n += 4) scan_states<Bounded>(g, n, std::make_index_sequence<4>{});
+  for (; n < states; ++n) scan_states<Bounded>(g, n, std::make_index_sequence<1>{});
 }
 
 template <typename G>
-void advance(G& g) {
-  g.bounded ? advance<true>(g) : advance<false>(g);
+void scan_tile(G& g) {
+  g.bounded ? scan_tile<true>(g) : scan_tile<false>(g);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include "scan/scan.h"
 
-// The PTX that mdnet_engines/cuda_kernel.py made, ended by a zero.
+// The PTX of mdnet_engines/cuda/, with a zero at the end.
 asm(R"(
   .section .rodata
   .global mdnet_ptx
@@ -22,7 +22,7 @@ extern "C" __attribute__((visibility("hidden"))) const char mdnet_ptx[];
 
 namespace {
 
-// As mdnet_engines/cuda_kernel.py has them; tests/engines/test_cuda_launch.py holds the two together.
+// What the PTX was compiled for; tests/engines/test_cuda_launch.py compares them.
 constexpr unsigned kThreads = 128, kChannelsPerBlock = 32;
 constexpr int64_t kMaxStates = 64, kMaxLength = 1 << 25;
 
@@ -73,7 +73,7 @@ const char* explain(const char* doing, CUresult result) {
   return text;
 }
 
-// The module of each context, kept as long as the process: as many as there are GPUs in use.
+// The module of each context: one for each GPU in use, kept until the process ends.
 struct Module {
   CUcontext context;
   CUmodule module;
@@ -110,7 +110,7 @@ CUresult current_module(CUmodule* module) {
 }  // namespace
 
 extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
-  MdnetScan scan = *call;  // the driver takes addresses of arguments, and not const ones
+  MdnetScan scan = *call;  // the driver wants addresses of arguments that are not const
   if (scan.type == MDNET_FLOAT64) return "the CUDA selective scan takes no float64";
   if (scan.states > kMaxStates) return "the CUDA selective scan takes at most 64 states";
   if (scan.length >= kMaxLength) return "the CUDA selective scan takes fewer than 2^25 steps";

@@ -13,7 +13,7 @@ namespace MDNET_NAMESPACE {
 namespace {
 
 template <typename T, typename IO>
-void write_y(Group<T, IO>& g) {
+void write_y(ChannelGroup<T, IO>& g) {
   constexpr int W = kWidth<T>;
   for (int64_t t = 0; t < g.steps; t += W) {
     Vector<T> rows[W];
@@ -28,14 +28,14 @@ void write_y(Group<T, IO>& g) {
 
 template <typename T, typename IO>
 int forward_group(const MdnetScan& scan, int64_t task) {
-  using G = Group<T, IO>;
+  using G = ChannelGroup<T, IO>;
   const int64_t groups = ceil_div(scan.channels, G::W);
   Arena arena(G::bytes(scan.states));
   if (!arena) return MDNET_NO_MEMORY;
   G group(scan, task / groups, task % groups * G::W, arena);
   for (int64_t k = 0; k < group.tiles(); ++k) {
-    group.enter(k);
-    advance(group);
+    group.load_tile(k);
+    scan_tile(group);
     write_y(group);
   }
   return MDNET_OK;
@@ -61,7 +61,7 @@ int forward(const MdnetScan& scan, int64_t task) {
 
 template <typename T>
 int backward_split(const MdnetScan& scan, const MdnetScanGradients& out, int64_t task) {
-  using G = Group<T, T>;
+  using G = ChannelGroup<T, T>;
   const int64_t tiles = ceil_div(scan.length, kTile);
   const int64_t splits = ceil_div(scan.channels, kSplitChannels);
   const int64_t image = task / splits, split = task % splits;

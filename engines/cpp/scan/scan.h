@@ -1,7 +1,5 @@
-// The C interface of the native selective scan: what Python (ctypes) and the ONNX Runtime operators call.
-//
-// Tensors are described by a pointer and two strides in elements; the steps of a row are always contiguous.
-// See mdnet_engines/scan_op.py for the formula and the shapes.
+// The C interface of the selective scan, for Python (ctypes) and the ONNX Runtime operators. docs/selective-scan.md has
+// the formula.
 #pragma once
 
 #include "common/interface.h"
@@ -11,6 +9,7 @@ extern "C" {
 // Type of u, delta, B, C, z and y. A, D and delta_bias are float, or double with MDNET_FLOAT64.
 enum MdnetType { MDNET_FLOAT32 = 0, MDNET_FLOAT64 = 1, MDNET_FLOAT16 = 2, MDNET_BFLOAT16 = 3 };
 
+// Strides are in elements; the steps of a row are contiguous.
 struct MdnetRows {
   const void* data;
   int64_t batch_stride;
@@ -28,8 +27,8 @@ struct MdnetScan {
   void* y;                                  // batch x channels x length, contiguous
 };
 
-// Gradients of the sum of grad * y. float32 and float64 only. Outputs are contiguous. Those of tensors that are shared
-// between the channels or the batch come in parts, for the caller to sum over the first axis:
+// Gradients of the sum of grad * y, in float32 or float64, each contiguous. Gradients of tensors that channels or
+// images share come in parts, for the caller to sum over the first axis:
 //   A: batch x channels x states     D, delta_bias: batch x channels
 //   B, C: splits x batch x length x states, with splits = mdnet_scan_splits(channels)
 struct MdnetScanGradients {
@@ -40,13 +39,12 @@ struct MdnetScanGradients {
 int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host);
 int64_t mdnet_scan_splits(int64_t channels);
 
-// Forward, or backward where `gradients` is not null, on the threads of an OpenMP runtime that the caller has loaded
-// (PyTorch's): `gomp_parallel` is its GOMP_parallel, which GNU's and LLVM's both export. Without one (null) the scan
-// runs on the calling thread.
+// The forward pass, or the backward pass where `gradients` is not null, on the threads of an OpenMP runtime that the
+// caller has loaded: `gomp_parallel` is its GOMP_parallel. If that is null, the scan runs on the calling thread.
 int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients, void* gomp_parallel, int threads);
 
 // Enqueue the forward pass on a stream of the current CUDA context, through the CUDA driver, which is loaded when first
-// needed. Tensors are contiguous and on the device, float64 and strides have no part in it. Gives null, or what went
-// wrong, for people; the text lives until this thread calls again.
+// needed. Tensors must be contiguous and on the device; strides are ignored, float64 is refused. Returns null, or what
+// went wrong as a text that lives until this thread calls again.
 const char* mdnet_scan_cuda(const MdnetScan* scan, void* stream);
 }

@@ -1,15 +1,15 @@
-// Which build of a kernel runs: CMake compiles each kernel_per_isa.cpp once per instruction set, and each build offers
-// its functions in a table.
+// Which build of a kernel runs: CMake compiles each kernel_per_isa.cpp once per instruction set, and each build has a
+// table of its functions.
 #pragma once
 
 #include "common/interface.h"
 
-// In kernel_per_isa.cpp: the name of this build's table.
+// The name of the table, in kernel_per_isa.cpp.
 #define MDNET_JOIN_(a, b) a##b
 #define MDNET_JOIN(a, b) MDNET_JOIN_(a, b)
 #define MDNET_THIS_BUILD(kernel) MDNET_JOIN(MDNET_NAMESPACE, _##kernel)
 
-// In the file that calls the kernel: the tables of all builds, by MdnetIsa.
+// Declares the tables of all builds, by MdnetIsa, in a file that calls the kernel.
 #ifdef MDNET_X86
 #define MDNET_BUILDS(Kernel, kernel)                                                                    \
   extern const Kernel mdnet_portable_##kernel, mdnet_avx2_##kernel, mdnet_avx512_##kernel;              \

@@ -1,11 +1,11 @@
-// Keeps subnormal results from slowing a kernel down.
+// Subnormal results are 0 for a while.
 #pragma once
 
 namespace {
 
-// While one lives, results too small for a normal number are 0: a state that decays into subnormal numbers would slow
-// x86 processors down twentyfold. Operands keep theirs (unless the caller has it otherwise): float16 is read through
-// them.
+// While one exists, results too small for a normal number are 0: a state that decays into subnormal numbers would slow
+// x86 processors down twentyfold. Subnormal operands keep their value (unless the caller has changed that), because
+// float16 is widened through them.
 class FlushToZero {
  public:
 #if defined(__x86_64__)

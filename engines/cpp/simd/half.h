@@ -1,4 +1,4 @@
-// float16 and bfloat16, and how they become float and back.
+// float16 and bfloat16. Kernels convert values where they read and write them, and compute in float.
 #pragma once
 
 #include <stdint.h>
@@ -6,7 +6,6 @@
 
 namespace MDNET_NAMESPACE {
 
-// Half types have no arithmetic here: values are converted where they are read and written.
 struct Half {
   uint16_t bits;
 };

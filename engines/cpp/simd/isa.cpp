@@ -1,4 +1,4 @@
-// Which instruction sets this processor has.
+// The instruction sets that kernels are built for and this processor has.
 #include "common/interface.h"
 
 extern "C" int mdnet_isa(void) {

@@ -9,7 +9,7 @@
 
 namespace MDNET_NAMESPACE {
 
-// With a NaN in `a` both of these give `a`.
+// If `a` is NaN, both return it.
 template <typename V>
 inline V at_least(V a, V low) {
   return a < low ? low : a;
@@ -18,7 +18,7 @@ template <typename V>
 inline V at_most(V a, V high) {
   return a > high ? high : a;
 }
-#if MDNET_VECTOR_BYTES == 64  // compilers make two instructions of the above
+#if MDNET_VECTOR_BYTES == 64  // from the above, compilers make two instructions
 inline Vector<float> at_least(Vector<float> a, Vector<float> low) { return _mm512_maskz_max_ps(0xffff, low, a); }
 inline Vector<float> at_most(Vector<float> a, Vector<float> high) { return _mm512_maskz_min_ps(0xffff, high, a); }
 #elif MDNET_VECTOR_BYTES == 32
@@ -33,7 +33,7 @@ inline Vector<T> reciprocal(Vector<T> a) {
   if constexpr (sizeof(T) == 4) {  // a quarter of a division's time; error 1.2e-7
     const __m512 x = _mm512_maskz_rcp14_ps(0xffff, a);
     const __m512 error = _mm512_fnmadd_ps(a, x, _mm512_set1_ps(1.0f));
-    // Newton's step, but not at infinity, where 0 is right already and inf * 0 would come in.
+    // Newton's step, but not at infinity, where x is right already and the step would compute inf * 0.
     return Vector<T>(_mm512_mask_fmadd_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), error, x));
   }
 #endif
@@ -101,7 +101,7 @@ inline Vector<T> log1p_of(Vector<T> e) {
 
 template <typename T>
 inline Vector<T> softplus(Vector<T> x) {
-  // exp takes -|x|; a NaN comes through both terms.
+  // exp gets -|x|; a NaN passes through both terms.
   return at_least(x, Vector<T>{}) + log1p_of<T>(exp_of<T>(at_most(x, -x)));
 }
 

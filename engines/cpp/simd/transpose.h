@@ -1,4 +1,4 @@
-// A square of lanes, transposed or summed in registers.
+// As many vectors as a vector has lanes, transposed or summed in registers.
 #pragma once
 
 #include <stddef.h>
@@ -7,7 +7,7 @@
 
 namespace MDNET_NAMESPACE {
 
-// Lanes of `a` and `b` in blocks of Step: the even blocks of both (High = false) or the odd ones.
+// Blocks of Step lanes, from `a` and `b` in turn: their even blocks (High = false) or their odd ones.
 template <int Step, bool High, typename V, size_t... I>
 inline V blocks(V a, V b, std::index_sequence<I...>) {
   constexpr int n = sizeof...(I);

@@ -1,8 +1,8 @@
-// Vectors of one register's width. Included once per instruction set: every name is in a namespace of its own, so that
-// no inline function of one build can be linked into another. The build chooses MDNET_NAMESPACE and MDNET_VECTOR_BYTES
-// (CMakeLists.txt).
+// Vectors of one register's width, in the vector extensions that GCC (12 and newer) and Clang share: the compiler picks
+// the instructions.
 //
-// Written with the vector extensions that GCC (12 and newer) and Clang share; the compiler picks the instructions.
+// Kernels include this once per instruction set. All names are in the build's own namespace, so that the linker can't
+// take an inline function of one build for that of another. CMakeLists.txt sets MDNET_NAMESPACE and MDNET_VECTOR_BYTES.
 #pragma once
 
 #include <stddef.h>
@@ -47,7 +47,7 @@ constexpr int kWidth = MDNET_VECTOR_BYTES / sizeof(T);
 
 template <typename T>
 inline Vector<T> splat(T value) {
-  return value - Vector<T>{};  // not {} + value: that turns -0 into 0, which costs an instruction to keep right
+  return value - Vector<T>{};  // not {} + value, which would turn -0 into 0: that costs an instruction
 }
 
 template <typename V, typename T>
@@ -62,7 +62,7 @@ inline void store(T* to, V value) {
   memcpy(to, &value, sizeof value);
 }
 
-// `count` elements (kWidth at most) of a row, 0 behind them.
+// The first `count` elements (kWidth at most), followed by zeros.
 template <typename T, typename IO>
 inline Vector<T> read(const IO* from, int64_t count) {
   if constexpr (sizeof(T) == sizeof(IO)) {
