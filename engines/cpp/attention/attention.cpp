@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 
+#include "common/arena.h"
 #include "common/buffer.h"
 #include "common/parallel.h"
 #include "matmul/kernel.h"
@@ -71,21 +72,23 @@ class Attention {
   // The rows of y that belong to a panel of q.
   int rows(int64_t image, int64_t panel) const {
     const int64_t first = panel * kRows, count = smaller(call_.rows - first, kRows);
-    const Buffer<float> scores(count * call_.keys);
-    const Buffer<uint32_t> packed(kRows * larger(pairs(scores_), pairs(sums_)));  // q; then the softmax
-    if (!scores || !packed) return MDNET_NO_MEMORY;
+    const int64_t packed_size = kRows * larger(pairs(scores_), pairs(sums_));
+    Arena arena(size_t(count * call_.keys + packed_size) * sizeof(float) + 2 * kAlignment);
+    if (!arena) return MDNET_NO_MEMORY;
+    float* scores = arena.take<float>(count * call_.keys);
+    uint32_t* packed = arena.take<uint32_t>(packed_size);  // q; then the softmax
     float inverse_sums[kRows];
     MdnetMatmul product = scores_;
     product.rows = count;
     product.a = call_.q + (image % call_.q_matrices * call_.rows + first) * call_.inner;
-    product.y = scores.data();
-    kernel_.pack_a(product, 0, 0, 0, pairs(product), packed.data());
-    k_.multiply(kernel_, product, packed.data(), image);
-    kernel_.softmax(scores.data(), count, call_.keys, packed.data(), inverse_sums);
+    product.y = scores;
+    kernel_.pack_a(product, 0, 0, 0, pairs(product), packed);
+    k_.multiply(kernel_, product, packed, image);
+    kernel_.softmax(scores, count, call_.keys, packed, inverse_sums);
     product = sums_;
     product.rows = count;
     product.y = call_.y + (image * call_.rows + first) * call_.columns;
-    v_.multiply(kernel_, product, packed.data(), image);
+    v_.multiply(kernel_, product, packed, image);
     kernel_.scale_rows(product.y, count, call_.columns, inverse_sums);
     return MDNET_OK;
   }

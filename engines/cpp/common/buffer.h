@@ -4,7 +4,6 @@
 
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 namespace {
 
@@ -28,17 +27,18 @@ class Buffer {
   explicit operator bool() const { return data_; }
   T* data() const { return data_; }
 
+ protected:
+  explicit Buffer(void* data) : data_(static_cast<T*>(data)) {}
+
  private:
   T* const data_;
 };
 
-// The same, filled with zeros.
+// Filled with zeros, and not aligned.
 template <typename T>
 class ZeroedBuffer : public Buffer<T> {
  public:
-  explicit ZeroedBuffer(int64_t count) : Buffer<T>(count) {
-    if (*this) memset(this->data(), 0, size_t(count) * sizeof(T));
-  }
+  explicit ZeroedBuffer(int64_t count) : Buffer<T>(calloc(size_t(count), sizeof(T))) {}
 };
 
 }  // namespace

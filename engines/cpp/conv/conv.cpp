@@ -1,6 +1,8 @@
 // Both convolutions on the host's threads. A task has some rows of a depthwise one, or one row of an image.
 #include "conv/conv.h"
 
+#include <string.h>
+
 #include "common/arithmetic.h"
 #include "common/buffer.h"
 #include "common/parallel.h"

@@ -1,8 +1,8 @@
 // What forward and backward pass share: a group of channels, and the scan of a tile of its steps.
 #pragma once
 
+#include "common/arena.h"
 #include "common/arithmetic.h"
-#include "scan/arena.h"
 #include "scan/scan.h"
 #include "simd/math.h"
 #include "simd/transpose.h"

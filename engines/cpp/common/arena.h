@@ -1,4 +1,4 @@
-// Memory for one task of the scan: sized first, then handed out piece by piece.
+// Memory for one task in one allocation: sized first, then handed out piece by piece.
 #pragma once
 
 #include "common/buffer.h"
