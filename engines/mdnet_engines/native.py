@@ -57,8 +57,9 @@ class Gradients(ctypes.Structure):
 def custom_op_library() -> Path | None:
     """The library to give to ONNX Runtime's `SessionOptions.register_custom_ops_library`; None where none was built.
 
-    It has kernels of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for the CPU and for CUDA (unverified on
-    a GPU), for onnxruntime 1.20 and newer. Graphs that carry the operators' function body run without it too, slower.
+    It has kernels of our operators for the CPU, and of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for
+    CUDA too (unverified on a GPU), for onnxruntime 1.20 and newer. Graphs carry function bodies of the operators, so
+    they run without it, slower.
     """
     # An editable install has its Python files and its library in different folders, both on the package's path.
     candidates = (Path(folder, _NAME) for folder in mdnet_engines.__path__)
@@ -121,7 +122,7 @@ def run(scan: Scan, gradients: Gradients | None = None, *, gomp_parallel: int | 
         ctypes.byref(scan), gradients and ctypes.byref(gradients), gomp_parallel, threads
     )
     if status:
-        reasons = {1: "no memory", 2: "this processor has not that instruction set", 3: "sizes or type out of range"}
+        reasons = {1: "no memory", 2: "this processor lacks that instruction set", 3: "sizes or type out of range"}
         raise MDNetError(f"the native selective scan failed: {reasons.get(status, f'status {status}')}")
 
 

@@ -6,12 +6,12 @@
 #include "common/parallel.h"
 #include "matmul/kernel.h"
 
-#ifdef MDNET_HAS_MATMUL
+#ifdef MDNET_X86
 extern const MatmulKernel mdnet_avx512_bf16_matmul;
 #endif
 
 const MatmulKernel* matmul_kernel() {
-#ifdef MDNET_HAS_MATMUL
+#ifdef MDNET_X86
   if (mdnet_has_bfloat16()) return &mdnet_avx512_bf16_matmul;
 #endif
   return nullptr;
@@ -58,7 +58,7 @@ void multiply_panel(const MdnetMatmul& call, const MatmulKernel& kernel, const u
 extern "C" {
 
 int mdnet_has_bfloat16(void) {
-#ifdef MDNET_HAS_MATMUL
+#ifdef MDNET_X86
   __builtin_cpu_init();
   return mdnet_isa() == MDNET_AVX512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
 #else
