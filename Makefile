@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-NATIVE := $(wildcard engines/cpp/* engines/mdnet_engines/cuda/*)
+NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
 .PHONY: help demo test lint typecheck format ptx gpu-check clean

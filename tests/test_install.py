@@ -21,7 +21,7 @@ pytestmark = pytest.mark.install
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 MEGABYTE = 10**6
-LIBRARY = "mdnet_engines/libmdnet_scan.so"
+LIBRARY = "mdnet_engines/libmdnet_ops.so"
 HERE = Path(sysconfig.get_path("scripts"))
 compiled = pytest.mark.skipif(native.custom_op_library() is None, reason="no compiler here for the native library")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import mdnet_engines
 from mdnet_engines.errors import MDNetError, first_line
 
-_NAME = "libmdnet_scan.so"
+_NAME = "libmdnet_ops.so"
 _SAYING = threading.Lock()
 MISSING = (
     "mdnet was installed without its native library: there was no compiler, or the build failed (pip install -v shows "
@@ -35,7 +35,7 @@ class Rows(ctypes.Structure):
 
 
 class Scan(ctypes.Structure):
-    """One call of the scan: `MdnetScan` of `engines/cpp/scan.h`."""
+    """One call of the scan: `MdnetScan` of `engines/cpp/scan/scan.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "states")),
@@ -46,7 +46,7 @@ class Scan(ctypes.Structure):
 
 
 class Gradients(ctypes.Structure):
-    """Where the gradients go: `MdnetScanGradients` of `engines/cpp/scan.h`."""
+    """Where the gradients go: `MdnetScanGradients` of `engines/cpp/scan/scan.h`."""
 
     _fields_ = [
         ("grad", Rows),
@@ -57,8 +57,9 @@ class Gradients(ctypes.Structure):
 def custom_op_library() -> Path | None:
     """The library to give to ONNX Runtime's `SessionOptions.register_custom_ops_library`; None where none was built.
 
-    It has kernels of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for the CPU and for CUDA (unverified on
-    a GPU), for onnxruntime 1.20 and newer. Graphs that carry the operators' function body run without it too, slower.
+    It has kernels of our operators for the CPU, and of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for
+    CUDA too (unverified on a GPU), for onnxruntime 1.20 and newer. Graphs carry function bodies of the operators, so
+    they run without it, slower.
     """
     # An editable install has its Python files and its library in different folders, both on the package's path.
     candidates = (Path(folder, _NAME) for folder in mdnet_engines.__path__)
@@ -99,8 +100,8 @@ def library() -> ctypes.CDLL | None:
         ctypes.c_void_p,
         ctypes.c_int,
     ]
-    loaded.mdnet_cuda_scan.argtypes = [ctypes.POINTER(Scan), ctypes.c_void_p]
-    loaded.mdnet_cuda_scan.restype = ctypes.c_char_p
+    loaded.mdnet_scan_cuda.argtypes = [ctypes.POINTER(Scan), ctypes.c_void_p]
+    loaded.mdnet_scan_cuda.restype = ctypes.c_char_p
     loaded.mdnet_scan_splits.argtypes = [ctypes.c_int64]
     loaded.mdnet_scan_splits.restype = ctypes.c_int64
     return loaded
@@ -121,7 +122,7 @@ def run(scan: Scan, gradients: Gradients | None = None, *, gomp_parallel: int | 
         ctypes.byref(scan), gradients and ctypes.byref(gradients), gomp_parallel, threads
     )
     if status:
-        reasons = {1: "no memory", 2: "this processor has not that instruction set", 3: "sizes or type out of range"}
+        reasons = {1: "no memory", 2: "this processor lacks that instruction set", 3: "sizes or type out of range"}
         raise MDNetError(f"the native selective scan failed: {reasons.get(status, f'status {status}')}")
 
 
@@ -133,7 +134,7 @@ def run_cuda(scan: Scan, stream: int) -> None:
     Raises:
         MDNetError: the library or the CUDA driver is missing, there is no kernel for this, or the driver refuses it.
     """
-    problem = _required().mdnet_cuda_scan(ctypes.byref(scan), stream)
+    problem = _required().mdnet_scan_cuda(ctypes.byref(scan), stream)
     if problem:
         raise MDNetError(problem.decode())
 

@@ -5,7 +5,7 @@
       mdnet-triton.json    the same for programs; marks a folder that may be replaced
       mdnet/               the ensemble: config.pbtxt, and a version folder with nothing to load in it
       mdnet_encoder/       config.pbtxt, 1/encoder.onnx (+ encoder.onnx.data), or 1/encoder.plan
-      mdnet_vim/           likewise (+ libmdnet_scan.so, where it is asked for)
+      mdnet_vim/           likewise (+ libmdnet_ops.so, where it is asked for)
       mdnet_fusion/        likewise
 
 It takes the bundle's manifest and files, and no other package: no torch, no onnx, no protobuf, no Triton.

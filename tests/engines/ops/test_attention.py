@@ -62,7 +62,7 @@ def tolerance(v: np.ndarray) -> float:
 
 
 class Attention(ctypes.Structure):
-    """`MdnetAttention` of `engines/cpp/attention.h`."""
+    """`MdnetAttention` of `engines/cpp/attention/attention.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "rows", "keys", "inner", "columns")),
@@ -85,7 +85,7 @@ def test_the_kernel_agrees_with_float64_and_writes_nothing_else(name: str) -> No
     expected = reference(q, k, v)
     y = np.full(expected.size + 64, np.nan, np.float32)
     assert loaded is not None
-    assert loaded.mdnet_attention_here(ctypes.byref(call_of(q, k, v, y))) == 0
+    assert loaded.mdnet_attention(ctypes.byref(call_of(q, k, v, y)), None, None) == 0
     assert np.isnan(y[expected.size :]).all()
     np.testing.assert_allclose(y[: expected.size].reshape(expected.shape), expected, atol=tolerance(v), rtol=0)
 
@@ -97,7 +97,7 @@ def test_scores_that_differ_widely_do_not_overflow() -> None:
     q *= np.float32(100)
     y = np.empty_like(reference(q, k, v), dtype=np.float32)
     assert loaded is not None
-    assert loaded.mdnet_attention_here(ctypes.byref(call_of(q, k, v, y))) == 0
+    assert loaded.mdnet_attention(ctypes.byref(call_of(q, k, v, y)), None, None) == 0
     np.testing.assert_allclose(y, reference(q, k, v), atol=tolerance(v), rtol=0)
 
 
@@ -108,7 +108,7 @@ def test_an_empty_call_is_refused(field: str) -> None:
     call = call_of(q, k, v, np.empty(reference(q, k, v).shape, np.float32))
     setattr(call, field, 0)
     assert loaded is not None
-    assert loaded.mdnet_attention_here(ctypes.byref(call)) == 3
+    assert loaded.mdnet_attention(ctypes.byref(call), None, None) == 3
 
 
 # --- the operator ---
@@ -172,7 +172,7 @@ def test_a_batch_is_its_images_bit_for_bit() -> None:
     ("shapes", "reason"),
     [
         (((2, 4, 3), (2, 5, 6), (2, 6, 7)), "the inner axes of q and k differ"),
-        (((2, 4, 3), (2, 3, 6), (2, 5, 7)), "k and v have not as many keys"),
+        (((2, 4, 3), (2, 3, 6), (2, 5, 7)), "k and v need the same number of keys"),
         (((2, 4, 3), (3, 3, 6), (3, 6, 7)), "the matrices of one input must be as many"),
         (((4,), (4, 6), (6, 7)), "q, k and v must have 2 to 8 axes"),
         (((2, 4, 0), (2, 0, 6), (2, 6, 7)), "an axis is empty"),

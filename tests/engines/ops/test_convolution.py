@@ -65,14 +65,14 @@ def native_call(
     memory = np.full(size + 64, np.nan, np.float32)
     y = memory[FENCE : FENCE + size]
     call.y, call.isa = y.ctypes.data, native.ISAS[isa]
-    assert getattr(loaded, FUNCTIONS[type(call)])(ctypes.byref(call)) == 0
+    assert getattr(loaded, FUNCTIONS[type(call)])(ctypes.byref(call), None, None) == 0
     assert np.isnan(memory[:FENCE]).all()  # nothing is written before the start
     assert np.isnan(memory[FENCE + size :]).all()  # or behind the end
     return y.reshape(shape)
 
 
 class ConvSilu(ctypes.Structure):
-    """`MdnetConvSilu` of `engines/cpp/conv.h`."""
+    """`MdnetDepthwiseConvSilu` of `engines/cpp/conv/conv.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "channels", "length", "taps", "before")),
@@ -82,7 +82,7 @@ class ConvSilu(ctypes.Structure):
 
 
 class ImageConv(ctypes.Structure):
-    """`MdnetImageConv` of `engines/cpp/conv.h`."""
+    """`MdnetImageConv` of `engines/cpp/conv/conv.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
@@ -92,7 +92,7 @@ class ImageConv(ctypes.Structure):
     ]
 
 
-FUNCTIONS = {ConvSilu: "mdnet_conv_silu_here", ImageConv: "mdnet_image_conv_here"}
+FUNCTIONS = {ConvSilu: "mdnet_depthwise_conv_silu", ImageConv: "mdnet_image_conv"}
 
 
 @needs_library
@@ -102,13 +102,13 @@ def test_a_build_that_is_not_there_is_refused(call: ctypes.Structure, isa: int) 
     loaded = native.library()
     assert loaded is not None
     call.isa = isa
-    assert getattr(loaded, FUNCTIONS[type(call)])(ctypes.byref(call)) == 2
+    assert getattr(loaded, FUNCTIONS[type(call)])(ctypes.byref(call), None, None) == 2
 
 
 @needs_library
 @pytest.mark.parametrize("name", FUNCTIONS.values())
 def test_no_call_at_all_is_refused(name: str) -> None:
-    assert getattr(native.library(), name)(None) == 3
+    assert getattr(native.library(), name)(None, None, None) == 3
 
 
 # --- along a sequence ---
@@ -181,7 +181,7 @@ def test_a_sequence_that_makes_no_sense_is_refused(changes: Mapping[str, int]) -
         setattr(call, name, value)
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_conv_silu_here(ctypes.byref(call)) == 3
+    assert loaded.mdnet_depthwise_conv_silu(ctypes.byref(call), None, None) == 3
     assert not y.any()
 
 
@@ -240,7 +240,7 @@ def test_whole_numbers_are_convolved_exactly(height: int, width: int, pad: int, 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("outputs", [3, 4, 5, 7, 8, 9, 16, 31, 32, 63, 64, 65, 127, 128, 129])
 def test_every_number_of_outputs_is_made_at_every_width(outputs: int, isa: str) -> None:
-    for width in (*range(3, 9), 14, 15):  # six places are made at a time
+    for width in (*range(3, 9), 14, 15):  # six pixels are made at a time
         arrays = [whole(1, 3, width, 2), whole(outputs, 2, 3, 3), whole(outputs)]
         np.testing.assert_array_equal(run_image_conv(*arrays, 0, isa), image_conv(*arrays, 0))
 
@@ -248,7 +248,7 @@ def test_every_number_of_outputs_is_made_at_every_width(outputs: int, isa: str) 
 @needs_library
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_place_that_is_no_number_reaches_the_places_that_read_it(value: float, isa: str) -> None:
+def test_a_pixel_that_is_no_number_reaches_the_pixels_that_read_it(value: float, isa: str) -> None:
     """All weights are above 0, so infinity stays infinity."""
     arrays = [normal(1, 6, 11, 3), np.abs(normal(20, 3, 3, 3)) + 1, normal(20)]
     arrays[0][0, 2, 9, 1] = value
@@ -277,7 +277,7 @@ def test_sizes_without_an_output_are_refused(changes: Mapping[str, int]) -> None
         setattr(call, name, value)
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_image_conv_here(ctypes.byref(call)) == 3
+    assert loaded.mdnet_image_conv(ctypes.byref(call), None, None) == 3
     assert not y.any()
 
 
@@ -360,13 +360,13 @@ def test_the_image_operator_convolves(
         (CONV_SILU, ((1, 6, 9), (6, 1, 4), (5,)), {"group": 6, "before": 3}, "bias must have an element"),
         (CONV_SILU, ((1, 6, 9), (6, 1, 4), (6, 1)), {"group": 6, "before": 3}, "bias must have an element"),
         (CONV_SILU, ((1, 6, 9), (), (6,)), {"group": 6, "before": 3}, "bias must have an element"),
-        (CONV_SILU, ((1, 6, 9), (6, 1, 4), (6,)), {"group": 6, "before": -1}, "an attribute is negative"),
+        (CONV_SILU, ((1, 6, 9), (6, 1, 4), (6,)), {"group": 6, "before": -1}, "before is negative"),
         (IMAGE_CONV, ((1, 9, 9, 3), (8, 4, 3, 3), (8,)), {"pad": 1}, "x must have 4 axes"),
         (IMAGE_CONV, ((9, 9, 3), (8, 3, 3, 3), (8,)), {"pad": 1}, "x must have 4 axes"),
         (IMAGE_CONV, ((1, 9, 9, 3), (8, 3, 3), (8,)), {"pad": 1}, "x must have 4 axes"),
         (IMAGE_CONV, ((1, 2, 9, 3), (8, 3, 5, 3), (8,)), {"pad": 1}, "x is smaller than w"),
         (IMAGE_CONV, ((1, 9, 4, 3), (8, 3, 3, 7), (8,)), {"pad": 1}, "x is smaller than w"),
-        (IMAGE_CONV, ((1, 9, 9, 3), (8, 3, 3, 3), (8,)), {"pad": -1}, "an attribute is negative"),
+        (IMAGE_CONV, ((1, 9, 9, 3), (8, 3, 3, 3), (8,)), {"pad": -1}, "pad is negative"),
         (IMAGE_CONV, ((1, 9, 9, 3), (8, 3, 3, 3), (7,)), {"pad": 1}, "bias must have an element"),
     ],
 )

@@ -148,9 +148,9 @@ def test_our_session_does_without_the_library(
 
 def test_a_foreign_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mdnet_engines.__path__", [str(tmp_path)])
-    (tmp_path / "libmdnet_scan.so").write_bytes(b"of another machine")
+    (tmp_path / "libmdnet_ops.so").write_bytes(b"of another machine")
     onnx.save(model(scan_op.FORWARD), tmp_path / "scan.onnx")
-    with pytest.raises(MDNetError, match=r"libmdnet_scan\.so can't be loaded .*; install mdnet again") as error:
+    with pytest.raises(MDNetError, match=r"libmdnet_ops\.so can't be loaded .*; install mdnet again") as error:
         OrtSession(tmp_path / "scan.onnx")
     assert len(str(error.value).splitlines()) == 1
 

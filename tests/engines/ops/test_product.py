@@ -87,7 +87,7 @@ def assert_product(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
 
 
 class Product(ctypes.Structure):
-    """`MdnetProduct` of `engines/cpp/product.h`."""
+    """`MdnetMatmul` of `engines/cpp/matmul/matmul.h`."""
 
     sizes = ("batch", "rows", "columns", "inner", "a_matrices", "b_matrices")
     _fields_ = [
@@ -106,8 +106,8 @@ def run_native(
 ) -> np.ndarray:
     """a (n, M, K) by b (m, K, N), each given to the kernel as `transposed` says, and packed before if `packed` says."""
     assert loaded is not None
-    loaded.mdnet_product_pack.restype = ctypes.c_void_p
-    loaded.mdnet_product_pack.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    loaded.mdnet_matmul_pack.restype = ctypes.c_void_p
+    loaded.mdnet_matmul_pack.argtypes = [ctypes.c_void_p, ctypes.c_int]
     (counts, (rows, inner), columns) = ((len(a), len(b)), a.shape[1:], b.shape[2])
     batch = batch or max(counts)
     given = [fenced(turned(a, transposed[0])), fenced(turned(b, transposed[1]))]
@@ -117,12 +117,12 @@ def run_native(
     pointers = [x.ctypes.data for x in given]
     call = Product(batch, rows, columns, inner, *counts, *pointers, None, None, y.ctypes.data, *transposed)
     if "a" in packed:
-        call.a_packed, call.a = loaded.mdnet_product_pack(ctypes.byref(call), 0), None
+        call.a_packed, call.a = loaded.mdnet_matmul_pack(ctypes.byref(call), 0), None
         given[0][...] = np.nan  # it is not read any more
     if "b" in packed:
-        call.b_packed, call.b = loaded.mdnet_product_pack(ctypes.byref(call), 1), None
+        call.b_packed, call.b = loaded.mdnet_matmul_pack(ctypes.byref(call), 1), None
         given[1][...] = np.nan
-    status = loaded.mdnet_product_here(ctypes.byref(call))
+    status = loaded.mdnet_matmul(ctypes.byref(call), None, None)
     for packed_memory in (call.a_packed, call.b_packed):
         ctypes.CDLL(None).free(ctypes.c_void_p(packed_memory))
     assert status == 0
@@ -241,16 +241,16 @@ def test_a_call_that_makes_no_sense_is_refused(changes: Mapping[str, int]) -> No
     for field, value in changes.items():
         setattr(call, field, value)
     assert loaded is not None
-    loaded.mdnet_product_pack.restype = ctypes.c_void_p
-    assert loaded.mdnet_product_here(ctypes.byref(call)) == 3
+    loaded.mdnet_matmul_pack.restype = ctypes.c_void_p
+    assert loaded.mdnet_matmul(ctypes.byref(call), None, None) == 3
     assert not y.any()
-    assert [loaded.mdnet_product_pack(ctypes.byref(call), side) for side in (0, 1)] == [None, None]
+    assert [loaded.mdnet_matmul_pack(ctypes.byref(call), side) for side in (0, 1)] == [None, None]
 
 
 @needs_kernel
 def test_no_call_at_all_is_refused() -> None:
     assert loaded is not None
-    assert loaded.mdnet_product_here(None) == 3
+    assert loaded.mdnet_matmul(None, None, None) == 3
 
 
 # --- the operators ---

@@ -135,13 +135,13 @@ def assert_rounded(got: np.ndarray, steps: np.ndarray, tolerance: float = TOLERA
 
 
 class GroupNorm(ctypes.Structure):
-    """`MdnetGroupNorm` of `engines/cpp/quantised.h`."""
+    """`MdnetGroupNorm` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "places", "channels", "groups")),
+        *((name, ctypes.c_int64) for name in ("batch", "pixels", "channels", "groups")),
         *((name, ctypes.c_void_p) for name in ("x", "gamma", "beta", "y")),
         *((name, ctypes.c_float) for name in ("x_scale", "y_scale", "epsilon")),
-        *((name, ctypes.c_int32) for name in ("y_zero_point", "bytes", "silu", "isa")),
+        *((name, ctypes.c_int32) for name in ("y_zero_point", "x_is_uint8", "silu", "isa")),
     ]
 
 
@@ -164,7 +164,7 @@ def run_native(case: Case, inputs: dict[str, np.ndarray], *, silu: bool, isa: st
         silu,
         native.ISAS[isa],
     )
-    assert loaded.mdnet_group_norm_here(ctypes.byref(call)) == 0
+    assert loaded.mdnet_group_norm(ctypes.byref(call), None, None) == 0
     assert (y[inputs["x"].size :] == 0xA5).all()  # nothing is written behind the end
     return y[: inputs["x"].size].reshape(case.shape)
 
@@ -341,14 +341,14 @@ def test_what_makes_no_sense_is_refused_in_words(changes: dict[str, np.ndarray],
 
 
 class ResidualSum(ctypes.Structure):
-    """`MdnetResidualSum` of `engines/cpp/quantised.h`."""
+    """`MdnetResidualSum` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in "aby"),
         *((f"{name}_scale", ctypes.c_float) for name in "aby"),
         *((f"{name}_zero_point", ctypes.c_int32) for name in "aby"),
-        *((name, ctypes.c_int32) for name in ("a_bytes", "y_bytes", "isa")),
+        *((name, ctypes.c_int32) for name in ("a_is_uint8", "y_is_uint8", "isa")),
     ]
 
 
@@ -395,7 +395,7 @@ def test_every_build_sums(count: int, a_bytes: bool, y_bytes: bool, isa: str) ->
     call = ResidualSum(count, *pointers, *scales, *zero_points, a_bytes, y_bytes, native.ISAS[isa])
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_residual_sum_here(ctypes.byref(call)) == 0
+    assert loaded.mdnet_residual_sum(ctypes.byref(call), None, None) == 0
     assert_sum(y[:count], inputs)
     assert (y[count:] == 7).all()  # nothing is written behind the end
 
@@ -435,7 +435,7 @@ def test_a_sum_that_makes_no_sense_is_refused_in_words(changes: dict[str, np.nda
 
 
 class Geglu(ctypes.Structure):
-    """`MdnetGeglu` of `engines/cpp/quantised.h`."""
+    """`MdnetGeglu` of `engines/cpp/quantised/quantised.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "channels")),
@@ -478,7 +478,7 @@ def run_native_geglu(inputs: dict[str, np.ndarray], isa: str) -> np.ndarray:
     call.isa = native.ISAS[isa]
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 0
+    assert loaded.mdnet_geglu(ctypes.byref(call), None, None) == 0
     assert memory[0] == 7  # nothing is written before the start
     assert (memory[1 + size :] == 7).all()  # or behind the end
     return y.reshape(rows, channels)
@@ -558,7 +558,7 @@ def test_an_empty_gate_is_refused(field: str, value: int) -> None:
     setattr(call, field, value)
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 3
+    assert loaded.mdnet_geglu(ctypes.byref(call), None, None) == 3
     assert not y.any()
 
 
@@ -569,8 +569,8 @@ def test_a_build_that_is_not_there_gates_nothing(isa: int) -> None:
     call = Geglu(2, 4, inputs["x"].ctypes.data, inputs["bias"].ctypes.data, y.ctypes.data, 1, 1, 0, 0, isa)
     loaded = native.library()
     assert loaded is not None
-    assert loaded.mdnet_geglu_here(ctypes.byref(call)) == 2
-    assert loaded.mdnet_geglu_here(None) == 3
+    assert loaded.mdnet_geglu(ctypes.byref(call), None, None) == 2
+    assert loaded.mdnet_geglu(None, None, None) == 3
 
 
 @pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_library)])

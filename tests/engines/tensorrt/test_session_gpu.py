@@ -33,7 +33,7 @@ def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     build, images, weights = (
         pytest.importorskip(f"mdnet_export.{name}", reason="needs the [export] extra")
-        for name in ("build", "images", "weights")
+        for name in ("build", "parity_images", "model_source")
     )
     folder: Path = tmp_path_factory.mktemp("bundle") / "demo"
     pixels = images.parity_images(None, 128, 6)

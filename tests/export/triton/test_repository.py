@@ -199,7 +199,7 @@ def test_with_the_native_scan_they_are_the_same_scores(bundle: Bundle, tmp_path:
     models = tmp_path / "models"
     write_repository(bundle, models, native_scan=str(models))  # where "the server", these tests, sees it
     configs = read(models)
-    library = str(models / "mdnet_vim" / "libmdnet_scan.so")
+    library = str(models / "mdnet_vim" / "libmdnet_ops.so")
     used = {name for name, config in configs.items() if library in config.model_operations.op_library_filename}
     graphs = {"mdnet_encoder", "mdnet_vim", "mdnet_fusion"}
     assert used == (graphs if bundle.manifest.precision == "int8" else {"mdnet_vim"})

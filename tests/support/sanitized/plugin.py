@@ -71,13 +71,13 @@ def use_the_sanitized_library() -> None:
         ctypes.cast(function, ctypes.c_void_p) for function in (threads.team_parallel, threads.team_parallel_for)
     )
 
-    def on_threads(function: Callable[..., int]) -> Callable[[Any], int]:
-        return lambda call: function(call, parallel_for, None)
+    def on_threads(function: Callable[..., int]) -> Callable[..., int]:
+        return lambda call, *_: function(call, parallel_for, None)
 
-    for name in re.findall(r"\bmdnet_\w+_here\b", (SOURCES / "exports.map").read_text(encoding="utf-8")):
-        setattr(loaded, name, on_threads(getattr(loaded, name.removesuffix("_here"))))
-    backward = loaded.mdnet_scan_openmp
-    forward = on_threads(loaded.mdnet_scan)
+    for header in SOURCES.glob("*/*.h"):
+        for name in re.findall(r"\bint (mdnet_\w+)\([^()]*, MdnetParallelFor ", header.read_text(encoding="utf-8")):
+            setattr(loaded, name, on_threads(getattr(loaded, name)))
+    backward, forward = loaded.mdnet_scan_openmp, loaded.mdnet_scan
     loaded.mdnet_scan_openmp = lambda call, gradients, *_: (
         backward(call, gradients, parallel, THREADS) if gradients else forward(call)
     )

@@ -1,0 +1,158 @@
+// What forward and backward pass share: a group of channels, and the scan of a tile of its steps.
+#pragma once
+
+#include "common/arena.h"
+#include "common/arithmetic.h"
+#include "scan/scan.h"
+#include "simd/math.h"
+#include "simd/transpose.h"
+
+namespace MDNET_NAMESPACE {
+namespace {
+
+constexpr int kTile = 64;  // steps; a multiple of every width
+
+template <typename IO>
+const IO* row(const MdnetRows& rows, int64_t image, int64_t index) {
+  return static_cast<const IO*>(rows.data) + image * rows.batch_stride + index * rows.row_stride;
+}
+
+// The channels of one task, kWidth of them or fewer, and the tile that the scan has reached.
+template <typename T, typename IO>
+struct ChannelGroup {
+  using Scalar = T;
+  using V = Vector<T>;
+  static constexpr int W = kWidth<T>;
+
+  const MdnetScan& scan;
+  int64_t image, first, lanes;   // lanes in use; the others hold zeros
+  int64_t start = 0, steps = 0;  // the current tile
+  bool bounded = true;           // |dt A log2(e)| stays below 2^21 in the current tile
+  T steepest[W] = {};            // per lane: the largest |A log2(e)|
+
+  V *A2, *h;        // [states]: A log2(e); the state
+  V *dt, *dtu, *y;  // [kTile]
+  T *B, *C;         // [states][kTile]
+
+  static size_t bytes(int64_t states) {
+    return (2 * states + 3 * kTile) * sizeof(V) + 2 * states * kTile * sizeof(T) + 7 * kAlignment;
+  }
+
+  ChannelGroup(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)
+      : scan(scan), image(image), first(first), lanes(smaller(W, scan.channels - first)) {
+    const int64_t states = scan.states;
+    A2 = arena.take<V>(states);
+    h = arena.take<V>(states);
+    dt = arena.take<V>(kTile);
+    dtu = arena.take<V>(kTile);
+    y = arena.take<V>(kTile);
+    B = arena.take<T>(states * kTile);
+    C = arena.take<T>(states * kTile);
+    const T* A = static_cast<const T*>(scan.A) + first * scan.states;
+    for (int64_t n = 0; n < states; ++n) {
+      A2[n] = h[n] = V{};
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T a = A[i * scan.states + n] * T(1.44269504088896340736);
+        A2[n][i] = a;
+        const T magnitude = a < 0 ? -a : a;
+        if (!(magnitude <= steepest[i])) steepest[i] = magnitude;  // a NaN stays, so nothing is bounded
+      }
+    }
+  }
+
+  // The channel of lane `i`, counted over all images: the index of its row in a contiguous output.
+  int64_t channel(int64_t i) const { return image * scan.channels + first + i; }
+  int64_t tiles() const { return ceil_div(scan.length, kTile); }
+
+  // Go to tile `k`, counted in the order of the scan: read B and C, and compute what depends on u and delta alone.
+  void load_tile(int64_t k) {
+    const int64_t position = scan.reverse ? tiles() - 1 - k : k;
+    start = position * kTile;
+    steps = smaller(kTile, scan.length - start);
+    for (int64_t n = 0; n < scan.states; ++n) {
+      const IO *b = row<IO>(scan.B, image, n) + start, *c = row<IO>(scan.C, image, n) + start;
+      for (int64_t t = 0; t < steps; t += W) {
+        store(B + n * kTile + t, read<T>(b + t, steps - t));
+        store(C + n * kTile + t, read<T>(c + t, steps - t));
+      }
+    }
+    V exponents{};  // a sum, at least the largest |dt A log2(e)|: one instruction, and far below the limit
+    for (int64_t t = 0; t < steps; t += W) {
+      V step[W], added[W];
+      for (int i = 0; i < W; ++i) {
+        if (i >= lanes) {
+          step[i] = added[i] = V{};
+          continue;
+        }
+        step[i] = softplus<T>(biased_delta(i, t));
+        added[i] = step[i] * u(i, t);
+        exponents += step[i] * steepest[i];
+      }
+      transpose(step);
+      transpose(added);
+      for (int i = 0; i < W; ++i) {
+        dt[t + i] = step[i];
+        dtu[t + i] = added[i];
+        y[t + i] = V{};
+      }
+    }
+    bounded = true;
+    for (int j = 0; j < W; ++j) bounded &= exponents[j] < T(1 << 21);
+  }
+
+  // W steps of lane `i`, from step `t` of the tile on.
+  V u(int i, int64_t t) const { return steps_of(scan.u, i, t); }
+  V z(int i, int64_t t) const { return steps_of(scan.z, i, t); }
+  V biased_delta(int i, int64_t t) const {
+    return steps_of(scan.delta, i, t) + static_cast<const T*>(scan.delta_bias)[first + i];
+  }
+  T skip(int i) const { return static_cast<const T*>(scan.D)[first + i]; }
+  V steps_of(const MdnetRows& rows, int i, int64_t t) const {
+    return read<T>(row<IO>(rows, image, first + i) + start + t, steps - t);
+  }
+};
+
+// The steps of a tile in the order of the scan: `step` is 1 or -1.
+struct Order {
+  int64_t begin, step, count;
+};
+
+template <typename G>
+Order order_of(const G& group) {
+  return group.scan.reverse ? Order{group.steps - 1, -1, group.steps} : Order{0, 1, group.steps};
+}
+
+// Scan the tile for the states n, n + 1, ... Unrolled, so that they stay in registers.
+template <bool Bounded, typename G, size_t... I>
+void scan_states(G& g, int64_t n, std::index_sequence<I...>) {
+  using T = typename G::Scalar;
+  Vector<T> h[sizeof...(I)] = {g.h[n + I]...};
+  const Vector<T>* A2 = g.A2 + n;
+  const T *B = g.B + n * kTile, *C = g.C + n * kTile;
+  const Order order = order_of(g);
+  int64_t t = order.begin;
+  for (int64_t count = 0; count < order.count; ++count, t += order.step) {
+    const Vector<T> dt = g.dt[t], dtu = g.dtu[t];
+    Vector<T> sum = g.y[t];
+    ((h[I] = exp2_product<Bounded, T>(dt, A2[I]) * h[I] + dtu * B[I * kTile + t], sum += h[I] * C[I * kTile + t]), ...);
+    g.y[t] = sum;
+  }
+  ((g.h[n + I] = h[I]), ...);
+}
+
+template <bool Bounded, typename G>
+void scan_tile(G& g) {
+  int64_t n = 0;
+  const int64_t states = g.scan.states;
+  for (; n + 16 <= states; n += 16) scan_states<Bounded>(g, n, std::make_index_sequence<16>{});
+  for (; n + 4 <= states; n += 4) scan_states<Bounded>(g, n, std::make_index_sequence<4>{});
+  for (; n < states; ++n) scan_states<Bounded>(g, n, std::make_index_sequence<1>{});
+}
+
+template <typename G>
+void scan_tile(G& g) {
+  g.bounded ? scan_tile<true>(g) : scan_tile<false>(g);
+}
+
+}  // namespace
+}  // namespace MDNET_NAMESPACE
