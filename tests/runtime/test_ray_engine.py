@@ -25,9 +25,7 @@ from onnx import helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.cli import main
-from mdnet_rt.ray_cluster import Pool, choose_pool
-from mdnet_rt.ray_engine import _checked, ray_engine
-from mdnet_rt.ray_shards import Part
+from mdnet_rt.ray_engine import Part, Pool, _checked, choose_pool, ray_engine
 from mdnet_rt.results import Result as Row
 from mdnet_rt.run import Settings, local_engine
 from mdnet_rt.sources import find_locations
