@@ -19,13 +19,13 @@ import onnx
 from mdnet_calib.cache import histograms
 from mdnet_calib.images import CalibrationSet
 from mdnet_calib.int8 import activations, int8_nodes, to_int8
-from mdnet_calib.ranges import Histogram, collect
+from mdnet_calib.ranges import Histogram, RangeMethod, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines import openvino_session
 from mdnet_engines.bundle import sha256_of
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.machine import lacks_vnni
-from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
+from mdnet_engines.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision
 from mdnet_engines.metrics import pearson
 from mdnet_engines.openvino_session import OpenVINOSession
 from mdnet_engines.parity import LIMITS
