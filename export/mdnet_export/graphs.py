@@ -25,7 +25,7 @@ from mdnet.model import MDNet
 from mdnet.vim import VisionMamba
 from mdnet_engines import scan_op
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.manifest import GraphName
 from mdnet_export.fold import fold_diffusion, fold_vim, with_shared_weights
 from mdnet_export.scan import attach_functions, translation_table
 
@@ -117,12 +117,6 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
     _check_batch_is_symbolic(proto)
     attach_functions(proto)
     return save_graph(proto, folder / f"{name}.onnx")
-
-
-def export_graphs(model: MDNet, folder: Path) -> Iterator[tuple[GraphName, Path]]:
-    """Export the three graphs, one after the other."""
-    for name in GRAPH_NAMES:
-        yield name, export_graph(model, name, folder)
 
 
 def save_graph(proto: onnx.ModelProto, file: Path) -> Path:
