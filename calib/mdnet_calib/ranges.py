@@ -1,12 +1,9 @@
 """How large the values of a graph become on calibration images: one histogram of magnitudes for each tensor.
 
-A histogram serves every range method, so that trying another one costs no run of the graph:
+A histogram serves both range methods, so that trying the other one costs no run of the graph:
 
-- `minmax`: the largest magnitude seen. Nothing is cut, and one outlier coarsens every value.
 - `percentile`: all but one value in 10,000 keep their place; the rest is cut.
-- `entropy`: the range whose 128 levels lose the least information (Kullback-Leibler divergence; the method of
-  S. Migacz, "8-bit inference with TensorRT", GTC 2017).
-- `mse`: the range with the least mean squared error of rounding and cutting together.
+- `minmax`: the largest magnitude seen. Nothing is cut, and one outlier coarsens every value.
 
 Ranges are symmetric, as TensorRT wants them: a threshold T stands for [−T, T].
 """
@@ -17,23 +14,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mdnet_engines.bundle.manifest import RangeMethod
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
-RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
+RangeMethod = Literal["percentile", "minmax"]
 
-BINS = 2048  # of a histogram; a magnitude is then known to 0.1 % of the largest one, finer than 127 levels can use
-LEVELS = 127  # magnitudes that a symmetric int8 value can have, zero apart
+BINS = 2048  # of a histogram; a magnitude is then known to 0.1 % of the largest one, finer than the levels of int8
 PERCENTILE = 99.99
 _SAMPLES = 2**18  # values that one image adds to a tensor's histogram; the largest is taken from all of them
-_SMALLEST_CUT = 0.1  # entropy and mse try no range below a tenth of the largest magnitude
 
 
 @dataclass
@@ -77,42 +71,9 @@ class Histogram:
         """The T of the range [−T, T] by `method`; 0 where every value was 0."""
         if not self.largest or method == "minmax":
             return self.largest
-        if method == "percentile":
-            share = np.cumsum(self.counts) / self.counts.sum()
-            return min(self._edge(int(np.searchsorted(share, PERCENTILE / 100)) + 1), self.largest)
-        loss = _information_lost if method == "entropy" else _squared_error
-        used = int(np.ceil(self.largest / self.limit * BINS))
-        first = max(int(used * _SMALLEST_CUT), LEVELS + 1)
-        if first >= used:
-            return self.largest
-        candidates = np.unique(np.linspace(first, used, 128).astype(int))
-        losses = [loss(self.counts, int(bins)) for bins in candidates]
-        return min(self._edge(int(candidates[int(np.argmin(losses))])), self.largest)
-
-    def _edge(self, bins: int) -> float:
-        return bins / BINS * self.limit
-
-
-def _squared_error(counts: np.ndarray, bins: int) -> float:
-    """Σ (value − what int8 makes of it)² for a range that ends after `bins` bins; the unit is a bin's width."""
-    centres = np.arange(len(counts)) + 0.5
-    step = bins / LEVELS
-    rounded = np.minimum(np.rint(centres / step), LEVELS) * step
-    return float(counts @ (centres - rounded) ** 2)
-
-
-def _information_lost(counts: np.ndarray, bins: int) -> float:
-    """Divergence of the distribution that int8 can represent from the one that was seen."""
-    seen = counts[:bins].astype(np.float64)
-    level = np.minimum(np.arange(bins) * (LEVELS + 1) // bins, LEVELS)
-    there = seen > 0
-    # A level's count is spread over those of its bins that hold anything; empty bins stay empty.
-    filled = np.maximum(np.bincount(level, there, LEVELS + 1), 1)
-    represented = np.where(there, (np.bincount(level, seen, LEVELS + 1) / filled)[level], 0.0)
-    seen[-1] += counts[bins:].sum()  # what is cut lands on the last level, which then can't tell it apart
-    p, q = seen / seen.sum(), represented / max(represented.sum(), 1.0)
-    both = p > 0
-    return float(np.sum(p[both] * np.log(p[both] / np.maximum(q[both], 1e-12))))
+        share = np.cumsum(self.counts) / self.counts.sum()
+        bins = int(np.searchsorted(share, PERCENTILE / 100)) + 1
+        return min(bins / BINS * self.limit, self.largest)
 
 
 def collect(

@@ -14,50 +14,55 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from mdnet_engines.errors import MDNetError, require
-from mdnet_engines.parity.measure import compare
-from mdnet_engines.parity.report import LayerParity, TensorParity
+from mdnet_engines.parity.gates import TensorParity
+from mdnet_engines.parity.report import LayerParity
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray]) -> list[LayerParity]:
-    """Run two variants of one graph on `feed` and compare them layer by layer, in the order of computation.
+    """Run two forms of one graph on `feed` and compare them layer by layer, in the order of computation.
 
     Args:
         reference: the float32 ONNX file.
-        graph: its rewritten variant.
+        graph: its rewritten form.
         feed: the graph's inputs, one image.
 
     Raises:
         MDNetError: polygraphy is missing, or the graphs share no layer: they are not of one model.
     """
     require("polygraphy", "export")
-    from polygraphy.comparator import Comparator
+    from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, SimpleCompareFunc, SnrCompareFunc
     from polygraphy.logger import G_LOGGER
 
     layers = _shared_layers(reference, graph)
     if not layers:
         raise MDNetError(f"{reference.name} and {graph.name} have no layer in common; are they of one model?")
     order = list(layers.values())
-    found: dict[str, TensorParity] = {}  # filled here, since what the comparator returns differs between versions
-
-    def side_by_side(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> OrderedDict[str, bool]:
-        found.update((value, compare(one[value], other[value])) for value in order)
-        return OrderedDict((value, True) for value in order)
-
-    with TemporaryDirectory(prefix="mdnet-layers-") as name, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with (
+        TemporaryDirectory(prefix="mdnet-layers-") as name,
+        G_LOGGER.verbosity(G_LOGGER.CRITICAL),
+        np.errstate(all="ignore"),
+    ):
         folder = Path(name)
         runners = [
             _runner(label, _marked(file, order, folder / f"{label}.onnx"), feed)
             for label, file in (("reference", reference), ("bundle", graph))
         ]
         results = Comparator.run(runners, data_loader=[dict(feed)])
-        Comparator.compare_accuracy(results, compare_func=side_by_side)
-    return [LayerParity(layer, value, found[value]) for layer, value in layers.items()]
+        measures = [CosineSimilarityCompareFunc(), SnrCompareFunc(), SimpleCompareFunc()]
+        compared = Comparator.compare_accuracy(results, compare_func=measures)
+    cosine, snr, simple = (next(iter(of_runners.values()))[0] for of_runners in compared)
+    return [
+        LayerParity(
+            layer, value, TensorParity(cosine[value].cosine_similarity, snr[value].snr, simple[value].max_absdiff)
+        )
+        for layer, value in layers.items()
+    ]
 
 
 def _shared_layers(reference: Path, graph: Path) -> dict[str, str]:
@@ -85,15 +90,10 @@ def _floats(proto: onnx.ModelProto) -> list[str]:
 
 
 def _marked(source: Path, values: list[str], file: Path) -> Path:
-    """Write the graph with `values` as its outputs, float32 each."""
-    proto = onnx.load(source)
-    typed = (*proto.graph.value_info, *proto.graph.output)
-    half = {value.name for value in typed if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
-    del proto.graph.output[:]
-    for value in values:
-        kind = TensorProto.FLOAT16 if value in half else TensorProto.FLOAT
-        proto.graph.output.append(helper.make_tensor_value_info(value, kind, None))
-    onnx.save(proto, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
+    """Write the graph with `values` as its outputs."""
+    from polygraphy.backend.onnx import modify_outputs, save_onnx
+
+    save_onnx(modify_outputs(onnx.load(source), values), str(file), external_data_path=f"{file.name}.data")
     return file
 
 
@@ -114,7 +114,7 @@ def _runner(label: str, file: Path, feed: Mapping[str, np.ndarray]) -> Any:
 
         def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
             self.inference_time = 0.0  # which polygraphy wants to be told
-            return OrderedDict((name, array.astype(np.float32)) for name, array in self.session.run(feed_dict).items())
+            return OrderedDict((name, array.astype(np.float64)) for name, array in self.session.run(feed_dict).items())
 
         def deactivate_impl(self) -> None:
             del self.session

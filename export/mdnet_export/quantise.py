@@ -19,10 +19,10 @@ import onnx
 from mdnet_calib.cache import histograms
 from mdnet_calib.calibration_set import CalibrationSet
 from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
-from mdnet_calib.ranges import Histogram, collect
+from mdnet_calib.ranges import Histogram, RangeMethod, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines.bundle.files import sha256_of
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision, RangeMethod
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.metrics import pearson
@@ -127,7 +127,7 @@ def quantise_encoder(
     *,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Int8Result:
-    """Rewrite `encoder.onnx` in a bundle's folder to int8; write each graph's variant for ONNX Runtime's CPU kernels.
+    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write each graph's variant for ONNX Runtime's CPU kernels.
 
     Args:
         folder: with the three float32 graphs.

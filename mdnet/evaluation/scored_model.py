@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """uint8 RGB (n, S, S, 3) → scores (n,) on the rating scale."""
 Device = Literal["cpu", "cuda"]
-DEVICES: tuple[str, ...] = get_args(Device)
 
 
 @dataclass(frozen=True)

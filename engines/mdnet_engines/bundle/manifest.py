@@ -47,7 +47,6 @@ MAX_MANIFEST_BYTES = 2**20
 
 Precision = Literal["fp32", "fp16", "int8"]
 GraphName = Literal["encoder", "vim", "fusion"]
-RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
@@ -190,7 +189,7 @@ class CalibrationFacts(Part):
     source: str = Field(max_length=400)
     sha256: Sha256
     """Of all their pixels, preprocessed."""
-    method: RangeMethod | None = None
+    method: str | None = Field(default=None, max_length=40)
     """How an int8 range was made of the values seen; None where there is no int8."""
 
     def __str__(self) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from mdnet_calib.ranges import RangeMethod
 from mdnet_calib.sensitivity import Budget
-from mdnet_engines.bundle.manifest import RangeMethod
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError
 

@@ -23,7 +23,7 @@ from mdnet.model.diffusion import DiffusionEncoder, to_vae_range
 from mdnet.model.fusion import Fusion
 from mdnet.model.net import MDNet
 from mdnet.model.vim import VisionMamba
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.bundle.manifest import GraphName
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_export.graphs.fold import fold_diffusion, fold_vim, with_shared_weights
@@ -117,12 +117,6 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
     _check_batch_is_symbolic(proto)
     attach_functions(proto)
     return save_graph(proto, folder / f"{name}.onnx")
-
-
-def export_graphs(model: MDNet, folder: Path) -> Iterator[tuple[GraphName, Path]]:
-    """Export the three graphs, one after the other."""
-    for name in GRAPH_NAMES:
-        yield name, export_graph(model, name, folder)
 
 
 def save_graph(proto: onnx.ModelProto, file: Path) -> Path:

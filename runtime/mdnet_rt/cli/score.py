@@ -136,7 +136,7 @@ def _open_executor(
     executor: str, settings: Settings, ray_address: str | None, ray_actors: int | None
 ) -> AbstractContextManager[Executor]:
     if executor == "ray":
-        from mdnet_rt.cluster.ray_engine import ray_executor
+        from mdnet_rt.cluster.ray_executor import ray_executor
 
         return ray_executor(settings, address=ray_address, actors=ray_actors)
     if ray_address or ray_actors:

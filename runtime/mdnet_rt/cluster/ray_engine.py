@@ -4,27 +4,33 @@
 
 The driver (the process that was started) names the images and writes the rows; actors read the images and score them.
 Every node sees bundle and images at the paths that the driver has, or by URL. A shard is a few batches of images, or
-one archive, which is not divided. Its rows come back in numbered parts of one batch each, so that none is lost or
-repeated unseen where Ray does the shard of an actor that died again.
+one archive, which is not divided. Its rows come back in numbered parts, so that none is lost or repeated unseen where
+Ray does the shard of an actor that died again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import pickle
 import socket
+import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.console import say
-from mdnet_engines.errors import MDNetError, first_line, require
-from mdnet_rt.cluster.ray_cluster import Pool, choose_pool, connected, last_line, without_core_logs
+from mdnet_engines.errors import MDNetError, UsageError, first_line, require
+from mdnet_engines.system.cores import available_cores
+from mdnet_rt.cluster.shards import Shard, split
 from mdnet_rt.rows.result import Result
 from mdnet_rt.scoring.run import Executor, Settings, local_executor
 from mdnet_rt.scoring.scorer import find_bundle
@@ -32,11 +38,13 @@ from mdnet_rt.scoring.scorer import find_bundle
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mdnet_rt.cluster.ray_shards import Part, Shard
-
 _BATCHES_IN_A_SHARD = 16
-_PARTS_AHEAD = 64
+_ROWS_IN_A_PART = 64
+"""At least. Ray Data looks at each actor about ten times a second and lets it have two parts ready by then."""
 _MOST_DEATHS = 10
+_CPUS_OF_AN_ACTOR = 4
+"""At most: each opens the bundle, so that many small ones would take much memory."""
+_GPU_BACKENDS: tuple[Backend, ...] = ("auto", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 @contextlib.contextmanager
@@ -57,7 +65,7 @@ def ray_executor(settings: Settings, *, address: str | None = None, actors: int 
     require("pyarrow", "ray")
     folder = find_bundle(settings.bundle)
     manifest = Bundle.open(folder).manifest
-    with connected(address) as where, ExitStack() as runs:
+    with _connected(address) as where, ExitStack() as runs:
         import ray
 
         pool = choose_pool([node["Resources"] for node in ray.nodes() if node["Alive"]], settings.backend, actors)
@@ -68,14 +76,51 @@ def ray_executor(settings: Settings, *, address: str | None = None, actors: int 
         def rows(
             locations: Iterable[str], done: Iterator[str], stop: threading.Event | None = None
         ) -> Iterator[Result]:
-            from mdnet_rt.cluster.ray_shards import split
-
             shards = split(locations, done, settings.batch_size * _BATCHES_IN_A_SHARD)
             worker = {"settings": settings, "digest": manifest.digest(), "folder": os.getcwd()}  # noqa: PTH109
-            scored = _score(shards, pool, worker, manifest.preprocessing.image_size, stop or threading.Event())
+            scored = _score(shards, pool, worker, stop or threading.Event())
             return runs.enter_context(closing(scored))  # a run that is left early ends before its Ray does
 
         yield Executor(manifest, rows)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many actors score, and what each takes of its node."""
+
+    actors: int
+    cpus: int
+    gpus: int = 0
+
+    def __str__(self) -> str:
+        each = f"{_count(self.gpus, 'GPU')} and {_count(self.cpus, 'CPU')}" if self.gpus else _count(self.cpus, "CPU")
+        return f"{_count(self.actors, 'actor')} of {each}"
+
+
+def choose_pool(nodes: Sequence[Mapping[str, float]], backend: Backend, actors: int | None = None) -> Pool:
+    """One actor for each GPU, where there are any and `backend` may use them; else one for each four CPUs.
+
+    Args:
+        nodes: what each node has, by Ray's names: `CPU`, `GPU`.
+        actors: as many as the user wants.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes) if backend in _GPU_BACKENDS else 0
+    if gpus:
+        return Pool(actors or gpus, cpus=1, gpus=1)
+    cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    each = min(_CPUS_OF_AN_ACTOR, *cpus)
+    actors = actors or sum(count // each for count in cpus)
+    return Pool(actors, cpus=max(1, min(each, sum(cpus) // actors)))
+
+
+class Part(NamedTuple):
+    """Some rows of a shard. The last part may have none; it has an `error` where the run must end after them."""
+
+    shard: int
+    number: int
+    rows: list[Result]
+    last: bool = False
+    error: MDNetError | None = None
 
 
 class _Worker:
@@ -85,7 +130,7 @@ class _Worker:
     """
 
     def __init__(self, settings: Settings, digest: str, folder: str, deaths: Any):
-        self._batch_size = settings.batch_size
+        self._rows_in_a_part = max(_ROWS_IN_A_PART, settings.batch_size)
         self._stack = ExitStack()
         self._error: MDNetError | None = None
         try:
@@ -96,24 +141,20 @@ class _Worker:
             if self._executor.manifest.digest() != digest:
                 raise MDNetError(f"{settings.bundle} is another bundle there than where the run was started")
         except Exception as error:
-            self._error = _explained(error)
-            self._error = type(self._error)(f"node {socket.gethostname()}: {self._error}")
+            explained = _explained(error)
+            self._error = type(explained)(f"node {socket.gethostname()}: {explained}")
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        from mdnet_rt.cluster.ray_shards import decode_shards, encode_part
-
-        for shard in decode_shards(table):
-            yield from map(encode_part, self._parts(shard))
+        for shard in _unpack(table):
+            yield from map(_pack, self._parts(shard))
 
     def _parts(self, shard: Shard) -> Iterator[Part]:
-        from mdnet_rt.cluster.ray_shards import Part
-
         number, rows, error = 0, list[Result](), self._error
         if error is None:
             try:
                 for row in self._executor.rows(shard.locations, iter(shard.done), None):
                     rows.append(row)
-                    if len(rows) == self._batch_size:
+                    if len(rows) == self._rows_in_a_part:
                         yield Part(shard.number, number, rows)
                         number, rows = number + 1, []
             except Exception as failure:
@@ -122,46 +163,45 @@ class _Worker:
 
 
 def _score(
-    shards: Iterable[Shard], pool: Pool, worker: Mapping[str, Any], size: int, stop: threading.Event
+    shards: Iterable[Shard], pool: Pool, worker: Mapping[str, Any], stop: threading.Event
 ) -> Generator[Result, None, None]:
     import ray
     import ray.data
-
-    from mdnet_rt.cluster.ray_shards import decode_parts, encode_shard
 
     refs: list[Any] = []
     for shard in shards:
         if stop.is_set():
             return
-        refs.append(ray.put(encode_shard(shard)))
+        refs.append(ray.put(_pack(shard)))
     if not refs:
         return
-    _configure_ray_data()
-    deaths = ray.remote(num_cpus=0)(_Deaths).remote()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"ray\.")
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # so that each part goes to the driver at once, not with others as a large block
     parts = ray.data.from_arrow_refs(refs).map_batches(
         _Worker,
-        fn_constructor_kwargs={**worker, "deaths": deaths},
+        fn_constructor_kwargs={**worker, "deaths": ray.remote(num_cpus=0)(_Deaths).remote()},
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(refs))),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
-    quiet = ExitStack()
+    batches: Any = iter(parts.iter_batches(batch_size=None, batch_format="pyarrow"))
     try:
-        quiet.enter_context(without_core_logs())
-        batches: Any = iter(parts.iter_batches(batch_size=None, batch_format="pyarrow"))
-        with closing(batches) as tables:
-            received = (part for table in tables for part in decode_parts(table, size))
-            for rows in _checked(received, len(refs)):
+        # Ray prints on standard output that an actor has died. A writer of rows has its stream already.
+        with ExitStack() as quiet, closing(batches) as tables, contextlib.redirect_stdout(sys.stderr):
+            quiet.enter_context(_without_core_logs())
+            for rows in _checked((part for table in tables for part in _unpack(table)), len(refs)):
                 quiet.close()
                 yield from rows
                 if stop.is_set():
                     return
     except ray.exceptions.RayError as error:
-        raise MDNetError(f"Ray could not go on: {last_line(error)}") from error
-    finally:
-        quiet.close()
+        raise MDNetError(f"Ray could not go on: {_last_line(error)}") from error
 
 
 def _checked(parts: Iterable[Part], shards: int) -> Iterator[list[Result]]:
@@ -199,21 +239,78 @@ def _give_up_after_many(deaths: Any) -> None:
         )
 
 
-def _configure_ray_data() -> None:
-    import ray.data
+def _pack(item: Shard | Part) -> pa.Table:
+    """A table of one row, so that Ray has nowhere to cut it."""
+    import pyarrow as pa
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"ray\.")
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.target_max_block_size = 1  # so that each part goes to the driver at once, not with others as a large block
-    # Ray Data looks at each actor about ten times a second. By default it lets it have two blocks ready by then, and
-    # the actor waits when they are there: 20 parts a second, which is less than a GPU scores.
-    context._max_num_blocks_in_streaming_gen_buffer = _PARTS_AHEAD
+    return pa.table({"item": [pickle.dumps(item)]})
+
+
+def _unpack(table: pa.Table) -> Iterator[Any]:
+    return map(pickle.loads, table["item"].to_pylist())
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[str]:
+    """Be connected to Ray; gives in words to which."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # half a minute each, where nothing answers
+    import ray
+
+    if ray.is_initialized():
+        yield "the Ray that is connected"
+        return
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    if "://" in named:
+        raise UsageError(f"Ray's address is {named}; give HOST:PORT, on a node of the cluster (Ray Client won't do)")
+    connect = functools.partial(ray.init, address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        with _without_core_logs():
+            try:
+                connect(num_cpus=available_cores(), include_dashboard=False)
+                where = "a new Ray on this machine"
+            except ValueError:  # there is one already, whose size is not ours to say
+                connect()
+                where = f"the Ray at {ray.get_runtime_context().gcs_address}"
+    except Exception as error:
+        at = f" at {named}" if named else ""
+        raise MDNetError(f"can't connect to Ray{at}: {_last_line(error.__cause__ or error)}") from error
+    try:
+        yield where
+    finally:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it has held back of dead actors
+            ray.shutdown()  # ends a Ray that was started here, and leaves another
+
+
+@contextlib.contextmanager
+def _without_core_logs() -> Iterator[None]:
+    """Take file descriptor 2 from Ray's C++ half, which warns there of each try and of each actor that Ray Data starts.
+
+    Not for the whole run: what Ray says when it comes to its end is of use.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed by the shell
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _explained(error: Exception) -> MDNetError:
     if isinstance(error, MDNetError):
         return error
     return MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    """The cause is at the end of a traceback that came from afar."""
+    return first_line(Exception(str(error).strip().rpartition("\n")[2]))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -103,7 +103,7 @@ DOCUMENT: dict[str, Any] = {
         "pearson": None,
         "spearman": 0.99,
     },
-    "calibration": {"images": 64, "source": "64 images of photos", "sha256": "b" * 64, "method": "mse"},
+    "calibration": {"images": 64, "source": "64 images of photos", "sha256": "b" * 64, "method": "percentile"},
     "int8": {
         "int8_blocks": ["vae.mid_block.resnets.0"],
         "float_blocks": ["vae.down_blocks.0.resnets.0"],

@@ -1,20 +1,16 @@
-"""What passes between driver and actors comes out as it went in; a resumed run leaves out what the local one does."""
+"""Shards hold every location once, in order; a resumed run leaves out what the local one does."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import pytest
 
-pytest.importorskip("pyarrow")
-
-from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_rt.cluster.ray_shards import Part, Shard, decode_parts, decode_shards, encode_part, encode_shard, split
-from mdnet_rt.rows.result import Result
+from mdnet_engines.errors import UsageError
+from mdnet_rt.cluster.shards import split
 from mdnet_rt.scoring.run import unfinished
-from mdnet_rt.sources.entry import Entry, archive_kind
+from mdnet_rt.sources.locations import Entry, archive_kind
 
 Members = dict[str, list[str]]
 
@@ -67,29 +63,3 @@ def test_an_archive_named_twice_is_refused_only_where_a_run_is_resumed() -> None
     assert len(list(split(locations, iter(()), 3))) == 3
     with pytest.raises(UsageError, match=r"a\.tar comes twice"):
         list(split(locations, iter(["a.tar::1.jpg"]), 3))
-
-
-def test_names_that_are_not_utf8_pass() -> None:
-    shard = Shard(3, ["caf\udce9.jpg", "line\nbreak"], ["x::\udc80"])
-    assert list(decode_shards(encode_shard(shard))) == [shard]
-
-
-def test_rows_pass_to_the_last_bit_with_their_pixels() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
-    rows = [
-        Result("a\udce9.jpg", 3.1415927410125732, width=5, height=6, pixels=pixels),
-        Result("b.jpg", None, "unreadable", "no such file"),
-    ]
-    part = Part(7, 2, rows, last=True)
-    (back,) = decode_parts(encode_part(part), 4)
-    assert back == part
-    assert back.rows[0].pixels is not None
-    assert np.array_equal(back.rows[0].pixels, pixels)
-    assert back.rows[1].pixels is None
-
-
-@pytest.mark.parametrize("kind", [UsageError, MDNetError])
-def test_an_error_keeps_its_exit_code(kind: type[MDNetError]) -> None:
-    (back,) = decode_parts(encode_part(Part(0, 0, last=True, error=kind("no column x"))), 4)
-    assert type(back.error) is kind
-    assert str(back.error) == "no column x"
