@@ -127,7 +127,7 @@ def quantise_encoder(
     *,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Int8Result:
-    """Rewrite `encoder.onnx` in a bundle's folder to int8, and write each graph's variant for ONNX Runtime's CPU kernels.
+    """Rewrite `encoder.onnx` in a bundle's folder to int8; write each graph's variant for ONNX Runtime's CPU kernels.
 
     Args:
         folder: with the three float32 graphs.

@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.cli.main import main
-from mdnet_rt.cluster.ray_executor import Part, Pool, _checked, choose_pool
+from mdnet_rt.cluster.ray_executor import Part, Pool, _checked, choose_pool, ray_executor
 from mdnet_rt.rows.result import Result as Row
 from mdnet_rt.scoring.run import Settings, local_executor
 from mdnet_rt.sources.locations import find_locations
