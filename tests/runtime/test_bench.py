@@ -312,6 +312,7 @@ import os, signal, threading
 from mdnet_rt.bench.process import Worker
 from mdnet_rt.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program in the background does not have
 run = Worker.run
 def interrupted(worker, stage):
     print(worker._process.pid, flush=True)
@@ -326,7 +327,7 @@ main()
 @pytest.mark.skipif(os.name != "posix", reason="stops a process by signal")
 def test_ctrl_c_while_a_worker_runs_ends_it_too(shared_bundle: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, "bench", shared_bundle, "--backend", "onnxruntime-cpu"]
-    done = subprocess.run([*command, "--batch-sizes", "1"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--batch-sizes", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "error: interrupted"
     (worker,) = map(int, done.stdout.split())
