@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from mdnet_engines.manifest import GraphName, Precision
 
 
+# PyTorch's threads would spin while they wait, on cores that others need: on a busy machine a training took ten times
+# as long. It is read when libgomp is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("XDG_CACHE_HOME")
@@ -36,6 +41,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch, to see whether there is a CUDA GPU")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, one worker has all tests that take the demo's graphs, and begins with them.
+
+    The others are shared out by file, for what a file's tests share.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+
+    def takes_graphs(item: pytest.Item) -> bool:
+        return "float_graphs" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: not takes_graphs(item))
+    for item in items:
+        group = "demo" if takes_graphs(item) else f"{item.path.parent.name}.{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
