@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs them in one.
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 NATIVE := $(wildcard engines/cpp/* engines/mdnet_engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and
 	$(BIN)/mdnet-rt score examples/ --format table
 
 test: lint typecheck ## lint, types and all tests but the slow ones: some minutes; without a GPU some are skipped
-	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not slow' $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test ## the slow tests alone: full size, fresh installs, sanitizers, benchmarks
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from mdnet.model import MDNet
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # PyTorch's threads would spin while they wait, on cores that others need: on a busy machine a training took ten times
 # as long. It is read when libgomp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+settings.register_profile("any machine", deadline=None)  # by default an example may take 0.2 s
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,6 +42,7 @@ from mdnet_rt.results import Result, Stamp
 from mdnet_rt.rows import RowFormat, encode, header, read_rows
 from mdnet_rt.sources import Entry
 
+pytestmark = pytest.mark.slow
 FACTOR = float(os.environ.get("MDNET_FUZZ", "2"))
 SEED = int(os.environ.get("MDNET_FUZZ_SEED", "0"))
 ONLY = os.environ.get("MDNET_FUZZ_ONLY")
