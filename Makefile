@@ -10,9 +10,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
+# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs them in one.
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
-.PHONY: help demo test lint typecheck format ptx gpu-check clean
+.PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,8 +23,13 @@ demo: $(VENV)/.installed-demo ## build a small demo bundle in ./mdnet-bundle and
 	$(BIN)/mdnet-export build
 	$(BIN)/mdnet-rt score examples/ --format table
 
-test: lint typecheck ## lint, check types and run the tests; those that need a GPU are skipped without one
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: lint typecheck ## lint, types and all tests but the slow ones: some minutes; without a GPU some are skipped
+	$(BIN)/pytest -m 'not slow' $(IN_PARALLEL) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test ## the slow tests alone: full size, fresh installs, sanitizers, benchmarks
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow ## what CI runs
 
 lint: $(VENV)/.installed-test ## style, format and which room imports which
 	$(BIN)/ruff check .

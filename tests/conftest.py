@@ -1,11 +1,31 @@
-"""Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU. None touches the user's cache."""
+"""What tests of several rooms share: drawn faces, and the demo's graphs and bundles, each made once.
+
+Tests marked `gpu` are skipped, with their reason, where PyTorch sees no GPU. None touches the user's cache.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mdnet.model.net import MDNet
+    from mdnet_engines.bundle.files import Bundle
+    from mdnet_engines.bundle.manifest import GraphName, Precision
+
+
+# PyTorch's threads would spin while they wait, on cores that others need: on a busy machine a training took ten times
+# as long. It is read when libgomp is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+settings.register_profile("any machine", deadline=None)  # by default an example may take 0.2 s
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +45,102 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch, to see whether there is a CUDA GPU")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, one worker has all tests that take the demo's graphs, and begins with them.
+
+    The others are shared out by file, for what a file's tests share.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+
+    def takes_graphs(item: pytest.Item) -> bool:
+        return "float_graphs" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: not takes_graphs(item))
+    for item in items:
+        group = "demo" if takes_graphs(item) else f"{item.path.parent.name}.{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 drawn faces in SCUT-FBP5500's layout; not to be changed."""
+    from mdnet.data.drawn_set import write_dataset
+
+    root = tmp_path_factory.mktemp("data") / "faces"
+    write_dataset(root, 60, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def float_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packaged demo's three float32 graphs; not to be changed."""
+    from mdnet_engines.bundle.manifest import GRAPH_NAMES
+    from mdnet_export.graphs.export import export_graph
+    from mdnet_export.model_source import choose_weights
+
+    folder = tmp_path_factory.mktemp("graphs")
+    model = choose_weights().load()
+    for name in GRAPH_NAMES:
+        export_graph(model, name, folder)
+    return folder
+
+
+def take_graphs_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds of the packaged demo copy its graphs: an export takes longer than all that comes after it."""
+
+    def copy(model: MDNet, name: GraphName, to: Path) -> Path:
+        return Path(shutil.copy(folder / f"{name}.onnx", to))
+
+    monkeypatch.setattr("mdnet_export.build.export_graph", copy)
+
+
+@pytest.fixture
+def exported_before(float_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of the packaged demo in this test copy its graphs."""
+    take_graphs_from(float_graphs, monkeypatch)
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in this test try ONNX Runtime alone; those of `bundles` try and time every backend that is here."""
+    monkeypatch.setattr("mdnet_engines.sessions.openvino.is_installed", lambda: False)
+
+
+def _build(precision: Precision, graphs: Path, folder: Path) -> Bundle:
+    from mdnet_calib.sensitivity import Budget
+    from mdnet_export.build import build_bundle
+    from mdnet_export.model_source import choose_weights
+    from mdnet_export.parity_images import calibration_images, parity_images
+    from mdnet_export.quantise import Calibration
+
+    int8 = precision == "int8"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_graphs_from(graphs, monkeypatch)
+        return build_bundle(
+            choose_weights(),
+            folder / precision,
+            precision=precision,
+            images=parity_images(None, 128, 6),
+            calibration=Calibration(calibration_images(None, 128, 16), budget=Budget(9, 0)) if int8 else None,
+            force=int8,
+        )
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(float_graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The packaged demo as an fp32 bundle; not to be changed."""
+    return _build("fp32", float_graphs, tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def bundles(demo_bundle: Bundle, float_graphs: Path) -> dict[Precision, Bundle]:
+    """The packaged demo as a bundle, by precision; not to be changed.
+
+    In int8 it has all blocks that int8 is for, and stands whatever a busy machine's clock says of it.
+    """
+    others: tuple[Precision, ...] = ("fp16", "int8")
+    return {"fp32": demo_bundle, **{each: _build(each, float_graphs, demo_bundle.path.parent) for each in others}}

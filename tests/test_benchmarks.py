@@ -15,9 +15,12 @@ from small_bundle import write_small_bundle
 from mdnet_engines.ops import native
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+needs_library = pytest.mark.skipif(
+    native.custom_op_library() is None, reason="mdnet was installed without its native library"
+)
 
 
-@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+@needs_library
 def test_scan_measures_every_contestant_against_every_other(tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "scan.py", "--only", "scan, B=1", "--rounds", "1", "-o", "figures.json"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -28,6 +31,7 @@ def test_scan_measures_every_contestant_against_every_other(tmp_path: Path) -> N
         assert set(figures) == {"ms", *suite} - {name}
 
 
+@pytest.mark.slow
 def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -> None:
     options = ["--images", "12", "--batch-size", "6", "--rounds", "1", "-o", "figures.json"]
     command = [sys.executable, BENCHMARKS / "training.py", *options]
@@ -38,7 +42,8 @@ def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -
     assert all(figures[name]["ms_per_image"] > 0 for name in ("cached", "recomputed"))
 
 
-@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+@pytest.mark.slow
+@needs_library
 def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
     options = ["--preset", "demo", "--only", "ONNX Runtime, fp32", "--rounds", "1", "-o", "figures.json"]
     command = [sys.executable, BENCHMARKS / "precision.py", *options]
@@ -48,7 +53,8 @@ def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
     assert all(figures[name] > 0 for name in ("ms", "baseline_ms", "speedup", "peak_gib", "baseline_peak_gib"))
 
 
-@pytest.mark.skipif(native.custom_op_library() is None, reason="mdnet was installed without its native library")
+@pytest.mark.slow
+@needs_library
 def test_precision_has_a_row_with_the_reason_for_what_can_not_run(tmp_path: Path) -> None:
     """One bundle can't be built, since something else lies there, and OpenVINO crashes; the rest is measured."""
     broken = tmp_path / "site" / "openvino"
@@ -99,6 +105,7 @@ def test_precision_keeps_the_figures_of_a_run_that_is_interrupted(
     assert {"processor", "instruction_sets"} <= set(figures["machine"])
 
 
+@pytest.mark.slow
 def test_runtime_measures_a_start_and_peak_memory(tmp_path: Path) -> None:
     bundle = write_small_bundle(tmp_path / "bundle")
     options = ["start", "memory", "small", "--files", "1500", "--rounds", "1", "--demo", bundle, "--full", bundle]

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +51,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(done=done, text=(folder / "dry.json").read_text(), file=folder / "dry.json")
 
 
+@pytest.mark.slow
 def test_the_dry_run_has_every_stage_with_its_rows(dry_run: Any) -> None:
     read = results.read(dry_run.file)
     assert read.dry_run
@@ -59,6 +62,7 @@ def test_the_dry_run_has_every_stage_with_its_rows(dry_run: Any) -> None:
         assert stage.status in (results.PASSED, results.NOT_INSTALLED, results.NOT_SUPPORTED), stage
 
 
+@pytest.mark.slow
 def test_the_dry_run_runs_what_a_cpu_can(dry_run: Any) -> None:
     stages = {stage.name: stage for stage in results.read(dry_run.file).stages}
     for name in ("device", "scan", "scan time", "pytorch", "torch.compile", "bundles", "onnxruntime", "end to end"):
@@ -68,12 +72,14 @@ def test_the_dry_run_runs_what_a_cpu_can(dry_run: Any) -> None:
     assert {"images/s", "max |Δscore|", "batch against singles"} < batch.figures.keys()
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_no_progress_and_the_file_no_places(dry_run: Any) -> None:
     assert dry_run.done.stderr == ""
     for place in (REPOSITORY, dry_run.file.parent, Path.home()):
         assert str(place) + os.sep not in dry_run.text
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_no_evidence(dry_run: Any, tmp_path: Path) -> None:
     shutil.copy(dry_run.file, tmp_path / "cpu-2026-11-25.json")
     with pytest.raises(results.ResultError, match="dry run"):
@@ -103,7 +109,6 @@ def test_without_a_gpu_the_command_says_so_in_one_line(tmp_path: Path) -> None:
 
 # What goes wrong.
 
-HANG_SECONDS = 10  # enough for a process to start on a busy machine
 BROKEN = """
 import os, signal, sys, time
 from gpu.context import CheckFailed
@@ -156,6 +161,21 @@ def unwritten(context):
 """
 
 
+class Hanging(subprocess.Popen[bytes]):
+    """A stage's process, whose time is over when it has given a row, however long a busy machine took to start it."""
+
+    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Any:
+        assert self.stdin is not None
+        assert input is not None
+        self.stdin.write(input)
+        self.stdin.close()
+        rows = Path(json.loads(input)["rows"])
+        while not rows.read_bytes().endswith(b"\n"):
+            assert self.poll() is None
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(self.args, 7)
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The results of a run whose stages go wrong in all ways, each between others that don't."""
@@ -172,7 +192,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     output = folder / "out.json"
     environment = setting.environment()
     done = {stage.name: check.run_stage(stage, setting, 120, environment) for stage in stages}
-    done["hang"] = check.run_stage(check.Stage("hang", "broken:hang", 60, needs=()), setting, HANG_SECONDS, environment)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(check.subprocess, "Popen", Hanging)
+        done["hang"] = check.run_stage(check.Stage("hang", "broken:hang", 60, needs=()), setting, 7, environment)
     run = replace(begin, stages=tuple(done.values()))
     results.write(run, output)
     return done, output
@@ -183,7 +205,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     [
         ("exact", "passed", ""),
         ("crash", "crashed", "SIGSEGV, having said: last words"),
-        ("hang", "timed out", f"stopped after {HANG_SECONDS} s"),
+        ("hang", "timed out", "stopped after 7 s"),
         ("missing", "not installed", "no_such_module, nor_this"),
         ("failing", "failed", "off by 3"),
         ("raising", "failed", "ValueError: unexpected"),
@@ -665,10 +687,15 @@ def test_operations_are_twice_the_multiply_adds(module: Callable[[str], Any]) ->
 
 
 def test_busy_is_the_mean_of_what_is_read_meanwhile(module: Callable[[str], Any]) -> None:
-    import time
+    readings, read = iter([0.2, 0.4, 0.6]), threading.Event()
 
-    readings = iter([0.2, 0.4, 0.6] + 1000 * [0.4])
-    assert module("busy").mean_during(lambda: time.sleep(0.5), lambda: next(readings)) == pytest.approx(0.4)
+    def reading() -> float:
+        value = next(readings, None)
+        if value is None:
+            read.set()
+        return 0.4 if value is None else value
+
+    assert module("busy").mean_during(lambda: read.wait(60), reading) == pytest.approx(0.4)
 
 
 def test_without_nvml_busy_is_not_known(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> None:

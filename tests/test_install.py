@@ -16,7 +16,7 @@ import pytest
 
 from mdnet_engines.ops import native
 
-pytestmark = pytest.mark.install
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"

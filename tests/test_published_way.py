@@ -20,7 +20,7 @@ def run(command: object, *words: object) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("source", ["sd", "sd.safetensors"])
+@pytest.mark.parametrize("source", ["sd", pytest.param("sd.safetensors", marks=pytest.mark.slow)])
 def test_import_cache_train_evaluate_build_evaluate(source: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     published_weights.main(tmp_path, "demo")

@@ -67,7 +67,7 @@ def test_widening_moves_counts_to_the_wider_bins_and_loses_none(growth: float) -
     np.testing.assert_array_equal(made.counts, counted(np.concatenate([first, small, [growth]]), made.limit))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20).map(np.array), min_size=1, max_size=6)
 )

@@ -50,7 +50,7 @@ def test_the_worst_block_goes_back_to_float_and_is_recorded() -> None:
     assert choice.alone == {block: model([f"{block}/conv1"]) for block in "abc"}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.integers(1, 3000))
 def test_as_many_of_the_most_harmless_blocks_as_fit(harms: list[int], limit: int) -> None:
     """Harms in whole numbers, so that sums are exact and a budget may be met to the last."""

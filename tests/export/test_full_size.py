@@ -19,7 +19,7 @@ from mdnet_rt import Scorer
 EXPORT = Path(sysconfig.get_path("scripts"), "mdnet-export")
 GIB = 2**20  # in the KiB that getrusage counts
 
-pytestmark = pytest.mark.full_size
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -359,7 +359,7 @@ def test_degenerate_scores_keep_readable_axes(scores: list[ScorePair]) -> None:
         assert 36 <= y <= 404
 
 
-@settings(max_examples=60, deadline=None)  # no deadline: the first page also compiles the template
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.text(), st.floats(width=32), st.floats(width=32)), max_size=6))
 def test_any_scores_and_names_give_a_page_and_strict_json(rows: list[tuple[str, float, float]]) -> None:
     report = make_report(scores=[ScorePair(*row) for row in rows])

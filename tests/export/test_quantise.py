@@ -185,6 +185,7 @@ def test_an_int8_bundle_says_in_its_report_how_it_was_made(int8_bundle: Bundle) 
 
 def test_int8_that_is_slower_is_refused_with_both_times(
     exported_before: None,
+    without_openvino: None,
     three_blocks: None,
     clock: Callable[[Speed], None],
     few: CalibrationSet,
@@ -211,6 +212,7 @@ def test_int8_that_is_slower_is_refused_with_both_times(
 
 def test_int8_that_is_slower_without_vnni_is_written_with_a_note(
     exported_before: None,
+    without_openvino: None,
     three_blocks: None,
     clock: Callable[[Speed], None],
     tmp_path: Path,
@@ -267,21 +269,24 @@ def test_both_encoders_are_timed_in_turns_on_the_same_images(
 
 
 def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
-    exported_before: None, three_blocks: None, clock: object, few: CalibrationSet, float_graphs: Path, tmp_path: Path
+    exported_before: None,
+    without_openvino: None,
+    three_blocks: None,
+    clock: object,
+    few: CalibrationSet,
+    float_graphs: Path,
+    folder: Path,
+    tmp_path: Path,
 ) -> None:
-    weights, images = choose_weights(), parity_images(None, 128, 4)
-    loose = build_bundle(
-        weights, tmp_path / "loose", precision="int8", images=images, calibration=Calibration(few, budget=Budget(9, 0))
-    )
-    assert loose.manifest.int8 is not None
-    assert loose.manifest.int8.float_blocks == []
-    limit = 0.9 * loose.manifest.int8.drift_max_abs
+    loose = quantise_encoder(folder, Calibration(few, budget=Budget(9, 0))).facts()
+    assert loose.float_blocks == []
+    limit = 0.9 * loose.drift_max_abs
     steps: list[str] = []
     bundle = build_bundle(
-        weights,
+        choose_weights(),
         tmp_path / "tight",
         precision="int8",
-        images=images,
+        images=parity_images(None, 128, 4),
         calibration=Calibration(few, budget=Budget(limit, 0)),
         on_step=steps.append,
     )
@@ -426,6 +431,7 @@ def test_a_wrong_command_is_explained_and_writes_nothing(
 
 def test_a_data_set_calibrates_by_its_training_images_and_is_judged_by_its_test_images(
     exported_before: None,
+    without_openvino: None,
     three_blocks: None,
     clock: object,
     faces: Path,
@@ -453,7 +459,7 @@ def test_a_data_set_calibrates_by_its_training_images_and_is_judged_by_its_test_
 
 
 def test_a_cache_that_can_not_be_written_is_one_line(
-    exported_before: None, three_blocks: None, clock: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported_before: None, three_blocks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("years of work")

@@ -42,6 +42,7 @@ from mdnet_rt.sources import archives
 from mdnet_rt.sources.archives import read_archive
 from mdnet_rt.sources.entry import Entry
 
+pytestmark = pytest.mark.slow
 FACTOR = float(os.environ.get("MDNET_FUZZ", "2"))
 SEED = int(os.environ.get("MDNET_FUZZ_SEED", "0"))
 ONLY = os.environ.get("MDNET_FUZZ_ONLY")

@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEADLINE = 20  # seconds after which a test that waits has failed
+DEADLINE = 60  # seconds after which a test that waits has failed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ class Server:
             if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
                 total += float(match[2])
         return total
+
+    def wait_for_a_body(self) -> None:
+        """Wait until the server reads a request's body."""
+        end = time.monotonic() + DEADLINE
+        while not self.metric("mdnet_held_bytes"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def wait_until_closed(self) -> None:
+        """Wait until nobody listens on its port."""
+        end = time.monotonic() + DEADLINE
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                self.connect().close()
+                time.sleep(0.01)
+            raise AssertionError("the port is still open")
 
     def stop(self) -> int:
         """SIGTERM; its exit code."""

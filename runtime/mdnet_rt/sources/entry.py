@@ -49,8 +49,11 @@ def archive_kind(location: str) -> Literal["tar", "parquet"] | None:
 
 
 def natural_key(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Sort key that compares runs of digits by value, folder by folder; the plain name decides between equals."""
-    return ("\0\0".join(name_key(part) for part in Path(path).parts), os.fspath(path))
+    """Sort key: folder by folder, runs of digits by value, then the plain name (`02` before `2`).
+
+    All of one folder comes before the next, as a folder is walked. The path as given decides between `a/b` and `a//b`.
+    """
+    return ("\0\0".join(key for part in Path(path).parts for key in (name_key(part), part)), os.fspath(path))
 
 
 def name_key(name: str) -> str:

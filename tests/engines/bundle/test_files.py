@@ -438,7 +438,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder, json.loads((folder / MANIFEST_NAME).read_text())
 
 
-@settings(max_examples=250, deadline=5000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_mutation_of_a_manifest_opens_or_is_a_bundle_error(
     data: st.DataObject, victim: tuple[Path, dict[str, Any]]
@@ -461,7 +461,7 @@ def test_any_mutation_of_a_manifest_opens_or_is_a_bundle_error(
         Bundle.open(folder)
 
 
-@settings(max_examples=100, deadline=5000, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(data=st.data())
 def test_any_change_of_a_manifests_bytes_opens_or_is_a_bundle_error(
     data: st.DataObject, victim: tuple[Path, dict[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,43 +30,45 @@ def in_float64(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float64) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
-def test_agrees_with_the_reference(case: ScanCase, isa: str) -> None:
+def test_agrees_with_the_reference(case: ScanCase) -> None:
     inputs = make_inputs(case)
-    got = native_scan(inputs, reverse=case.reverse, isa=isa)
-    assert got.dtype == inputs["u"].dtype
-    assert_close(got, reference_scan(**inputs, reverse=case.reverse), case.dtype)
+    expected = reference_scan(**inputs, reverse=case.reverse)
+    for isa in ISAS:
+        got = native_scan(inputs, reverse=case.reverse, isa=isa)
+        assert got.dtype == inputs["u"].dtype
+        assert_close(got, expected, case.dtype)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", SCAN_CASES, ids=lambda case: case.name)
-def test_float64_is_exact_to_its_rounding(case: ScanCase, isa: str) -> None:
+def test_float64_is_exact_to_its_rounding(case: ScanCase) -> None:
     inputs = in_float64(make_inputs(case))
     expected = reference_scan(**inputs, reverse=case.reverse)
-    got = native_scan(inputs, reverse=case.reverse, isa=isa)
-    # Some 200 units of float64's 2⁻⁵³, as the long cases sum that many products.
-    assert np.abs(got - expected).max() <= 2e-14 * np.abs(expected).max()
+    for isa in ISAS:
+        got = native_scan(inputs, reverse=case.reverse, isa=isa)
+        # Some 200 units of float64's 2⁻⁵³, as the long cases sum that many products.
+        assert np.abs(got - expected).max() <= 2e-14 * np.abs(expected).max(), isa
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", GENTLE_CASES, ids=lambda case: case.name)
-def test_gradients_are_the_slopes_of_the_reference(case: ScanCase, dtype: str, isa: str) -> None:
+def test_gradients_are_the_slopes_of_the_reference(case: ScanCase) -> None:
     """Of each input in turn, along one direction: by central differences of the float64 reference."""
     inputs = in_float64(make_inputs(case))
     random = np.random.default_rng(1)
     grad = random.standard_normal(inputs["u"].shape)
-    given = {name: np.ascontiguousarray(x, dtype) for name, x in inputs.items()}
-    got = native_gradients(given, grad.astype(dtype), reverse=case.reverse, isa=isa)
+    directions, slopes = {}, {}
     for name, x in inputs.items():
-        direction = random.standard_normal(x.shape)
-        step = 1e-5 * direction
+        directions[name] = random.standard_normal(x.shape)
+        step = 1e-5 * directions[name]
         up, down = (reference_scan(**{**inputs, name: x + s}, reverse=case.reverse) for s in (step, -step))
-        slope = (grad * (up - down)).sum() / 2e-5
-        # The differences' own error is some 1e-10 of the terms, float32's that of the forward pass.
-        scale = np.abs(got[name].astype(np.float64) * direction).sum()
-        assert abs((got[name].astype(np.float64) * direction).sum() - slope) <= SLOPE_TOLERANCE[dtype] * scale
+        slopes[name] = (grad * (up - down)).sum() / 2e-5
+    for dtype, isa in product(SLOPE_TOLERANCE, ISAS):
+        given = {name: np.ascontiguousarray(x, dtype) for name, x in inputs.items()}
+        got = native_gradients(given, grad.astype(dtype), reverse=case.reverse, isa=isa)
+        for name, slope in slopes.items():
+            terms = got[name].astype(np.float64) * directions[name]
+            # The differences' own error is some 1e-10 of the terms, float32's that of the forward pass.
+            assert abs(terms.sum() - slope) <= SLOPE_TOLERANCE[dtype] * np.abs(terms).sum(), (name, dtype, isa)
 
 
 # What can be wrong with one number: (input, value). A zero decay rate times an infinite step is NaN by the formula.
@@ -78,28 +81,25 @@ ODD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("name", "value"), ODD_VALUES)
-def test_nan_and_infinity_go_where_the_formula_takes_them(
-    name: str, value: float, reverse: bool, dtype: str, isa: str
-) -> None:
+def test_nan_and_infinity_go_where_the_formula_takes_them(name: str, value: float, reverse: bool, dtype: str) -> None:
     inputs = make_inputs(ScanCase("odd", batch=2, channels=5, length=9, states=17, reverse=reverse))
     inputs = {key: array.astype(dtype) for key, array in inputs.items()}
     inputs[name][tuple(size // 2 for size in inputs[name].shape)] = value
     with np.errstate(all="ignore"):
         expected = reference_scan(**inputs, reverse=reverse)
         expected = expected.astype(dtype)  # what float32 can't hold is infinite there
-    got = native_scan(inputs, reverse=reverse, isa=isa)
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    np.testing.assert_array_equal(np.isposinf(got), np.isposinf(expected))
-    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
     finite = np.isfinite(expected)
     # The bound of every case, but per channel: a growing state makes one channel far larger than the others.
     scale = np.abs(np.where(finite, expected, 0)).max(axis=2, keepdims=True)
     allowed = np.broadcast_to(3e-6 * scale, expected.shape)[finite]
-    assert (np.abs(got[finite] - expected[finite]) <= allowed).all()
+    for isa in ISAS:
+        got = native_scan(inputs, reverse=reverse, isa=isa)
+        for kind in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(kind(got), kind(expected), isa)
+        assert (np.abs(got[finite] - expected[finite]) <= allowed).all(), isa
 
 
 def grid(low: float, high: float) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sanitized
 
-pytestmark = pytest.mark.sanitizer
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = (

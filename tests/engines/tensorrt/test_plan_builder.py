@@ -7,6 +7,7 @@ TensorRT-RTX is real, and builds without a GPU. TensorRT 11 is NVIDIA's bindings
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import json
 import os
@@ -38,6 +39,9 @@ PLANS = sorted(f"{name}.plan" for name in GRAPH_NAMES)
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(write_small_bundle(tmp_path / "mdnet-bundle"))
+
+
+host_of = functools.cache(probe)  # the same in all tests that have the real TensorRT-RTX, or the stand-in's GPU
 
 
 def use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -98,7 +102,7 @@ CAPABILITY_BITS = {"sm_80": 0x02, "sm_86": 0x04, "sm_89": 0x08, "sm_120": 0x10, 
 def test_rtx_builds_for_what_it_was_asked(
     wanted: list[str], folder: str, capabilities: list[str], bundle: Bundle
 ) -> None:
-    host = probe("tensorrt-rtx")
+    host = host_of("tensorrt-rtx")
     built = build_plans(bundle, host, targets=wanted)
     assert built.engines.folder == f"tensorrt-rtx-{host.version}-{folder}"
     opened = Bundle.open(bundle.path)
@@ -114,7 +118,7 @@ def test_rtx_builds_for_what_it_was_asked(
 
 @needs_rtx
 def test_the_layers_are_saved_with_their_types(bundle: Bundle) -> None:
-    built = build_plans(bundle, probe("tensorrt-rtx"))
+    built = build_plans(bundle, host_of("tensorrt-rtx"))
     saved = json.loads((plans_folder(bundle, built.engines) / "layers.json").read_text())
     assert saved["of"] == "network"
     assert built.record is not None
@@ -128,7 +132,7 @@ def test_the_layers_are_saved_with_their_types(bundle: Bundle) -> None:
 
 @needs_rtx
 def test_plans_that_are_there_are_left_until_something_changes(bundle: Bundle) -> None:
-    host = probe("tensorrt-rtx")
+    host = host_of("tensorrt-rtx")
     built = build_plans(bundle, host)
     assert built.record is not None
     assert build_plans(built.bundle, host).record is None
@@ -149,7 +153,7 @@ def test_a_graph_that_does_not_parse_is_one_line(damage: bytes, bundle: Bundle) 
     """Past the hashes, that is: `Bundle.open` would have refused it."""
     (bundle.path / f"{SECOND}.onnx").write_bytes(damage)
     with pytest.raises(MDNetError, match="TensorRT-RTX can't read the graph vim: ") as caught:
-        build_plans(bundle, probe("tensorrt-rtx"))
+        build_plans(bundle, host_of("tensorrt-rtx"))
     assert str(caught.value).isprintable()
     assert not (bundle.path / "engines").exists()
 
@@ -157,7 +161,7 @@ def test_a_graph_that_does_not_parse_is_one_line(damage: bytes, bundle: Bundle) 
 @needs_rtx
 def test_a_workspace_that_is_too_small_says_which_option_to_change(bundle: Bundle) -> None:
     with pytest.raises(MDNetError, match=r"can't build .*--workspace") as caught:
-        build_plans(bundle, probe("tensorrt-rtx"), targets=["sm_86"], workspace_gib=1e-9)
+        build_plans(bundle, host_of("tensorrt-rtx"), targets=["sm_86"], workspace_gib=1e-9)
     assert str(caught.value).isprintable()
     assert untouched(bundle)
 
@@ -166,7 +170,7 @@ def test_a_workspace_that_is_too_small_says_which_option_to_change(bundle: Bundl
 @pytest.mark.parametrize(("target", "words"), [("sm_90", "has no sm_90"), ("nonsense", "has no nonsense")])
 def test_a_target_that_rtx_has_not_is_bad_usage(target: str, words: str, bundle: Bundle) -> None:
     with pytest.raises(UsageError, match=words):
-        build_plans(bundle, probe("tensorrt-rtx"), targets=["sm_89", target])
+        build_plans(bundle, host_of("tensorrt-rtx"), targets=["sm_89", target])
 
 
 def test_current_needs_a_gpu_to_be_current(bundle: Bundle) -> None:
@@ -193,7 +197,7 @@ def test_the_gpu_is_the_drivers(tensorrt: dict[str, str], monkeypatch: pytest.Mo
 
 def test_tensorrt_is_asked_for_what_the_user_asked(tensorrt: dict[str, str], bundle: Bundle) -> None:
     batch = BatchRange(minimum=1, optimum=4, maximum=16)
-    built = build_plans(bundle, probe("tensorrt"), batch=batch, workspace_gib=0.5)
+    built = build_plans(bundle, host_of("tensorrt"), batch=batch, workspace_gib=0.5)
     (builder,) = tensorrt_hosts.notes(tensorrt, "Builder")
     assert builder["plugins"] == ["SelectiveScan", "SelectiveScanReverse"]
     asked = {entry["graph"]: entry for entry in tensorrt_hosts.notes(tensorrt, "build")}
@@ -221,7 +225,7 @@ def test_tensorrt_is_asked_for_what_the_user_asked(tensorrt: dict[str, str], bun
 def test_without_a_limit_none_is_set_and_tf32_is_for_bundles_that_are_not_fp32(
     tensorrt: dict[str, str], tmp_path: Path
 ) -> None:
-    build_plans(Bundle.open(write_small_bundle(tmp_path / "half", precision="fp16")), probe("tensorrt"))
+    build_plans(Bundle.open(write_small_bundle(tmp_path / "half", precision="fp16")), host_of("tensorrt"))
     for entry in tensorrt_hosts.notes(tensorrt, "build"):
         assert entry["limits"] == {}
         assert entry["flags"] == ["TF32"]
@@ -231,7 +235,7 @@ def test_without_a_limit_none_is_set_and_tf32_is_for_bundles_that_are_not_fp32(
 def test_tensorrt_builds_for_this_gpu_alone(
     wanted: list[str], fits: bool, tensorrt: dict[str, str], bundle: Bundle
 ) -> None:
-    host = probe("tensorrt")
+    host = host_of("tensorrt")
     if fits:
         assert build_plans(bundle, host, targets=wanted).engines.target == "sm_90"
         return
@@ -253,8 +257,8 @@ def test_tensorrt_without_a_gpu_says_what_to_do(
 
 def test_the_timing_cache_is_used_again(tensorrt: dict[str, str], bundle: Bundle) -> None:
     told: list[str] = []
-    first = build_plans(bundle, probe("tensorrt"), on_note=told.append)
-    build_plans(first.bundle, probe("tensorrt"), force=True, on_note=told.append)
+    first = build_plans(bundle, host_of("tensorrt"), on_note=told.append)
+    build_plans(first.bundle, host_of("tensorrt"), force=True, on_note=told.append)
     assert told == []
     caches = [entry["cache"] for entry in tensorrt_hosts.notes(tensorrt, "build")]
     assert caches == [""] * 3 + ["timing cache of this GPU"] * 3
@@ -264,7 +268,7 @@ def test_the_timing_cache_is_used_again(tensorrt: dict[str, str], bundle: Bundle
 def test_a_timing_cache_that_will_not_do_is_left_out_and_said(
     damage: str, tensorrt: dict[str, str], bundle: Bundle
 ) -> None:
-    bundle = build_plans(bundle, probe("tensorrt")).bundle
+    bundle = build_plans(bundle, host_of("tensorrt")).bundle
     (engines,) = bundle.manifest.engines
     cache = plans_folder(bundle, engines) / "timing.cache"
     if damage == "missing":
@@ -276,7 +280,7 @@ def test_a_timing_cache_that_will_not_do_is_left_out_and_said(
         document["engines"][0]["timing_cache"] = describe(cache)
         (bundle.path / "manifest.json").write_text(json.dumps(document))
     told: list[str] = []
-    built = build_plans(Bundle.open(bundle.path), probe("tensorrt"), force=True, on_note=told.append)
+    built = build_plans(Bundle.open(bundle.path), host_of("tensorrt"), force=True, on_note=told.append)
     (line,) = told
     assert "timing cache" in line
     assert [entry["cache"] for entry in tensorrt_hosts.notes(tensorrt, "build")] == [""] * 6
@@ -292,7 +296,7 @@ def test_layers_that_cant_be_read_back_are_no_reason_to_fail(
 ) -> None:
     use(tensorrt_hosts.with_faults(tensorrt, layers=True), monkeypatch)
     told: list[str] = []
-    built = build_plans(bundle, probe("tensorrt"), on_note=told.append)
+    built = build_plans(bundle, host_of("tensorrt"), on_note=told.append)
     (line,) = told
     assert "layers.json" in line
     saved = json.loads((plans_folder(bundle, built.engines) / "layers.json").read_text())
@@ -321,7 +325,7 @@ def test_a_failure_in_tensorrt_is_one_line_and_the_bundle_is_as_it_was(
 ) -> None:
     use(tensorrt_hosts.with_faults(tensorrt, **faults), monkeypatch)
     with pytest.raises(MDNetError) as caught:
-        build_plans(bundle, probe("tensorrt"))
+        build_plans(bundle, host_of("tensorrt"))
     assert words in str(caught.value)
     assert str(caught.value).isprintable()
     assert untouched(bundle)
@@ -331,7 +335,7 @@ def test_a_failure_in_tensorrt_is_one_line_and_the_bundle_is_as_it_was(
 def test_a_full_disk_is_named(tensorrt: dict[str, str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     use(tensorrt_hosts.with_faults(tensorrt, bundle.path / "engines", full=SECOND), monkeypatch)
     with pytest.raises(MDNetError, match="no space left on the disk"):
-        build_plans(bundle, probe("tensorrt"))
+        build_plans(bundle, host_of("tensorrt"))
     assert untouched(bundle)
 
 
@@ -343,7 +347,7 @@ def test_a_disk_that_is_full_only_when_it_is_flushed_is_named_too(
 
     monkeypatch.setattr(plans, "finish", full)
     with pytest.raises(MDNetError, match="no space left on the disk"):
-        build_plans(bundle, probe("tensorrt"))
+        build_plans(bundle, host_of("tensorrt"))
     assert untouched(bundle)
 
 
@@ -439,7 +443,7 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(
     tensorrt: dict[str, str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(tensorrt_hosts.with_faults(tensorrt, wait=FIRST), monkeypatch)
-    host = probe("tensorrt")
+    host = host_of("tensorrt")
 
     def interrupt(step: str) -> None:
         raise KeyboardInterrupt

@@ -51,7 +51,7 @@ def test_features_equal_stock_diffusers(run: Callable) -> None:
     check_against_stock(preset("demo"), run)
 
 
-@pytest.mark.full_size
+@pytest.mark.slow
 def test_folded_features_equal_stock_diffusers_at_the_sd15_configuration() -> None:
     check_against_stock(preset("sd15-vim-s"), run_folded)
 

@@ -167,7 +167,7 @@ print(json.dumps({"preset": imported.model.config.preset, "peak": resource.getru
 """
 
 
-@pytest.mark.full_size
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sd", "sd.safetensors"])
 def test_a_full_size_import_stays_under_10_gib(source: str, full_size: Path, tmp_path: Path) -> None:
     """Peak resident memory of a fresh process, which imports and writes the checkpoint."""

@@ -497,7 +497,6 @@ def test_a_file_without_permission_gives_its_reason(tmp_path: Path, monkeypatch:
         None,
         7,
     ],
-    ids=repr,
 )
 def test_what_is_in_memory_is_checked_too(image: object) -> None:
     with pytest.raises(ImageError, match=r"expected a|no pixels"):

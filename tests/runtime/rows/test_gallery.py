@@ -254,7 +254,7 @@ def test_a_million_images_keep_a_readable_axis(page_of: Callable[[Iterable[Resul
     assert "Scores of 1,000,000 images" in page.text
 
 
-@settings(max_examples=60, deadline=None)  # no deadline: the first page also compiles the template
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.text(), st.floats(width=32, allow_nan=False, allow_infinity=False)), max_size=6),
     st.lists(st.tuples(st.text(), st.text(), st.text()), max_size=4),

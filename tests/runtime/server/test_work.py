@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -25,7 +26,7 @@ from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.settings import Settings
 from mdnet_rt.server.work import Work
 
-DEADLINE = 10
+DEADLINE = 60
 SIZE = 32
 
 
@@ -62,8 +63,11 @@ class Lab:
 
     async def load(self, images: int) -> None:
         """Wait until so many images are under way."""
+        await self.until(lambda: self.work.load == images)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + DEADLINE
-        while self.work.load != images:
+        while not condition():
             assert time.monotonic() < end
             await asyncio.sleep(0.005)
 
@@ -212,25 +216,42 @@ def test_a_request_of_several_images_is_let_in_whole_or_not_at_all(
 
 def test_a_queue_whose_last_score_would_come_too_late_is_full(run: Callable[..., None], images: list[bytes]) -> None:
     async def test(lab: Lab) -> None:
-        lab.model.seconds = 0.2
-        assert (await lab.score(images[0])).status_code == 200  # an image takes 0.2 s, it has learnt
+        lab.model.seconds = 0.05
+        assert (await lab.score(images[0])).status_code == 200
+        assert lab.work._seconds_per_image >= 0.05  # it has learnt
+        lab.work._seconds_per_image = 5.0
         lab.model.go.clear()
         waiting = [lab.start(image) for image in images[:4]]
         await lab.load(4)
         files = [("images", (str(i), image)) for i, image in enumerate(images[4:10])]
-        assert (await lab.client.post("/score", files=files)).status_code == 429  # the tenth would take two seconds
+        assert (await lab.client.post("/score", files=files)).status_code == 429  # the tenth would take 50 s
         lab.model.go.set()
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 4
 
-    run(test, score_timeout=1.5, max_batch=4)
+    run(test, score_timeout=40, max_batch=4)
 
 
 def test_no_scores_in_time_is_504_and_images_not_begun_are_dropped(
-    run: Callable[..., None], images: list[bytes]
+    run: Callable[..., None], images: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    timeout, give_up = 50, []
+
     async def test(lab: Lab) -> None:
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+
+        def noted(seconds: float, call: Callable[..., object], *args: object, **options: Any) -> asyncio.TimerHandle:
+            if seconds == timeout:
+                give_up.append(lambda: call(*args))
+            return call_later(seconds, call, *args, **options)
+
+        monkeypatch.setattr(loop, "call_later", noted)
         lab.model.go.clear()
         late = [lab.start(image) for image in images[:3]]
+        await lab.load(3)
+        await lab.until(lambda: lab.model.batches == [1])
+        for each in give_up:  # as if the time were over
+            each()
         assert [answer.status_code for answer in await asyncio.gather(*late)] == [504] * 3
         assert lab.work.load == 3  # still counted, as one is in the model and two in its queue
         lab.model.go.set()
@@ -239,7 +260,7 @@ def test_no_scores_in_time_is_504_and_images_not_begun_are_dropped(
         assert b'mdnet_images_total{status="abandoned"} 2.0' in lab.metrics.page()
         assert (await lab.score(images[0])).status_code == 200
 
-    run(test, score_timeout=0.5, max_batch=1)
+    run(test, score_timeout=timeout, max_batch=1)
 
 
 def test_a_model_that_fails_is_500_and_the_next_request_is_scored(

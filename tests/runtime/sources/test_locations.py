@@ -10,7 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mdnet_engines.errors import UsageError
@@ -182,15 +182,17 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=()) | s
 
 
 def by_parts(path: Path) -> tuple[object, ...]:
-    """The order that `natural_key` has in one string, spelt out: numbers by value, before text, folder by folder."""
-    parts = tuple(
-        tuple((0, int(run), "") if run[0] in "0123456789" else (1, 0, run) for run in re.split("([0-9]+)", part) if run)
-        for part in path.parts
-    )
-    return (parts, os.fspath(path))
+    """The order that `natural_key` has in one string, spelt out: by folder, numbers by value and before text, name."""
+    return tuple((by_value(part), part) for part in path.parts)
+
+
+def by_value(name: str) -> tuple[tuple[int, int, str], ...]:
+    runs = [run for run in re.split("([0-9]+)", name) if run]
+    return tuple((0, int(run), "") if run[0] in "0123456789" else (1, 0, run) for run in runs)
 
 
 @given(st.lists(TEXT, unique=True))
+@example(["2/a", "02/b"])
 def test_the_natural_order_is_that_of_the_parts_of_names(texts: list[str]) -> None:
     paths = list({Path(text) for text in texts})
     assert sorted(paths, key=natural_key) == sorted(paths, key=by_parts)
@@ -200,6 +202,7 @@ FILE_NAME = st.text(st.sampled_from("a0129.é \x01\udcff"), min_size=1, max_size
 
 
 @given(st.lists(st.lists(FILE_NAME, min_size=1, max_size=3), min_size=1, max_size=12))
+@example([["02", "b"], ["2", "a"]])
 def test_a_folder_is_walked_in_the_natural_order_of_its_paths(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[str]]
 ) -> None:
