@@ -26,12 +26,20 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    _add_page(app, service)
     _add_health(app, service, metrics)
     _add_score(app, service)
     _add_protocol(app, service)
     app.add_exception_handler(HTTPException, _no_such_thing)
     app.add_middleware(HeadAsGet)
     return app
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
+    async def page() -> Response:
+        """A page to try it: choose photographs, see their scores."""
+        return service.page()
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:

@@ -125,6 +125,10 @@ class Engine(Protocol):
     manifest: Manifest
     image_size: int
 
+    @property
+    def choice(self) -> object:
+        """What runs the graphs; its text is shown."""
+
     def score_batch(self, images: np.ndarray) -> np.ndarray: ...
 
 
@@ -133,7 +137,7 @@ async def run(engine: Engine, listener: socket.socket, settings: Settings, tell:
     metrics = Metrics(max_batch=settings.max_batch)
     to_srgb = engine.manifest.preprocessing.to_srgb
     work = Work(engine.score_batch, engine.image_size, settings, metrics, to_srgb=to_srgb)
-    service = Service(engine.manifest, work, settings, metrics, tell)
+    service = Service(engine.manifest, str(engine.choice), work, settings, metrics, tell)
     config = uvicorn.Config(
         Counted(make_app(service, metrics), metrics),
         http=cast("Any", functools.partial(Connection, settings=settings, count=metrics.count_nameless)),
