@@ -59,6 +59,16 @@ class Service:
         """Whether new requests are welcome."""
         return self._work.alive and not self.draining
 
+    @property
+    def model_name(self) -> str:
+        """The one model's, in the paths of the Open Inference Protocol."""
+        return self._settings.model_name
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that its graphs take."""
+        return self._work.image_size
+
     def page(self) -> Response:
         """GET /."""
         return Response(self._page, headers=self._page_headers)

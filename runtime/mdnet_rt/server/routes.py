@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from mdnet_rt.server import schema
 from mdnet_rt.server.app import HeadAsGet, Service, answer_json
+from mdnet_rt.server.kserve import VERSION
 from mdnet_rt.server.metrics import CONTENT_TYPE, Metrics
 from mdnet_rt.server.schema import body, errors, schema_of
 
@@ -102,8 +103,10 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
 
 
 def _add_model(app: FastAPI, service: Service, path: str, names: list[str]) -> None:
+    known = {"name": service.model_name, "version": VERSION}
     in_path: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [known[name]]}}
+        for name in names
     ]
 
     def get(suffix: str, model: Any, *codes: int) -> Any:
@@ -125,7 +128,10 @@ def _add_model(app: FastAPI, service: Service, path: str, names: list[str]) -> N
         service.check_model(request)
         return _health({"name": request.path_params["name"], "ready": True}, service.ready)
 
-    media_types = {"application/json": schema_of(schema.InferBody), "application/octet-stream": schema.FILE}
+    media_types = {
+        "application/json": schema.infer_body(service.image_size),
+        "application/octet-stream": schema.INFER_BINARY,
+    }
 
     @app.post(
         path + "/infer",
