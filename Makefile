@@ -58,7 +58,7 @@ clean: ## remove .venv, build output, caches and the demo bundle
 
 # A stamp is newer than what it was installed from, so that a second run installs nothing.
 $(VENV)/.installed-demo: EXTRAS := cpu,export
-$(VENV)/.installed-test: EXTRAS := cpu,cuda-dev,export,lint,openvino,rtx,test
+$(VENV)/.installed-test: EXTRAS := cpu,cuda-dev,export,fuzz,lint,openvino,rtx,test
 $(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE)
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(or $(PYTHON),python3) is not Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }

@@ -26,6 +26,8 @@ _SINK = "/sink_port_0"  # OpenVINO's name of a graph's result is the ONNX output
 _OPENING = threading.Lock()
 """One session is opened at a time: OpenVINO's binding, first asked for a type by two threads, lets them wait for each
 other (one has the GIL, the other the lock of a table that both need)."""
+_processes: set[int] = set()
+"""Those that opened a session: this one and, after a fork, those before it."""
 _MAX_CACHED_BYTES = 64 * 2**20
 """Of larger graphs the compiled form is not kept: it has the weights in it again, and such a run is long anyway."""
 
@@ -42,10 +44,12 @@ class OpenVINOSession:
             graph in bf16 where the CPU has it. bf16 has 8 bits of mantissa (float16 11, float32 24).
 
     Raises:
-        MDNetError: OpenVINO is missing, the CPU has no native bf16, or the file can't be loaded or holds the scan.
+        MDNetError: OpenVINO is missing, or ran before this process was forked; the CPU has no native bf16; the file
+            can't be loaded or holds the scan.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, arithmetic: Arithmetic = "f32"):
+        _refuse_after_fork()
         with _OPENING:
             self._open(path, threads or available_cores(), arithmetic)
 
@@ -98,6 +102,16 @@ class OpenVINOSession:
             raise MDNetError(f"OpenVINO failed: {_reason(error)}") from error
         self._idle.append(request)
         return {name: values[i] for i, name in enumerate(self.outputs)}
+
+
+def _refuse_after_fork() -> None:
+    # Its table of threads is one for the whole process: another session would wait, now and then, for those of before.
+    if _processes - {os.getpid()}:
+        raise MDNetError(
+            "OpenVINO has run before this process was forked, and can't run in both; "
+            "open scorers only after the fork, or take the backend onnxruntime-cpu here"
+        )
+    _processes.add(os.getpid())
 
 
 class _Spec(NamedTuple):

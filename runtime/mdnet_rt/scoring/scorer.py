@@ -25,8 +25,9 @@ from mdnet_engines.sessions.session import Session
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.images.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory
 from mdnet_rt.rows.result import Result
+from mdnet_rt.scoring import forked
 from mdnet_rt.scoring.pipeline import Pipeline, Task
-from mdnet_rt.sources.entry import Entry
+from mdnet_rt.sources.locations import Entry
 
 Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Entry
 """An image: its path, its file's bytes, a PIL image, uint8 `[H, W, 3]` RGB, or an entry of `mdnet_rt.sources.entry`."""
@@ -61,6 +62,8 @@ def find_bundle(bundle: str | os.PathLike[str] | None = None) -> Path:
 class Scorer:
     """A bundle, ready to score. Use `Scorer.open`; close it, or use it in a `with` block, to free the graphs.
 
+    It works in the process that opened it. In one that is forked later every call is refused: open another there.
+
     The graphs' contract: `encoder` and `vim` take `image`, uint8 `[batch, S, S, 3]`, where S is the manifest's
     `image_size`; `fusion` takes outputs of these two by their names and gives `score`, float32 `[batch]`.
     """
@@ -73,6 +76,8 @@ class Scorer:
         _at_least(0, "threads", threads)
         self.choice = choose(bundle, backend, threads=threads, check=check)
         self._graphs = open_choice(bundle, self.choice, threads=threads)
+        self._process = os.getpid()
+        forked.watch(self)
         _check_contract(self._graphs)
 
     @classmethod
@@ -147,8 +152,9 @@ class Scorer:
             stop: when set, the batch in the graphs is finished and the iterator ends.
 
         Raises:
-            MDNetError: the graphs could not be run; this concerns no single image.
+            MDNetError: this scorer is of another process, or the graphs could not be run; no single image is at fault.
         """
+        self._refuse_after_fork()  # before anything is read
         pipeline = Pipeline(
             self.score_batch,
             self.image_size,
@@ -173,8 +179,9 @@ class Scorer:
 
         Raises:
             UsageError: another type or shape.
-            MDNetError: the graphs could not be run, or this scorer is closed.
+            MDNetError: the graphs could not be run, or this scorer is closed or of another process.
         """
+        self._refuse_after_fork()
         if not self._graphs:
             raise MDNetError("this scorer is closed; open another with Scorer.open")
         expected = (self.image_size, self.image_size, 3)
@@ -189,8 +196,23 @@ class Scorer:
         return scores.astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Free the graphs. A scorer that is closed stays closed; closing it again does nothing."""
-        self._graphs.close()
+        """Free the graphs. A scorer that is closed stays closed; closing it again does nothing.
+
+        Nor does closing it in a forked process, where its graphs can't be freed.
+        """
+        if self._is_here:
+            self._graphs.close()
+
+    @property
+    def _is_here(self) -> bool:
+        return os.getpid() == self._process
+
+    def _refuse_after_fork(self) -> None:
+        if not self._is_here:
+            raise MDNetError(
+                f"this scorer was opened in another process ({self._process}), before a fork; "
+                "open one in each process, after the fork"
+            )
 
     def __enter__(self) -> Scorer:
         return self

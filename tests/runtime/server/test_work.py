@@ -81,7 +81,7 @@ def run(shared_bundle: Path) -> Callable[..., None]:
     async def lab(settings: Settings) -> AsyncIterator[Lab]:
         model, metrics = Model(), Metrics(max_batch=settings.max_batch)
         work = Work(model.score, SIZE, settings, metrics)
-        service = Service(manifest, work, settings, metrics, tell=lambda line: None)
+        service = Service(manifest, "onnxruntime-cpu", work, settings, metrics, tell=lambda line: None)
         transport = httpx.ASGITransport(Counted(make_app(service, metrics), metrics))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
             yield Lab(client, model, service, work, metrics)

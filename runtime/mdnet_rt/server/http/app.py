@@ -14,13 +14,14 @@ from mdnet_engines.errors import first_line
 from mdnet_rt.rows.result import Stamp
 from mdnet_rt.server.http import kserve
 from mdnet_rt.server.http.bodies import Bodies, Upload, find_uploads
+from mdnet_rt.server.http.page import make_page
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.settings import Settings
 from mdnet_rt.server.wire import ClientLeftError, RefusedError, wire_of
 from mdnet_rt.server.work import Outcome, Work
 
 _LEFT = 499  # nginx's number for a client that left; only in the metrics, as nobody sees it
-_ENDPOINTS = {"/score": "score", "/healthz": "health", "/readyz": "health", "/metrics": "metrics"}
+_ENDPOINTS = {"/": "page", "/score": "score", "/healthz": "health", "/readyz": "health", "/metrics": "metrics"}
 _SCORED = ("score", "infer")
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -31,16 +32,24 @@ class Service:
 
     Args:
         manifest: of the bundle that `work` scores with.
+        backend: what runs its graphs, in words.
         tell: called with one line where the server itself is at fault.
     """
 
     def __init__(
-        self, manifest: Manifest, work: Work, settings: Settings, metrics: Metrics, tell: Callable[[str], None]
+        self,
+        manifest: Manifest,
+        backend: str,
+        work: Work,
+        settings: Settings,
+        metrics: Metrics,
+        tell: Callable[[str], None],
     ):
         self.draining = False
         self._work, self._settings, self._metrics, self._tell = work, settings, metrics, tell
         self._bodies = Bodies(settings)
         self.stamp = Stamp.of(manifest)
+        self._page, self._page_headers = make_page(manifest, backend)
         metrics.watch(
             "mdnet_held_bytes", "Bodies of all requests that are being read or scored.", lambda: self._bodies.held
         )
@@ -49,6 +58,20 @@ class Service:
     def ready(self) -> bool:
         """Whether new requests are welcome."""
         return self._work.alive and not self.draining
+
+    @property
+    def model_name(self) -> str:
+        """The one model's, in the paths of the Open Inference Protocol."""
+        return self._settings.model_name
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that its graphs take."""
+        return self._work.image_size
+
+    def page(self) -> Response:
+        """GET /."""
+        return Response(self._page, headers=self._page_headers)
 
     @property
     def alive(self) -> bool:

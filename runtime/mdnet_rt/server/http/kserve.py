@@ -18,6 +18,7 @@ Tensors travel as JSON or by the binary tensor data extension, in either directi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -209,9 +210,17 @@ def _uint8(data: object) -> np.ndarray:
         values = np.array(data, np.float64)
     except (TypeError, ValueError, OverflowError):  # no numbers, or ragged
         values = np.array(math.nan)
-    if not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
+    # NumPy also takes "12" and true for numbers.
+    if not _types(data) <= {int, float} or not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
         raise RefusedError(400, "input pixels: expected integers from 0 to 255 in data")
     return values.astype(np.uint8).reshape(-1)
+
+
+def _types(data: object) -> set[type]:
+    """The types of a list's values, at whatever depth."""
+    while isinstance(data, list) and (found := set(map(type, data))) == {list}:
+        data = list(itertools.chain.from_iterable(data))
+    return found if isinstance(data, list) else {type(data)}
 
 
 def _flat(data: object) -> list[object]:

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from mdnet_rt.server.http import schema
 from mdnet_rt.server.http.app import HeadAsGet, Service, answer_json
+from mdnet_rt.server.http.kserve import VERSION
 from mdnet_rt.server.http.schema import body, errors, schema_of
 from mdnet_rt.server.metrics import CONTENT_TYPE, Metrics
 
@@ -26,12 +27,20 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    _add_page(app, service)
     _add_health(app, service, metrics)
     _add_score(app, service)
     _add_protocol(app, service)
     app.add_exception_handler(HTTPException, _no_such_thing)
     app.add_middleware(HeadAsGet)
     return app
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
+    async def page() -> Response:
+        """A page to try it: choose photographs, see their scores."""
+        return service.page()
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -94,8 +103,10 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
 
 
 def _add_model(app: FastAPI, service: Service, path: str, names: list[str]) -> None:
+    known = {"name": service.model_name, "version": VERSION}
     in_path: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [known[name]]}}
+        for name in names
     ]
 
     def get(suffix: str, model: Any, *codes: int) -> Any:
@@ -117,7 +128,10 @@ def _add_model(app: FastAPI, service: Service, path: str, names: list[str]) -> N
         service.check_model(request)
         return _health({"name": request.path_params["name"], "ready": True}, service.ready)
 
-    media_types = {"application/json": schema_of(schema.InferBody), "application/octet-stream": schema.FILE}
+    media_types = {
+        "application/json": schema.infer_body(service.image_size),
+        "application/octet-stream": schema.INFER_BINARY,
+    }
 
     @app.post(
         path + "/infer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ImageResult(BaseModel):
@@ -36,36 +36,25 @@ class Error(BaseModel):
     error: str
 
 
+FILE: dict[str, Any] = {"type": "string", "format": "binary", "minLength": 1}
+BASE64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
+
+
 class Images(BaseModel):
     """A JSON body of `/score`: image files as base64."""
 
-    images: list[str] = Field(min_length=1, json_schema_extra={"items": {"type": "string", "format": "byte"}})
+    images: list[str] = Field(min_length=1, json_schema_extra={"items": BASE64})
+    model_config = ConfigDict(extra="forbid")
 
 
 class Tensor(BaseModel):
-    """A tensor of the Open Inference Protocol."""
+    """An output tensor of the Open Inference Protocol."""
 
     name: str
-    datatype: Literal["BYTES", "UINT8", "FP32"]
+    datatype: Literal["BYTES", "FP32"]
     shape: list[int]
     parameters: dict[str, Any] = {}
     data: list[Any] | None = Field(None, description="Absent where the tensor is binary data behind the JSON.")
-
-
-class WantedOutput(BaseModel):
-    """An output that is asked for."""
-
-    name: Literal["score", "status", "reason"]
-    parameters: dict[str, Any] = {}
-
-
-class InferBody(BaseModel):
-    """An infer request; as binary data follow it where a header says so, its type is then application/octet-stream."""
-
-    id: str | None = None
-    inputs: list[Tensor] = Field(min_length=1, max_length=1)
-    outputs: list[WantedOutput] = []
-    parameters: dict[str, Any] = {}
 
 
 class InferAnswer(BaseModel):
@@ -145,6 +134,50 @@ def body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": each} for kind, each in content.items()}}}
 
 
+def infer_body(image_size: int) -> dict[str, Any]:
+    """The JSON of an infer request. A schema can't say that `data` have as many elements as `shape`."""
+    sides = [{"const": side} for side in (image_size, image_size, 3)]
+    many, one = {"type": "integer", "minimum": 1}, {"const": 1}
+    files = {"type": "array", "minItems": 1, "items": {"anyOf": [BASE64, _array(BASE64, 1, 1)]}}
+    image = _tensor("image", "BYTES", {**_array(one, 1, 2), "prefixItems": [many]}, files)
+    values = {"type": "array", "minItems": 1, "description": "Integers from 0 to 255, flat or nested as the shape is."}
+    pixels = _tensor("pixels", "UINT8", {**_array({}, 4, 4), "prefixItems": [many, *sides]}, values)
+    output = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": {"enum": ["score", "status", "reason"]}, "parameters": _parameters("binary_data")},
+    }
+    return {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": {"type": ["string", "null"]},
+            "inputs": _array({"oneOf": [image, pixels]}, 1, 1),
+            "outputs": {**_array(output, 0, 3), "description": "Each at most once; without any, all."},
+            "parameters": _parameters("binary_data_output"),
+        },
+    }
+
+
+def _tensor(name: str, datatype: str, shape: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"const": name}, "datatype": {"const": datatype}, "shape": shape, "data": data}
+    return {
+        "type": "object",
+        "required": ["name", "datatype", "shape", "data"],
+        "properties": {**properties, "parameters": _parameters()},
+    }
+
+
+def _array(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+def _parameters(*flags: str) -> dict[str, Any]:
+    """Any parameters but those of what is not supported; `flags` are true or false."""
+    unknown = {"not": {"pattern": "^shared_memory|^classification$|^binary_data_size$"}}
+    return {"type": "object", "properties": {name: {"type": "boolean"} for name in flags}, "propertyNames": unknown}
+
+
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     """A model's schema in one piece, since FastAPI collects the definitions only of what it reads itself."""
     schema = model.model_json_schema()
@@ -160,11 +193,16 @@ def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
     return [_inlined(value, parts) for value in schema] if isinstance(schema, list) else schema
 
 
-FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+INFER_BINARY: dict[str, Any] = {
+    "type": "string",
+    "format": "binary",
+    "description": "The JSON, whose input has the parameter binary_data_size in place of data, then the binary data.",
+}
 MULTIPART: dict[str, Any] = {
     "type": "object",
-    "additionalProperties": {"type": "array", "items": FILE},
+    "additionalProperties": {"not": {"enum": [[], None]}},
     "minProperties": 1,
+    "description": "Every part is an image file, whatever its field is called; a field may have several.",
 }
 INFER_HEADER: dict[str, Any] = {
     "name": "Inference-Header-Content-Length",

@@ -125,6 +125,10 @@ class BatchScorer(Protocol):
     manifest: Manifest
     image_size: int
 
+    @property
+    def choice(self) -> object:
+        """What runs the graphs; its text is shown."""
+
     def score_batch(self, images: np.ndarray) -> np.ndarray: ...
 
 
@@ -133,7 +137,7 @@ async def run(scorer: BatchScorer, listener: socket.socket, settings: Settings, 
     metrics = Metrics(max_batch=settings.max_batch)
     to_srgb = scorer.manifest.preprocessing.to_srgb
     work = Work(scorer.score_batch, scorer.image_size, settings, metrics, to_srgb=to_srgb)
-    service = Service(scorer.manifest, work, settings, metrics, tell)
+    service = Service(scorer.manifest, str(scorer.choice), work, settings, metrics, tell)
     config = uvicorn.Config(
         Counted(make_app(service, metrics), metrics),
         http=cast("Any", functools.partial(Connection, settings=settings, count=metrics.count_nameless)),

@@ -168,7 +168,7 @@ def test_health_and_readiness(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/healthz", "/readyz", "/metrics", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready"]
+    ["/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready"]
     + [f"/v2/models/mdnet{version}{part}" for version in ("", "/versions/1") for part in ("", "/ready")],
 )
 def test_head_is_answered_as_get_without_the_body(server: Server, path: str) -> None:
@@ -219,7 +219,7 @@ def test_openapi_is_valid_and_lists_what_is_there(server: Server, images: list[b
     model = "/v2/models/{name}"
     versioned = f"{model}/versions/{{version}}"
     assert set(document["paths"]) == {
-        "/score", "/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready",
+        "/", "/score", "/healthz", "/readyz", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready",
         *(path + part for path in (model, versioned) for part in ("", "/ready", "/infer")),
     }  # fmt: skip
     post = document["paths"]["/score"]["post"]
