@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mdnet_engines.errors import UsageError
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import ImageError, load_image
 
 MIN_IMAGES = 8
@@ -37,22 +38,21 @@ class CalibrationSet:
         return CalibrationSet([self.names[i] for i in rows], self.pixels[list(rows)], source, self.skipped)
 
 
-def load_set(
-    files: Sequence[Path], size: int, source: str, *, on_progress: Callable[[], None] = lambda: None
-) -> CalibrationSet:
+def load_set(files: Sequence[Path], size: int, source: str, *, progress: Progress = SILENT) -> CalibrationSet:
     """Read `files` through the runtime's preprocessing; what can't be read is left out and counted.
 
     Raises:
         UsageError: fewer than `MIN_IMAGES` are left.
     """
     names, arrays = [], []
+    advance = progress.count("reading calibration images", len(files))
     for file in files:
         try:
             arrays.append(load_image(file, size))
             names.append(file.name)
         except ImageError:
             pass
-        on_progress()
+        advance(1)
     skipped = len(files) - len(names)
     if len(names) < MIN_IMAGES:
         unreadable = f" ({skipped} could not be read)" if skipped else ""

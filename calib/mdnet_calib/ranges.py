@@ -10,7 +10,7 @@ Ranges are symmetric, as TensorRT wants them: a threshold T stands for [−T, T]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
 RangeMethod = Literal["percentile", "minmax"]
@@ -79,9 +80,9 @@ class Histogram:
 def collect(
     proto: onnx.ModelProto,
     tensors: Collection[str],
-    feeds: Iterable[Mapping[str, np.ndarray]],
+    feeds: Sequence[Mapping[str, np.ndarray]],
     *,
-    on_progress: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Histogram]:
     """Run the graph on each of `feeds` and count the magnitudes of `tensors`.
 
@@ -95,6 +96,7 @@ def collect(
         probed = onnx.ModelProto()
         probed.CopyFrom(proto)
         session = OrtSession(_with_outputs(probed, tensors, Path(folder)))
+        advance = progress.count("calibration images through the graph", len(feeds))
         for feed in feeds:
             outputs = session.run(feed)
             for name, histogram in histograms.items():
@@ -102,7 +104,7 @@ def collect(
                     histogram.add(outputs[name])
                 except MDNetError as error:
                     raise MDNetError(f"{name}: {error} on a calibration image") from None
-            on_progress()
+            advance(1)
     return histograms
 
 

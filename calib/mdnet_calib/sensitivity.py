@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mdnet_engines.progress import SILENT, Progress
+
 _PART = r"(?:resnets|downsamplers|attentions)"
 _BLOCK = re.compile(rf"^.*?\.{_PART}\.\d+(?:\.transformer_blocks\.\d+\.\w+)?")
 
@@ -74,7 +76,7 @@ def choose(
     drift_of: Callable[[list[str]], Drift],
     *,
     drift_alone: Callable[[list[str]], Drift] | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Choice:
     """The largest part of `nodes` in int8 that `budget` allows, in the graph's order.
 
@@ -87,13 +89,13 @@ def choose(
     blocks: dict[str, list[str]] = {}
     for node in nodes:
         blocks.setdefault(block_of(node), []).append(node)
-    on_step(f"int8 in all {len(blocks)} blocks")
+    progress.step(f"int8 in all {len(blocks)} blocks")
     everything = drift_of(list(nodes))
     if budget.allows(everything):
         return Choice(list(nodes), list(blocks), [], everything, {})
     alone = {}
     for i, (block, members) in enumerate(blocks.items(), 1):
-        on_step(f"int8 in block {i} of {len(blocks)} alone: {block}")
+        progress.step(f"int8 in block {i} of {len(blocks)} alone: {block}")
         alone[block] = (drift_alone or drift_of)(members)
     harm = {block: drift.mean_abs if math.isfinite(drift.mean_abs) else math.inf for block, drift in alone.items()}
     harmless_first = sorted(blocks, key=lambda block: (harm[block], block))
@@ -106,7 +108,7 @@ def choose(
     fits, drift, too_many = 0, nothing, len(blocks)
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        on_step(f"int8 in the {count} most harmless of {len(blocks)} blocks")
+        progress.step(f"int8 in the {count} most harmless of {len(blocks)} blocks")
         tried = drift_of(taken(count))
         if budget.allows(tried):
             fits, drift = count, tried

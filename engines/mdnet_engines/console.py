@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.progress import Progress
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -139,19 +140,6 @@ def output() -> Console:
     return console if console.is_terminal else Console(width=10_000, legacy_windows=False)
 
 
-@contextlib.contextmanager
-def steps() -> Iterator[Callable[[str], None]]:
-    """Give a function to call with each step of long work: a spinner on a terminal, nothing in a pipe."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("") as status:
-        yield lambda step: status.update(f"{step} …")
-
-
 def explain_os_error(error: OSError) -> str:
     """One line for the operating system's refusals that users meet: no space, no permission, no such file."""
     # An open file is named by its number, which tells a user nothing.
@@ -164,15 +152,31 @@ def explain_os_error(error: OSError) -> str:
     return _first_line(f"{at}{error.strerror or error}")
 
 
-@contextlib.contextmanager
-def progress(shown: bool = True, unit: str = "") -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
-    """Progress bars on a terminal, nothing in a pipe or where `shown` is false. With a `unit` they show its rate.
+class _Notes(Progress):
+    """In a pipe: notes alone."""
 
-    Gives a function that starts a bar (title, total; None where it is not known) and returns what to call with the
-    number of items just done.
+    def note(self, text: str) -> None:
+        say(f"note: {text}")
+
+
+@contextlib.contextmanager
+def show_progress(shown: bool = True, unit: str = "") -> Iterator[Progress]:
+    """Show steps, counts and notes on a terminal; in a pipe, or where `shown` is false, notes alone.
+
+    Args:
+        unit: of what is counted; with it, bars show their rate.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield _Notes()
+        return
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.spinner import Spinner
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -180,12 +184,21 @@ def progress(shown: bool = True, unit: str = "") -> Iterator[Callable[[str, int 
             return Text("" if task.speed is None else f"{task.speed:.1f} {unit}/s")
 
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [Rate()] if unit else []
-    console = Console(stderr=True)
-    disable = not (shown and console.is_terminal)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disable) as bars:
+    bars = Bars(*columns, *([Rate()] if unit else []), TimeRemainingColumn(), console=console)
+    spinner = Spinner("dots")
 
-        def start(title: str, total: int | None) -> Callable[[int], None]:
+    class Shown(_Notes):
+        def step(self, text: str) -> None:
+            spinner.update(text=Text(f"{text} …"))
+
+        def count(self, title: str, total: int | None) -> Callable[[int], None]:
+            for task in bars.tasks:
+                if task.finished:
+                    bars.remove_task(task.id)
             return functools.partial(bars.advance, bars.add_task(title, total=total))
 
-        yield start
+    def view() -> Group:
+        return Group(*([spinner] if spinner.text else []), *([bars] if bars.tasks else []))
+
+    with Live(console=console, transient=True, get_renderable=view):
+        yield Shown()

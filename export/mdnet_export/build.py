@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,6 +42,7 @@ from mdnet_engines.parity.measure import Images, Outputs
 from mdnet_engines.parity.probes import PROBES_NAME, write_probes
 from mdnet_engines.parity.report import ParityReport
 from mdnet_engines.parity.report_json import to_json
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.system.machine import lacks_vnni, this_machine
 from mdnet_export.graphs.cpu_variant import cpu_variant
@@ -110,7 +110,7 @@ def build_bundle(
     calibration: Calibration | None = None,
     force: bool = False,
     command: str = "",
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Bundle:
     """Build a bundle from `weights` at `destination`, replacing a bundle there in one step.
 
@@ -120,7 +120,7 @@ def build_bundle(
             faces by default).
         force: write the bundle although a gate failed or int8 is slower than float; the manifest records it. On a CPU
             without VNNI slower int8 is written all the same: it may be for another machine.
-        on_step: called with what is being done, for progress.
+        progress: is told each step.
 
     Raises:
         ParityError: a gate failed and `force` is not set.
@@ -134,28 +134,28 @@ def build_bundle(
     if calibration is not None:
         refuse_overlap(calibration.images, images.pixels, "images that parity is measured on")
     with write_bundle(destination) as folder:
-        on_step(f"loading {weights.config.preset}")
+        progress.step(f"loading {weights.config.preset}")
         model = weights.load()
-        on_step(f"PyTorch reference on {images.source}")
+        progress.step(f"PyTorch reference on {images.source}")
         probes = probe_pixels(weights.config.image_size)
         reference, reference_of_probes = _references(model, images.pixels, probes)
         for name in GRAPH_NAMES:
-            on_step(f"exporting {name}")
+            progress.step(f"exporting {name}")
             export_graph(model, name, folder)
         del model
         gc.collect()
         facts = PrecisionFacts(calibration.facts(precision) if calibration else None)
         if precision == "fp16":
-            facts = dataclasses.replace(facts, float32_values=rewrite_fp16(folder, calibration, on_step=on_step))
+            facts = dataclasses.replace(facts, float32_values=rewrite_fp16(folder, calibration, progress=progress))
         elif calibration is not None and precision == "int8":
-            int8 = quantise_encoder(folder, calibration, on_step=on_step)
+            int8 = quantise_encoder(folder, calibration, progress=progress)
             if int8.speed.slower and not force and not lacks_vnni():  # without it a small model gains only elsewhere
                 raise SlowerError(int8)
             facts = dataclasses.replace(facts, int8=int8)
         write_probes(folder / PROBES_NAME, probes, reference_of_probes)
         draft = _write_draft(folder, weights, precision, facts, command)
-        trials, report = _prove(draft, images, reference, force=force, on_step=on_step)
-        on_step("writing")
+        trials, report = _prove(draft, images, reference, force=force, progress=progress)
+        progress.step("writing")
         _finish(draft, weights, trials, report, facts, images)
     return Bundle.open(destination)
 
@@ -172,7 +172,7 @@ def _references(model: MDNet, pixels: np.ndarray, probes: np.ndarray) -> tuple[O
 
 
 def _prove(
-    bundle: Bundle, images: Images, reference: Outputs, *, force: bool, on_step: Callable[[str], None]
+    bundle: Bundle, images: Images, reference: Outputs, *, force: bool, progress: Progress
 ) -> tuple[list[Trial], ParityReport]:
     """Hold every backend that `auto` may take here to the gates, and find the fastest.
 
@@ -180,11 +180,11 @@ def _prove(
     """
 
     def measure(choice: Choice) -> Measured:
-        return measure_apart(bundle, choice, against=(images, reference), on_step=on_step)
+        return measure_apart(bundle, choice, against=(images, reference), progress=progress)
 
-    trials = try_candidates(bundle, measure=measure, on_step=on_step)
+    trials = try_candidates(bundle, measure=measure, progress=progress)
     if any(trial.holds for trial in trials):
-        tuning = tune(bundle, trials=trials, measure=measure, on_step=on_step)
+        tuning = tune(bundle, trials=trials, measure=measure, progress=progress)
         chosen = next(trial for trial in tuning.trials if trial.choice == tuning.choice)
         assert chosen.report is not None
         return tuning.trials, chosen.report
@@ -210,31 +210,32 @@ def reference_outputs(model: MDNet, pixels: np.ndarray) -> Outputs:
 
 
 def rewrite_fp16(
-    folder: Path, calibration: Calibration | None = None, *, on_step: Callable[[str], None] = lambda _: None
+    folder: Path, calibration: Calibration | None = None, *, progress: Progress = SILENT
 ) -> dict[GraphName, list[str]]:
     """Rewrite a folder's float32 graphs to float16 where they stand; give the values that must not be, by graph."""
-    feeds = [] if calibration is None else _feeds(folder, calibration, on_step)
+    feeds = [] if calibration is None else _feeds(folder, calibration, progress)
     large: dict[GraphName, list[str]] = {}
     for name in GRAPH_NAMES:
         file = folder / f"{name}.onnx"
         proto = onnx.load(file)
         if feeds:
-            on_step(f"looking for values of {name} that overflow float16")
+            progress.step(f"looking for values of {name} that overflow float16")
             large[name] = near_overflow(proto, feeds, keep=FLOAT32_MODULES)
-        on_step(f"rewriting {name} to fp16")
+        progress.step(f"rewriting {name} to fp16")
         file.with_name(f"{file.name}.data").unlink(missing_ok=True)
         save_graph(to_fp16(proto, keep=FLOAT32_MODULES, float32_values=large.get(name, ())), file)
     return {name: values for name, values in large.items() if values}
 
 
-def _feeds(folder: Path, calibration: Calibration, on_step: Callable[[str], None]) -> list[Outputs]:
+def _feeds(folder: Path, calibration: Calibration, progress: Progress) -> list[Outputs]:
     """What goes into any of the graphs, for one calibration image at a time."""
     graphs = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
     pixels, rows = calibration.images.pixels, []
+    advance = progress.count("calibration images through the graphs", len(pixels))
     for i in range(len(pixels)):
-        on_step(f"calibration image {i + 1} of {len(pixels)}")
         image = {"image": pixels[i : i + 1]}
         rows.append({**image, **graphs["encoder"].run(image), **graphs["vim"].run(image)})
+        advance(1)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
 from mdnet_engines.parity.measure import Images
 from mdnet_engines.parity.probes import PROBES
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.sources.locations import find_images
 
@@ -65,7 +65,7 @@ def calibration_images(
     count: int,
     *,
     training: Training | None = None,
-    on_progress: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> CalibrationSet:
     """`count` images to calibrate with: drawn, spread over the files below `folder`, or of SCUT-FBP5500.
 
@@ -84,7 +84,7 @@ def calibration_images(
         train = _training_list(folder, training)
         rows = stratified(train.ratings, train.groups, count)
         source = f"{len(rows)} training images of {folder.name}"
-        return load_set([train.images[row] for row in rows], size, source, on_progress=on_progress)
+        return load_set([train.images[row] for row in rows], size, source, progress=progress)
     files = find_images([folder])
     for parent in {file.resolve().parent.parent for file in files}:
         if is_dataset(parent):
@@ -93,7 +93,7 @@ def calibration_images(
                 "of which only training images are used"
             )
     chosen = [files[i] for i in _even(len(files), count)]
-    return load_set(chosen, size, f"{folder.name or folder}", on_progress=on_progress)
+    return load_set(chosen, size, f"{folder.name or folder}", progress=progress)
 
 
 def is_dataset(folder: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphNa
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.metrics import pearson
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions import openvino as openvino_session
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
@@ -125,7 +125,7 @@ def quantise_encoder(
     folder: Path,
     calibration: Calibration,
     *,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Int8Result:
     """Rewrite `encoder.onnx` in a bundle's folder to int8; write each graph's variant for ONNX Runtime's CPU kernels.
 
@@ -140,13 +140,13 @@ def quantise_encoder(
     proto = onnx.load(file)
     if not (nodes := int8_nodes(proto)):
         raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
-    thresholds = _thresholds(proto, nodes, _digest(file), calibration, on_step)
+    thresholds = _thresholds(proto, nodes, _digest(file), calibration, progress)
     for name in ("vim", "fusion"):
         write_forms(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as temporary:
         scratch = Path(temporary)
         drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
-        choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, on_step=on_step)
+        choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, progress=progress)
         if not choice.nodes:
             harm = min(drift.max_abs for drift in choice.alone.values())
             raise MDNetError(
@@ -156,7 +156,7 @@ def quantise_encoder(
         if drift_of.written != choice.nodes:
             write_forms(to_int8(proto, thresholds, choice.nodes), scratch / file.name)
         del proto, drift_of
-        on_step("timing int8 against float")
+        progress.step("timing int8 against float")
         speed = _time(folder, scratch, calibration.images.pixels)
         for old in folder.glob("encoder.*"):
             old.unlink()
@@ -166,25 +166,19 @@ def quantise_encoder(
 
 
 def _thresholds(
-    proto: onnx.ModelProto, nodes: list[str], digest: str, calibration: Calibration, on_step: Callable[[str], None]
+    proto: onnx.ModelProto, nodes: list[str], digest: str, calibration: Calibration, progress: Progress
 ) -> dict[str, float]:
     """The range of every value that int8 needs one for, from the calibration images or from their cache."""
     images, tensors = calibration.images, activations(proto, nodes)
-    count = len(images.pixels)
 
     def run_graph() -> dict[str, Histogram]:
-        done = iter(range(1, count + 1))
-        return collect(
-            proto,
-            tensors,
-            ({"image": images.pixels[i : i + 1]} for i in range(count)),
-            on_progress=lambda: on_step(f"calibrating the encoder: image {next(done)} of {count}"),
-        )
+        feeds = [{"image": image[None]} for image in images.pixels]
+        return collect(proto, tensors, feeds, progress=progress)
 
     found, cached = histograms(
         calibration.cache, graph=digest, images=images.digest, tensors=tensors, collect=run_graph
     )
-    on_step(f"ranges by {calibration.method}" + (", from the cache" if cached else ""))
+    progress.step(f"ranges by {calibration.method}" + (", from the cache" if cached else ""))
     return {name: histogram.threshold(calibration.method) for name, histogram in found.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from mdnet_engines.errors import UsageError
 from mdnet_engines.parity.measure import Images, Outputs, measure
 from mdnet_engines.parity.probes import PROBES
 from mdnet_engines.parity.report import LayerParity, ParityReport
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.session import run_graphs
 from mdnet_export.build import package_versions, reference_outputs, write_reports
 from mdnet_export.graphs.export import export_graph
@@ -71,7 +72,7 @@ def verify_bundle(
     backend: Backend = "auto",
     layers: bool = False,
     output: Path | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> ParityReport:
     """Measure the bundle at `path` against the PyTorch model it was built from, or against another bundle.
 
@@ -90,14 +91,14 @@ def verify_bundle(
     images = parity_images(images_folder, manifest.preprocessing.image_size, num_images)
     choice = choose(bundle, backend, check=backend == "auto")
     runtimes = str(choice)
-    on_step(f"{reference.describe()} on {images.source}")
+    progress.step(f"{reference.describe()} on {images.source}")
     expected = reference.outputs(images)
-    on_step(f"{bundle.path} on {runtimes}")
+    progress.step(f"{bundle.path} on {runtimes}")
     graphs = open_choice(bundle, choice)
     report = measure(graphs, expected, images, precision=manifest.precision, backend=runtimes)
     del graphs
     if layers or not report.passed:
-        on_step("layer by layer")
+        progress.step("layer by layer")
         report = dataclasses.replace(report, layers=_layers(bundle, reference, expected, images))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

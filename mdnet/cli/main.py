@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +13,12 @@ from mdnet import __version__
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
 from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
-from mdnet_engines.console import Command, progress, say, steps
+from mdnet_engines.console import Command, say, show_progress
 from mdnet_engines.errors import require
 from mdnet_engines.system.output_path import write_text
 
 if TYPE_CHECKING:
-    from mdnet.data.scut_fbp5500 import Protocol, Split
-    from mdnet.evaluation.protocols import SplitResult
+    from mdnet.data.scut_fbp5500 import Protocol
     from mdnet.evaluation.scored_model import Device
     from mdnet_engines.backends.candidates import Backend
 
@@ -44,8 +41,8 @@ def draw(folder: Path, count: int, seed: int) -> None:
     """Draw rated faces into FOLDER, in the layout of SCUT-FBP5500."""
     from mdnet.data.drawn_set import write_dataset
 
-    with progress() as bar:
-        write_dataset(folder, count, seed, bar("drawing", count))
+    with show_progress() as progress:
+        write_dataset(folder, count, seed, progress)
     say(f"{count} drawn faces in {folder}")
 
 
@@ -84,7 +81,7 @@ def import_(
     from mdnet.weights.assemble import import_weights
 
     check_output(output)
-    with steps() as step:
+    with show_progress() as progress:
         imported = import_weights(
             sd,
             vim,
@@ -92,10 +89,9 @@ def import_(
             image_size=image_size,
             null_prompt_file=null_prompt,
             seed=seed,
-            on_step=step,
-            on_note=lambda note: say(f"note: {note}"),
+            progress=progress,
         )
-        step(f"writing {output}")
+        progress.step(f"writing {output}")
         save_checkpoint(imported.model, output, notes={"command": command_line(), **imported.notes})
     if imported.dropped:
         say(f"left out: Vim's classifier ({', '.join(imported.dropped)})")
@@ -145,15 +141,7 @@ def evaluate(
         check_output(file, option, "the result")
     if report:
         require("jinja2", "train")
-    with contextlib.ExitStack() as bars:
-
-        def on_split(split: Split) -> Callable[[int], None]:
-            return bars.enter_context(progress())(split.name, len(split.test))
-
-        def on_result(split: SplitResult) -> None:
-            bars.close()  # the bar and the line would share the terminal
-            click.echo(f"{split.name}: {split.evaluation()}")
-
+    with show_progress() as progress:
         benchmark = run_benchmark(
             [open_model(path) for path in models],
             data,
@@ -161,9 +149,8 @@ def evaluate(
             device=device,
             backend=backend,
             batch_size=batch_size,
-            on_note=lambda note: say(f"note: {note}"),
-            on_split=on_split,
-            on_result=on_result,
+            progress=progress,
+            on_result=lambda split: click.echo(f"{split.name}: {split.evaluation()}"),
         )
     if len(benchmark.splits) > 1:
         click.echo(f"{protocol}: {benchmark.spread()}")

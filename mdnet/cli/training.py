@@ -14,14 +14,13 @@ import click
 
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
 from mdnet.model.config import FUSIONS, TrainConfig, preset
-from mdnet_engines.console import progress, say
+from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError
 
 if TYPE_CHECKING:
     from mdnet.data.scut_fbp5500 import Protocol
     from mdnet.evaluation.scored_model import Device
     from mdnet.model.net import MDNet
-    from mdnet.training.ablation import Run
     from mdnet.training.train import Epoch
 
 _TRAINING_OPTIONS = (
@@ -81,14 +80,13 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
     check_output(picture, "--picture", "the picture")
     config = PriorConfig(faces=faces, vae_epochs=vae_epochs, unet_epochs=unet_epochs, seed=seed)
     model = random_mdnet(preset("demo"), seed)
-    with progress() as bar:
-        drawn, tick = bar("drawing", faces), bar("training", vae_epochs + unet_epochs)
-
-        def on_epoch(stage: str, number: int, loss: float) -> None:
-            tick(1)
-            say(f"{stage}, epoch {number:>2}: loss {loss:.4f}")
-
-        diffusion = train_prior(model, config, on_face=drawn, on_epoch=on_epoch)
+    with show_progress() as progress:
+        diffusion = train_prior(
+            model,
+            config,
+            progress=progress,
+            on_epoch=lambda stage, number, loss: say(f"{stage}, epoch {number:>2}: loss {loss:.4f}"),
+        )
     if picture:
         draw_picture(diffusion, model.config.image_size).save(picture)
     save_checkpoint(model, output, notes={"command": command_line(), "data": f"{faces} drawn faces, without ratings"})
@@ -151,15 +149,9 @@ def train(
     )
     with _data_or_drawn(data) as folder, training_log(log) as write_log:
         split = read_splits(folder, protocol)[(fold or 1) - 1]
-        with progress() as bar:
-            advance, tick = bar("frozen features", len(split.train)), bar("training", epochs)
-
-            done = 0
+        with show_progress() as progress:
 
             def on_epoch(epoch: Epoch) -> None:
-                nonlocal done
-                tick(epoch.number - done)  # a run that was resumed starts further on
-                done = epoch.number
                 write_log(epoch)
                 say(
                     f"epoch {epoch.number:>3}/{epoch.of}: training MSE {epoch.loss:.4f}, "
@@ -173,11 +165,10 @@ def train(
                 cache=cache,
                 half_features=half_features,
                 state=state,
-                on_image=advance,
+                progress=progress,
                 on_epoch=on_epoch,
             )
-        with progress() as bar:
-            result = evaluate(model, split.test, on_image=bar("testing", len(split.test)))
+            result = evaluate(model, split.test, progress=progress)
     notes = {
         "command": command_line(),
         "data": data.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
@@ -232,14 +223,8 @@ def ablate(
     results = Results(output)
     _check_data(data, _initial_model(preset, init, 0))
     config = TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, amp=amp)
-    with _data_or_drawn(data) as folder, progress() as bar:
+    with _data_or_drawn(data) as folder, show_progress() as progress:
         split = read_splits(folder, protocol)[(fold or 1) - 1]
-        tick = bar("training", seeds * len(FUSIONS))
-
-        def on_run(run: Run) -> None:
-            tick(1)
-            say(str(run))
-
         runs = compare(
             lambda seed: _initial_model(preset, init, seed),
             split,
@@ -249,8 +234,8 @@ def ablate(
             cache=cache,
             half_features=half_features,
             device=device,
-            on_image=bar("frozen features", len(split.train) + len(split.test)),
-            on_run=on_run,
+            progress=progress,
+            on_run=lambda run: say(str(run)),
         )
     click.echo(table(runs))
 
@@ -291,6 +276,6 @@ def _data_or_drawn(data: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mdnet-faces-") as scratch:
         folder = Path(scratch) / "drawn"
         say(f"no --data: drawing {DRAWN_FACES} faces")
-        with progress() as bar:
-            write_dataset(folder, DRAWN_FACES, 0, bar("drawing", DRAWN_FACES))
+        with show_progress() as progress:
+            write_dataset(folder, DRAWN_FACES, 0, progress)
         yield folder

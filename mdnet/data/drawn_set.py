@@ -17,6 +17,7 @@ import numpy as np
 from mdnet.data.draw_face import GROUP_CYCLE, FaceFactors, draw_face
 from mdnet.data.scut_fbp5500 import FOLDS
 from mdnet_engines.errors import UsageError
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_folder
 
 RATERS = 60
@@ -50,7 +51,7 @@ def rating(factors: FaceFactors, rng: np.random.Generator) -> float:
     return float(np.clip(np.rint(opinions), 1, 5).mean())
 
 
-def write_dataset(root: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT) -> None:
     """Write `count` drawn faces and their ratings to `root`, laid out like SCUT-FBP5500.
 
         Images/AF1.jpg …                                                350×350 JPEG
@@ -79,12 +80,12 @@ def write_dataset(root: Path, count: int, seed: int, progress: Callable[[int], N
 
     with new_folder(root, check_free) as scratch:
         (scratch / "Images").mkdir()
-        labels = _write_images(scratch / "Images", count, seed, progress or (lambda done: None))
+        labels = _write_images(scratch / "Images", count, seed, progress.count("drawing", count))
         _write_splits(scratch / "train_test_files", labels, _stream(seed, 1))
         (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
 
 
-def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int], None]) -> dict[str, float]:
+def _write_images(folder: Path, count: int, seed: int, advance: Callable[[int], None]) -> dict[str, float]:
     """Draw the faces; gives the rating of each file name, in drawing order."""
     labels: dict[str, float] = {}
     per_group = dict.fromkeys(GROUP_CYCLE, 0)
@@ -96,7 +97,7 @@ def _write_images(folder: Path, count: int, seed: int, progress: Callable[[int],
         image, factors = draw_face(rng, group=group)
         image.save(folder / name, quality=92)
         labels[name] = rating(factors, rng)
-        progress(1)
+        advance(1)
     return labels
 
 

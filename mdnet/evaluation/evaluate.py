@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import numpy as np
 from mdnet.data.scut_fbp5500 import Rated
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.metrics import mae, pearson, rmse
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import ImageError, load_image
 
 if TYPE_CHECKING:
@@ -53,16 +53,17 @@ def predict(
     *,
     to_srgb: bool = True,
     batch_size: int = BATCH_SIZE,
-    on_image: Callable[[int], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> np.ndarray:
-    """The scores of `data`'s images, float64 (n,); `on_image` is called with the number of images just scored.
+    """The scores of `data`'s images, float64 (n,).
 
-    `to_srgb`: whether colour profiles of images are applied.
+    Args:
+        to_srgb: whether colour profiles of images are applied.
 
     Raises:
         MDNetError: an image can't be read, or its score is not finite. A benchmark with missing images is none.
     """
-    predicted = []
+    predicted, advance = [], progress.count(f"scoring {len(data)} images", len(data))
     for start in range(0, len(data), batch_size):
         files = data.images[start : start + batch_size]
         pixels = []
@@ -76,15 +77,13 @@ def predict(
             if not np.isfinite(value):
                 raise MDNetError(f"{file}: its score is not finite ({value})")
         predicted.append(scores)
-        on_image(len(files))
+        advance(len(files))
     return np.concatenate(predicted) if predicted else np.zeros(0)
 
 
-def evaluate(
-    model: MDNet, data: Rated, *, batch_size: int = BATCH_SIZE, on_image: Callable[[int], None] = lambda _: None
-) -> Evaluation:
+def evaluate(model: MDNet, data: Rated, *, batch_size: int = BATCH_SIZE, progress: Progress = SILENT) -> Evaluation:
     """Score `data` with a PyTorch model and compare; raises as `predict`."""
     from mdnet.evaluation.scored_model import torch_scores
 
-    scores = predict(torch_scores(model), model.config.image_size, data, batch_size=batch_size, on_image=on_image)
+    scores = predict(torch_scores(model), model.config.image_size, data, batch_size=batch_size, progress=progress)
     return Evaluation.of(data.ratings, scores)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, Split, departures, read_splits
+from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, departures, read_splits
 from mdnet.evaluation.evaluate import BATCH_SIZE, Evaluation, predict
 from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
+from mdnet_engines.progress import SILENT, Progress
 
 FIGURES = ("pearson", "mae", "rmse")
 EVERY_GROUP = "all"
@@ -110,8 +111,7 @@ def run_benchmark(
     device: Device = "cpu",
     backend: Backend = "auto",
     batch_size: int = BATCH_SIZE,
-    on_note: Callable[[str], None] = lambda _: None,
-    on_split: Callable[[Split], Callable[[int], None]] = lambda _: lambda _: None,
+    progress: Progress = SILENT,
     on_result: Callable[[SplitResult], None] = lambda _: None,
 ) -> Benchmark:
     """Score every split of a protocol: with the one model, or for `cv5` with one for each fold, in their order.
@@ -119,8 +119,7 @@ def run_benchmark(
     Args:
         device: what runs checkpoints.
         backend: what runs bundles.
-        on_note: called with each note before anything is scored.
-        on_split: called before each split; what it returns is called with the number of images just scored.
+        progress: is told each note before anything is scored, and counts images.
         on_result: called after each split.
 
     Raises:
@@ -131,7 +130,7 @@ def run_benchmark(
     splits = read_splits(data, protocol)
     notes = [*seen_images(per_split, protocol), *departures(data, protocol, splits)]
     for note in notes:
-        on_note(note)
+        progress.note(note)
     results, loaded = [], None
     for model, split in zip(per_split, splits, strict=True):
         if loaded is None or loaded[0] is not model:
@@ -143,7 +142,7 @@ def run_benchmark(
             split.test,
             to_srgb=model.to_srgb,
             batch_size=batch_size,
-            on_image=on_split(split),
+            progress=progress,
         )
         results.append(SplitResult(split.name, model, split.test, scores))
         on_result(results[-1])

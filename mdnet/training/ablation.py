@@ -26,6 +26,7 @@ from mdnet.training.features import cached_features
 from mdnet.training.state import Fingerprint, fingerprint
 from mdnet.training.train import score_features, train
 from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
 
 FIGURES = ("pearson", "mae", "rmse")
@@ -92,7 +93,7 @@ def ablate(
     cache: Path | None = None,
     half_features: bool = False,
     device: str = "cpu",
-    on_image: Callable[[int], None] = lambda _: None,
+    progress: Progress = SILENT,
     on_run: Callable[[Run], None] = lambda _: None,
 ) -> list[Run]:
     """Train and test every kind of fusion with every seed.
@@ -102,7 +103,7 @@ def ablate(
         config: its `seed` is replaced.
         results: runs that are in it already are not made again.
         cache: where frozen features are kept; by default they go with the table.
-        on_image: called with the number of images, of both lists, whose features are ready since the last call.
+        progress: counts the images of both lists whose features are ready, then the runs.
         on_run: called after each run, those that were there already included.
 
     Returns:
@@ -114,8 +115,9 @@ def ablate(
     runs = []
     with _folder(cache) as folder:
         for data in (split.train, split.test):  # first and alone, for their progress
-            with _features(start(seeds[0]).to(device), data, folder, half_features, on_image):
+            with _features(start(seeds[0]).to(device), data, folder, half_features, progress):
                 pass
+        advance = progress.count("training", len(fusions) * len(seeds))
         for fusion in fusions:
             for seed in seeds:
                 model = with_fusion(start(seed), fusion, seed).to(device)
@@ -130,6 +132,7 @@ def ablate(
                     run = Run(fusion, seed, best.number, test, wanted)
                     results.add(run)
                 runs.append(run)
+                advance(1)
                 on_run(run)
     return runs
 
@@ -150,9 +153,9 @@ def _cell(values: list[float]) -> str:
 
 
 def _features(
-    model: MDNet, data: Rated, folder: Path, half: bool, on_image: Callable[[int], None] = lambda _: None
+    model: MDNet, data: Rated, folder: Path, half: bool, progress: Progress = SILENT
 ) -> contextlib.AbstractContextManager[Any]:
-    return cached_features(model.diffusion, model.config, data, folder=folder, half=half, on_image=on_image)
+    return cached_features(model.diffusion, model.config, data, folder=folder, half=half, progress=progress)
 
 
 @contextlib.contextmanager

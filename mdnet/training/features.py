@@ -32,6 +32,7 @@ from mdnet.data.scut_fbp5500 import Rated
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
 from mdnet_rt.images.preprocess import ImageError, load_image
 
@@ -81,7 +82,7 @@ def cached_features(
     folder: Path | None = None,
     half: bool = False,
     batch_size: int = 8,
-    on_image: Callable[[int], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Iterator[Features]:
     """Give the features of `data`'s images and of their mirror images; what is not in the cache yet is computed.
 
@@ -89,7 +90,7 @@ def cached_features(
         folder: the cache, made where it is missing; by default a temporary one, which goes with the block.
         half: keep float16 in place of float32: half the disk, features rounded to 11 bits.
         batch_size: images per run of the encoder, each with its mirror image.
-        on_image: called with the number of images that are ready since the last call.
+        progress: counts the images that are ready.
 
     Raises:
         MDNetError: an image can't be read, the disk is too small, or a feature is not finite in the type it is kept in.
@@ -99,13 +100,14 @@ def cached_features(
         pixels = _load_pixels(data, config.image_size)
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
-        on_image(sum(digest in known for digest in digests))
+        advance = progress.count(f"frozen features of {len(digests)} images", len(digests))
+        advance(sum(digest in known for digest in digests))
         first_rows = {digest: row for row, digest in reversed(list(enumerate(digests)))}
         missing = [row for digest, row in first_rows.items() if digest not in known]
         cache.check_room(len(missing))
         for start in range(0, len(missing), SHARD_IMAGES):
             rows = sorted(missing)[start : start + SHARD_IMAGES]
-            shard = cache.compute(pixels[rows], [digests[row] for row in rows], batch_size, on_image)
+            shard = cache.compute(pixels[rows], [digests[row] for row in rows], batch_size, advance)
             known.update({digests[row]: (shard, place) for place, row in enumerate(rows)})
         yield Features(pixels, torch.from_numpy(data.ratings), [known[digest] for digest in digests])
 
@@ -161,7 +163,7 @@ class _Cache:
 
     @torch.inference_mode()
     def compute(
-        self, pixels: Tensor, digests: Sequence[str], batch_size: int, on_image: Callable[[int], None]
+        self, pixels: Tensor, digests: Sequence[str], batch_size: int, advance: Callable[[int], None]
     ) -> dict[str, Tensor]:
         """Run the encoder on `pixels` (n, S, S, 3) and their mirror images; write a shard, and give its tensors."""
         device = self.encoder.context.device
@@ -170,7 +172,7 @@ class _Cache:
             both = torch.stack([images, images.flip(2)], dim=1).flatten(0, 1)  # image, mirror image, image, …
             for name, feature in self.encoder(both.to(device)).items():
                 parts[name].append(feature.cpu().to(self.dtype).unflatten(0, (-1, 2)))
-            on_image(len(images))
+            advance(len(images))
         tensors = {name: torch.cat(values) for name, values in parts.items()}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():

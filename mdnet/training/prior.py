@@ -31,6 +31,7 @@ from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import to_vae_range
 from mdnet.model.net import MDNet
 from mdnet.weights.stable_diffusion import DECODERS
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import preprocess
 
 _NOISE_STEPS = 1000
@@ -70,28 +71,31 @@ def train_prior(
     model: MDNet,
     config: PriorConfig,
     *,
-    on_face: Callable[[int], None] = lambda _: None,
+    progress: Progress = SILENT,
     on_epoch: Callable[[str, int, float], None] = lambda _stage, _number, _loss: None,
 ) -> LatentDiffusion:
     """Train a latent diffusion model at `model`'s sizes on drawn faces, and put its encoder halves into `model`.
 
     Args:
-        on_face: called with the number of faces just drawn.
+        progress: counts faces, then epochs of both stages.
         on_epoch: called with the stage (`VAE` or `U-Net`), the epoch's number and its mean loss: absolute error in
             [-1, 1] plus the weighted KL divergence, and mean squared error of the noise (1 is what a constant reaches).
     """
-    faces = _draw(config.faces, model.config.image_size, on_face)
+    faces = _draw(config.faces, model.config.image_size, progress.count("drawing", config.faces))
+    advance = progress.count("training", config.vae_epochs + config.unet_epochs)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vae, unet = stock_models(model.config)
     for number, loss in enumerate(_train_vae(vae, faces, config, generator), start=1):
+        advance(1)
         on_epoch("VAE", number, loss)
     latents = _latents(vae, faces)  # (n, 2, 4, S/8, S/8)
     _normalise(vae, latents, model.config.vae_scaling)
     scaling, shape = model.config.vae_scaling, tuple(latents.shape[2:])
     diffusion = LatentDiffusion(vae, unet, model.diffusion.context, _schedule(), scaling, shape)
     for number, loss in enumerate(_train_unet(diffusion, latents / latents.std(), config, generator), start=1):
+        advance(1)
         on_epoch("U-Net", number, loss)
     parts = {"vae": vae.state_dict(), "unet": unet.state_dict()}
     named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
@@ -242,12 +246,12 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def _draw(count: int, size: int, on_face: Callable[[int], None]) -> Tensor:
+def _draw(count: int, size: int, advance: Callable[[int], None]) -> Tensor:
     """Preprocessed faces, uint8 (count, S, S, 3)."""
     faces = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for i in range(count):
         faces[i] = _face([_SEED, i], size)
-        on_face(1)
+        advance(1)
     return faces
 
 

@@ -28,6 +28,7 @@ from mdnet.training.features import Features, cached_features
 from mdnet.training.state import StateFile, fingerprint
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.metrics import pearson
+from mdnet_engines.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def train(
     cache: Path | None = None,
     half_features: bool = False,
     state: StateFile | None = None,
-    on_image: Callable[[int], None] = lambda _: None,
+    progress: Progress = SILENT,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
 ) -> Epoch:
     """Train `model` in place on `data`, on the device it is on; leave it with the averaged weights of the best epoch.
@@ -61,7 +62,7 @@ def train(
         cache: where frozen features are kept (see `mdnet.training.features`); by default they go with the run.
         half_features: keep them in float16.
         state: where the run is kept after each epoch, to be resumed. The caller removes it once it has kept the model.
-        on_image: called with the number of images whose features are ready since the last call.
+        progress: counts the images whose features are ready, then the epochs.
         on_epoch: called after each epoch of this process.
 
     Returns:
@@ -72,13 +73,16 @@ def train(
         MDNetError: an image can't be read, the disk is too small for the features, or the loss is not finite.
     """
     with cached_features(
-        model.diffusion, model.config, data, folder=cache, half=half_features, on_image=on_image
+        model.diffusion, model.config, data, folder=cache, half=half_features, progress=progress
     ) as features:
         run = _Run(model, features, config)
         if state is not None:
             state.open(fingerprint(model, data, config, half_features=half_features), run)
+        advance = progress.count("training", config.epochs)
+        advance(run.number)
         while not run.finished():
             epoch = run.epoch()
+            advance(1)
             if state is not None:
                 state.save(run)
             on_epoch(epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from mdnet.weights.null_prompt import null_prompt
 from mdnet.weights.stable_diffusion import open_encoder, take_encoder
 from mdnet.weights.vision_mamba import open_vim, take_vim
 from mdnet_engines.bundle.files import sha256_of
+from mdnet_engines.progress import SILENT, Progress
 
 SD_LICENCE = "CreativeML OpenRAIL-M; its use restrictions pass on to this checkpoint and to what is made of it"
 VIM_LICENCE = "Apache-2.0 (hustvl/Vim)"
@@ -34,8 +35,7 @@ def import_weights(
     image_size: int | None = None,
     null_prompt_file: Path | None = None,
     seed: int = 0,
-    on_step: Callable[[str], None] = lambda _: None,
-    on_note: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Imported:
     """Put published weights together.
 
@@ -46,7 +46,7 @@ def import_weights(
         image_size: the preset's where it is None.
         null_prompt_file: the null prompt's embedding, in place of `sd`'s text encoder.
         seed: for the fusion, which nobody has published.
-        on_step, on_note: called with a line each for what is being done, and for what is unusual about a file.
+        progress: is told each step, and what is unusual about a file.
 
     Returns:
         The model in evaluation mode, float32, on the CPU; notes with the sources' hashes and licences.
@@ -54,21 +54,21 @@ def import_weights(
     Raises:
         MDNetError: a file is missing, damaged, unsafe, or of another model.
     """
-    on_step("opening the files")
-    config, vim_weights = open_vim(vim, preset, image_size, on_note=on_note)
+    progress.step("opening the files")
+    config, vim_weights = open_vim(vim, preset, image_size, progress=progress)
     sd_weights = open_encoder(sd, config)
-    on_step("Vision Mamba")
+    progress.step("Vision Mamba")
     vim_state, dropped = take_vim(vim_weights, config)
-    on_step("Stable Diffusion's encoders")
+    progress.step("Stable Diffusion's encoders")
     encoder = take_encoder(sd_weights, config)
-    on_step("the null prompt's embedding")
+    progress.step("the null prompt's embedding")
     encoder["context"], context_files = null_prompt(sd, null_prompt_file, config)
     with torch.device("meta"):  # shapes only: random weights would be replaced at once
         model = MDNet(config)
     model.diffusion.load_state_dict(encoder, assign=True)
     model.vim.load_state_dict(vim_state, assign=True)
     model.fusion = random_fusion(config, seed)
-    on_step("hashes of the files")
+    progress.step("hashes of the files")
     root = sd if sd.is_dir() else sd.parent
     notes: dict[str, object] = {
         "stable_diffusion": {"files": _hashes(sd_weights.files, root), "licence": SD_LICENCE},

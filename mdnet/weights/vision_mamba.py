@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from mdnet.model.config import PRESETS, MDNetConfig, preset
 from mdnet.model.vim import VisionMamba
 from mdnet.weights.foreign_files import Stored, Weights, open_weights, take, unwrap
 from mdnet_engines.errors import MDNetError, UsageError, printable
+from mdnet_engines.progress import SILENT, Progress
 
 PUBLISHED_SIZE = 224
 """Training resolution of the published checkpoints, where a file doesn't give its own."""
@@ -25,14 +25,14 @@ VARIANT = ("bimambav2", "midclstok", "div2")
 
 
 def open_vim(
-    file: Path, preset_name: str | None, image_size: int | None, *, on_note: Callable[[str], None] = lambda _: None
+    file: Path, preset_name: str | None, image_size: int | None, *, progress: Progress = SILENT
 ) -> tuple[MDNetConfig, Weights]:
     """Find out what `file` is.
 
     Args:
         preset_name: taken from the width of the checkpoint where it is None.
         image_size: of the model to be; the preset's where it is None.
-        on_note: called with what is unusual about the file, in one line.
+        progress: is told what is unusual about the file.
 
     Returns:
         The preset with `image_size` and the checkpoint's stride, and the checkpoint.
@@ -42,7 +42,7 @@ def open_vim(
     """
     weights, note = unwrap(open_weights(file), TELLING[0])
     if note:
-        on_note(note)
+        progress.note(note)
     if absent := [name for name in TELLING if name not in weights.tensors]:
         raise MDNetError(
             f"{file} is no Vision Mamba of hustvl/Vim: it lacks {few(absent)} and holds "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recorded import Recorded
 
 from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet, k_centre, load_set, refuse_overlap, stratified
 from mdnet_engines.errors import UsageError
@@ -33,11 +34,11 @@ def test_what_can_not_be_read_is_left_out_and_counted(tmp_path: Path) -> None:
     files[3].write_text("no image")
     files[7].write_bytes(files[7].read_bytes()[:200])
     files.append(tmp_path / "missing.png")
-    done: list[int] = []
-    found = load_set(files, 64, "my faces", on_progress=lambda: done.append(1))
+    done = Recorded()
+    found = load_set(files, 64, "my faces", progress=done)
     good = [file for i, file in enumerate(files) if i not in (3, 7, 10)]
     assert found.names == [file.name for file in good]
-    assert (found.skipped, found.source, len(done)) == (3, "my faces", 11)
+    assert (found.skipped, found.source, done.counts) == (3, "my faces", [(11, [1] * 11)])
     np.testing.assert_array_equal(found.pixels, [np.asarray(Image.open(file)) for file in good])
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from recorded import Recorded
 
 from mdnet_calib.ranges import BINS, Histogram, RangeMethod, collect, largest_magnitudes
 from mdnet_engines.errors import MDNetError
@@ -196,8 +197,8 @@ FEEDS = [{"x": RANDOM.normal(size=(3, 8)).astype(np.float32) * scale} for scale 
 def test_collect_counts_what_the_graph_computes() -> None:
     proto = graph()
     before = proto.SerializeToString()
-    done: list[int] = []
-    found = collect(proto, ["x", "a", "y"], FEEDS, on_progress=lambda: done.append(1))
+    done = Recorded()
+    found = collect(proto, ["x", "a", "y"], FEEDS, progress=done)
     a = [feed["x"] @ W for feed in FEEDS]
     x, y = [feed["x"] for feed in FEEDS], [np.maximum(each, 0) for each in a]
     expected = {"x": x, "a": a, "y": y}
@@ -208,7 +209,7 @@ def test_collect_counts_what_the_graph_computes() -> None:
         # A value may be in the next bin: ONNX Runtime sums in another order.
         seen = np.cumsum(counted(np.concatenate(batches), found[name].limit))
         assert np.abs(np.cumsum(found[name].counts) - seen).max() <= 1
-    assert len(done) == len(FEEDS)
+    assert done.counts == [(len(FEEDS), [1] * len(FEEDS))]
     assert proto.SerializeToString() == before
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import Recorded
 
 from mdnet_calib.sensitivity import Budget, Choice, Drift, block_of, choose
 
@@ -114,11 +115,11 @@ def test_a_block_that_gives_nan_is_the_most_harmful() -> None:
 
 def test_steps_are_told_with_their_block() -> None:
     model = Additive({"a": 0.05, "b": 0.5, "c": 0.03})
-    told: list[str] = []
-    choose(model.nodes, Budget(0.15, 0), model, on_step=told.append)
-    assert len(told) == len(model.asked)
-    assert "all 3 blocks" in told[0]
-    assert ["a" in told[1], "b" in told[2], "c" in told[3]] == [True] * 3
+    told = Recorded()
+    choose(model.nodes, Budget(0.15, 0), model, progress=told)
+    assert len(told.steps) == len(model.asked)
+    assert "all 3 blocks" in told.steps[0]
+    assert ["a" in told.steps[1], "b" in told.steps[2], "c" in told.steps[3]] == [True] * 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from mdnet_engines.console import Command, explain_os_error, output, progress, say, steps
+from mdnet_engines.console import Command, explain_os_error, output, say, show_progress
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 
 # ------------------------------------------------------------------------------------------------------- one process
@@ -175,15 +175,15 @@ def test_what_is_said_goes_to_standard_error() -> None:
     assert (result.stdout, result.stderr) == ("", "building …\n")
 
 
-def test_nothing_moves_where_nobody_is_watching() -> None:
+def test_only_notes_are_shown_where_nobody_is_watching() -> None:
     def action() -> None:
-        with progress() as start, steps() as step:
-            advance = start("images", 10)
-            advance(5)
-            step("encoder")
+        with show_progress() as progress:
+            progress.count("images", 10)(5)
+            progress.step("encoder")
+            progress.note("a warning")
 
     result = invoke(action)
-    assert (result.exit_code, result.output) == (0, "")
+    assert (result.exit_code, result.output) == (0, "note: a warning\n")
 
 
 def test_lines_are_not_cut_where_nobody_is_watching() -> None:

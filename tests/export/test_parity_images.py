@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recorded import Recorded
 
 from mdnet_calib.calibration_set import MIN_IMAGES, refuse_overlap
 from mdnet_engines.bundle.manifest import Training
@@ -111,10 +112,10 @@ def test_images_are_spread_over_a_folder(faces: Path, tmp_path: Path) -> None:
     for i, file in enumerate(sorted((faces / "Images").iterdir())[:23]):
         shutil.copy(file, tmp_path / f"{i:02}.jpg")
     (tmp_path / "00.jpg").write_text("no image")
-    done: list[int] = []
-    found = calibration_images(tmp_path, 64, 12, on_progress=lambda: done.append(1))
+    done = Recorded()
+    found = calibration_images(tmp_path, 64, 12, progress=done)
     assert found.names == [f"{i:02}.jpg" for i in range(2, 24, 2)]
-    assert (found.skipped, len(done)) == (1, 12)
+    assert (found.skipped, done.counts) == (1, [(12, [1] * 12)])
     assert not is_dataset(tmp_path)
 
 

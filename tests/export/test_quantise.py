@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from recorded import Recorded
 
 from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
 from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet
@@ -281,14 +282,14 @@ def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
     loose = quantise_encoder(folder, Calibration(few, budget=Budget(9, 0))).facts()
     assert loose.float_blocks == []
     limit = 0.9 * loose.drift_max_abs
-    steps: list[str] = []
+    progress = Recorded()
     bundle = build_bundle(
         choose_weights(),
         tmp_path / "tight",
         precision="int8",
         images=parity_images(None, 128, 4),
         calibration=Calibration(few, budget=Budget(limit, 0)),
-        on_step=steps.append,
+        progress=progress,
     )
     facts = bundle.manifest.int8
     assert facts is not None
@@ -306,7 +307,7 @@ def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
     assert drift <= limit
     page = (bundle.path / "parity.html").read_text()
     assert all(f"kept in float: {block}" in page for block in facts.float_blocks)
-    assert sum("alone" in step for step in steps) == 3
+    assert sum("alone" in step for step in progress.steps) == 3
 
 
 def test_a_budget_that_nothing_meets_is_said(
@@ -359,14 +360,14 @@ def test_a_second_build_on_the_same_images_calibrates_nothing(
     monkeypatch.setattr(quantise, "collect", spy)
     calibration = Calibration(few, cache=tmp_path / "cache")
     written: list[bytes] = []
-    steps: list[str] = []
+    progress = Recorded()
     for name in ("first", "second"):
         target = Path(shutil.copytree(float_graphs, tmp_path / name))
-        quantise_encoder(target, calibration, on_step=steps.append)
+        quantise_encoder(target, calibration, progress=progress)
         written.append((target / "encoder.onnx").read_bytes())
     assert len(calls) == 1
     assert written[0] == written[1]
-    assert [step for step in steps if "ranges" in step] == [
+    assert [step for step in progress.steps if "ranges" in step] == [
         "ranges by percentile",
         "ranges by percentile, from the cache",
     ]

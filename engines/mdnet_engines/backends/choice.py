@@ -24,6 +24,7 @@ from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.probes import read_probes
 from mdnet_engines.parity.report import ParityReport
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.cores import available_cores
 from mdnet_engines.system.machine import this_machine
 
@@ -123,7 +124,7 @@ def check(
     backend: Backend = "auto",
     *,
     threads: int = 0,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Trial:
     """Hold what would score to every gate, on all probes, whatever is known of it; keep the result.
 
@@ -137,7 +138,7 @@ def check(
     choices = _auto(bundle, threads) if backend == "auto" else [named(bundle, backend)]
     trials = []
     for choice in choices:
-        trials.append(trial := _try(bundle, choice, threads=threads, on_step=on_step))
+        trials.append(trial := _try(bundle, choice, threads=threads, progress=progress))
         if trial.holds:
             break
     _keep(bundle, trials)
@@ -151,7 +152,7 @@ def tune(
     seconds: float = SECONDS,
     trials: list[Trial] | None = None,
     measure: Callable[[Choice], Measured] | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Tuning:
     """Hold every backend that `auto` may take here to the gates, time those that hold, and keep the fastest choice.
 
@@ -166,14 +167,14 @@ def tune(
         BundleError: a bundle without probes.
         MDNetError: no backend holds.
     """
-    trials = try_candidates(bundle, threads=threads, on_step=on_step) if trials is None else trials
+    trials = try_candidates(bundle, threads=threads, progress=progress) if trials is None else trials
     good = [trial for trial in trials if trial.holds]
     if not good:
         raise MDNetError(f"no backend holds the gates here: {explain(trials)}")
-    times = time_apart(bundle, [trial.choice for trial in good], threads=threads, seconds=seconds, on_step=on_step)
+    times = time_apart(bundle, [trial.choice for trial in good], threads=threads, seconds=seconds, progress=progress)
     choice = _fastest(times, good[0].choice)
     if all(choice != trial.choice for trial in good):  # of several candidates' backends
-        mixed = _try(bundle, choice, threads=threads, measure=measure, on_step=on_step)
+        mixed = _try(bundle, choice, threads=threads, measure=measure, progress=progress)
         trials = [*trials, mixed]
         choice = choice if mixed.holds else good[0].choice
     count = threads or available_cores()
@@ -193,14 +194,14 @@ def try_candidates(
     *,
     threads: int = 0,
     measure: Callable[[Choice], Measured] | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> list[Trial]:
     """Hold every backend that `auto` may take here to the gates.
 
     Args:
         measure: in place of measuring on the bundle's probes.
     """
-    return [_try(bundle, choice, threads=threads, measure=measure, on_step=on_step) for choice in candidates(bundle)]
+    return [_try(bundle, choice, threads=threads, measure=measure, progress=progress) for choice in candidates(bundle)]
 
 
 def explain(trials: list[Trial]) -> str:
@@ -218,11 +219,11 @@ def _try(
     *,
     threads: int,
     measure: Callable[[Choice], Measured] | None = None,
-    on_step: Callable[[str], None],
+    progress: Progress,
 ) -> Trial:
-    on_step(f"gates of {choice}")
+    progress.step(f"gates of {choice}")
     try:
-        measured = measure(choice) if measure else measure_apart(bundle, choice, threads=threads, on_step=on_step)
+        measured = measure(choice) if measure else measure_apart(bundle, choice, threads=threads, progress=progress)
     except MDNetError as error:
         return Trial(choice, None, str(error))
     return Trial(choice, measured)

@@ -25,7 +25,8 @@ from mdnet_engines.parity.measure import Images, Outputs, measure, measure_graph
 from mdnet_engines.parity.probes import PROBES_NAME, Probes, expected_snr, load_probes, read_probes, write_probes
 from mdnet_engines.parity.report import ParityReport
 from mdnet_engines.parity.report_json import from_json, to_json
-from mdnet_engines.system.child_process import Say, Tell, ask, serve
+from mdnet_engines.progress import SILENT, Progress
+from mdnet_engines.system.child_process import Say, ask, serve
 
 QUICK = 8
 """Probes, in one batch, that a first run on a machine scores."""
@@ -60,7 +61,7 @@ def measure_apart(
     threads: int = 0,
     against: tuple[Images, Outputs] | None = None,
     quick: bool = False,
-    on_step: Tell = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Measured:
     """Hold a choice of backends to the gates, and to how near to PyTorch it was where the bundle was built.
 
@@ -79,7 +80,7 @@ def measure_apart(
             write_probes(Path(folder, PROBES_NAME), images.pixels, reference, outputs=len(images.pixels))
             ratings = None if images.ratings is None else images.ratings.tolist()
             request |= {"folder": folder, "names": images.names, "source": images.source, "ratings": ratings}
-        answer = ask("mdnet_engines.backends.trial", request, name=str(choice), on_step=on_step)
+        answer = ask("mdnet_engines.backends.trial", request, name=str(choice), progress=progress)
     return Measured(from_json(answer["report"]), answer["snr_db"])
 
 
@@ -89,7 +90,7 @@ def time_apart(
     *,
     threads: int = 0,
     seconds: float,
-    on_step: Tell = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Times:
     """Time every backend of `choices` on every graph that it runs, in turns, for about `seconds` a graph; as above."""
     request = {
@@ -99,7 +100,7 @@ def time_apart(
         **_names(bundle),
         "choices": [dict(choice.graphs) for choice in choices],
     }
-    answer = ask("mdnet_engines.backends.trial", request, name="timing", on_step=on_step)
+    answer = ask("mdnet_engines.backends.trial", request, name="timing", progress=progress)
     return Times(answer["batch"], answer["graphs"], answer["whole"])
 
 

@@ -36,7 +36,6 @@ def measure(
     *,
     precision: str,
     backend: str,
-    on_progress: Callable[[], None] = lambda: None,
 ) -> ParityReport:
     """Compare a bundle's graphs with PyTorch's outputs on the same images.
 
@@ -46,7 +45,6 @@ def measure(
     Args:
         sessions: the three graphs.
         reference: `score` of PyTorch fp32 for all images, and every other graph output for the first of them at least.
-        on_progress: called once per image.
     """
     known = _known(sessions, reference)
     runs: list[Outputs] = []
@@ -57,7 +55,6 @@ def measure(
             scores.append(run[_IN_USE])
         else:
             scores.append(run_graphs(sessions, images.pixels[i : i + 1])["score"])
-        on_progress()
     graphs = _compare(sessions, reference, runs)
     got = np.concatenate(scores)
     limits = LIMITS[precision]

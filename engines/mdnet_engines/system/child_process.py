@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable
+from mdnet_engines.progress import SILENT, Progress
 
 Tell = Callable[[str], None]
 Say = Callable[[str, Any], None]  # (key, value) of one line of the answer
@@ -39,8 +40,7 @@ def ask(
     request: Mapping[str, Any],
     *,
     name: str,
-    on_step: Tell = lambda _: None,
-    on_note: Tell = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Any:
     """Run `python -m module`, which calls `serve`, on one request; give its result.
 
@@ -74,9 +74,9 @@ def ask(
             for line in process.stdout:
                 answer = json.loads(line)
                 if "step" in answer:
-                    on_step(last := answer["step"])
+                    progress.step(last := answer["step"])
                 elif "note" in answer:
-                    on_note(answer["note"])
+                    progress.note(answer["note"])
                 elif "error" in answer:
                     raise _as_raised(answer)
                 else:

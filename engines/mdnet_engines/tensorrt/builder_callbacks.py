@@ -9,7 +9,7 @@ from typing import Any
 from mdnet_engines.errors import printable
 
 
-class Progress:
+class BuilderProgress:
     """What the builder does, as text for people; called from several of its threads.
 
     Args:
@@ -45,7 +45,7 @@ class Progress:
             self._tell(text)
 
 
-def make_monitor(trt: Any, progress: Progress) -> Any:
+def make_monitor(trt: Any, progress: BuilderProgress) -> Any:
     """An `IProgressMonitor` of the module `trt` that tells `progress`."""
 
     class Monitor(trt.IProgressMonitor):

@@ -23,7 +23,7 @@ from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.system.child_process import Say, serve
 from mdnet_engines.system.gpu import visible_gpu
 from mdnet_engines.tensorrt import plugin as tensorrt_plugin
-from mdnet_engines.tensorrt.builder_callbacks import Progress, make_logger, make_monitor, one_line
+from mdnet_engines.tensorrt.builder_callbacks import BuilderProgress, make_logger, make_monitor, one_line
 
 LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -75,7 +75,7 @@ def build(request: dict[str, Any], say: Say) -> dict[str, Any]:
     for name, graph in request["graphs"].items():
         start = time.perf_counter()
         logger.first_error = ""
-        monitor = make_monitor(trt, Progress(name, lambda text: say("step", text)))
+        monitor = make_monitor(trt, BuilderProgress(name, lambda text: say("step", text)))
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(graph["onnx"]):

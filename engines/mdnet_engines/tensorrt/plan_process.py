@@ -19,7 +19,8 @@ from typing import Any
 from mdnet_engines.bundle.files import Bundle, check_file, file_entry
 from mdnet_engines.bundle.manifest import PORTABLE, BatchRange, PlanEntry, PlanRuntime, PlanSet
 from mdnet_engines.errors import BundleError, MDNetError, UsageError, first_line
-from mdnet_engines.system.child_process import Tell, ask
+from mdnet_engines.progress import SILENT, Progress
+from mdnet_engines.system.child_process import ask
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt.plan_builder import NAMES, NEEDS_GPU, TIMING_CACHE
 from mdnet_engines.tensorrt.plans import (
@@ -69,8 +70,7 @@ def build_plans(
     batch: BatchRange = BATCH,
     workspace_gib: float | None = None,
     force: bool = False,
-    on_step: Tell = lambda _: None,
-    on_note: Tell = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Built:
     """Build the plans of all of a bundle's graphs and put them into it. Takes neither torch nor a checkpoint.
 
@@ -80,8 +80,7 @@ def build_plans(
             GPU from Ampere on; TensorRT builds for the GPU in the machine alone.
         workspace_gib: the most device memory that one layer may use for its intermediate results; no limit by default.
         force: build although the plans are there; otherwise they are left as they are.
-        on_step: told what the builder does.
-        on_note: told what the user should know and is no error.
+        progress: is told what the builder does, and what the user should know and is no error.
 
     Raises:
         UsageError: targets that this runtime does not build for.
@@ -108,16 +107,16 @@ def build_plans(
         "batch": [batch.minimum, batch.optimum, batch.maximum],
         "workspace": workspace_gib and int(workspace_gib * 2**30),
         "targets": chosen if host.runtime == "tensorrt-rtx" else [],
-        "timing_cache": _old_cache(bundle, old, on_note),
+        "timing_cache": _old_cache(bundle, old, progress),
     }
     with _no_space(), scratch_folder(bundle) as scratch:
         request["folder"] = str(scratch.resolve())
-        answer = _ask(request, on_step, on_note)
+        answer = _ask(request, progress)
         if host.runtime == "tensorrt":
             try:
-                _ask({**request, "ask": "layers"}, on_step, on_note)
+                _ask({**request, "ask": "layers"}, progress)
             except MDNetError as error:  # for people to read: no reason to do without plans
-                on_note(f"layers.json has the networks' layers, not the plans' ({error})")
+                progress.note(f"layers.json has the networks' layers, not the plans' ({error})")
         engines = _describe(bundle, host, target, batch, workspace_gib, scratch)
         record = engines.model_dump(exclude={"plans", "timing_cache", "gpu"}) | answer
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -175,7 +174,7 @@ def _is_good(bundle: Bundle, engines: PlanSet) -> bool:
     )
 
 
-def _old_cache(bundle: Bundle, old: PlanSet | None, on_note: Tell) -> str | None:
+def _old_cache(bundle: Bundle, old: PlanSet | None, progress: Progress) -> str | None:
     """The timing cache of the set that is to be replaced, where it is as it was written: native code reads it."""
     if old is None or old.timing_cache is None:
         return None
@@ -183,15 +182,15 @@ def _old_cache(bundle: Bundle, old: PlanSet | None, on_note: Tell) -> str | None
     try:
         check_file(folder, old.timing_cache)
     except (BundleError, FileNotFoundError) as error:
-        on_note(f"built without the old timing cache: {error}")
+        progress.note(f"built without the old timing cache: {error}")
         return None
     return str((folder / old.timing_cache.name).resolve())
 
 
-def _ask(request: dict[str, Any], on_step: Tell = lambda _: None, on_note: Tell = lambda _: None) -> dict[str, Any]:
+def _ask(request: dict[str, Any], progress: Progress = SILENT) -> dict[str, Any]:
     """Put one request to `mdnet_engines.tensorrt.plan_builder`; give its result, or raise what it says went wrong."""
     name = NAMES[request["runtime"]]
-    return ask("mdnet_engines.tensorrt.plan_builder", request, name=name, on_step=on_step, on_note=on_note)
+    return ask("mdnet_engines.tensorrt.plan_builder", request, name=name, progress=progress)
 
 
 @contextlib.contextmanager

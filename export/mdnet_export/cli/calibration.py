@@ -12,6 +12,7 @@ from mdnet_calib.ranges import RangeMethod
 from mdnet_calib.sensitivity import Budget
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError
+from mdnet_engines.progress import Progress
 
 if TYPE_CHECKING:
     from mdnet_calib.calibration_set import CalibrationSet
@@ -78,7 +79,7 @@ def choose_calibration(
     max_score_drift: float,
     min_pearson: float,
     calib_cache: Path | None,
-    on_step: Callable[[str], None],
+    progress: Progress,
 ) -> Calibration | None:
     """Read the calibration images of a build; None for fp32, which has nothing to calibrate.
 
@@ -96,22 +97,21 @@ def choose_calibration(
 
     count = _NUM_IMAGES[precision] if num_calib is None else num_calib
     wanted = count * (_CANDIDATES if k_centre else 1)
-    done = iter(range(1, wanted + 1))
     images = calibration_images(
         calib,
         weights.config.image_size,
         wanted,
         training=weights.training(),
-        on_progress=lambda: on_step(f"reading calibration image {next(done)} of {wanted}"),
+        progress=progress,
     )
     if images.skipped:
         say(f"note: {images.skipped} calibration images could not be read and are left out")
     if k_centre:
-        images = _spread_out(images, count, weights, on_step)
+        images = _spread_out(images, count, weights, progress)
     return Calibration(images, range_method, Budget(max_score_drift, min_pearson), calib_cache)
 
 
-def _spread_out(images: CalibrationSet, count: int, weights: Weights, on_step: Callable[[str], None]) -> CalibrationSet:
+def _spread_out(images: CalibrationSet, count: int, weights: Weights, progress: Progress) -> CalibrationSet:
     """The `count` images that cover the encoder's features best."""
     import numpy as np
     import torch
@@ -120,9 +120,10 @@ def _spread_out(images: CalibrationSet, count: int, weights: Weights, on_step: C
 
     encoder = weights.load().diffusion
     rows = []
+    advance = progress.count("features of calibration candidates", len(images.names))
     with torch.inference_mode():
         for i in range(len(images.names)):
-            on_step(f"features of calibration candidate {i + 1} of {len(images.names)}")
             maps = encoder(torch.from_numpy(images.pixels[i : i + 1]))
             rows.append(np.concatenate([part.mean(dim=(2, 3)).numpy()[0] for part in maps.values()]))
+            advance(1)
     return images.take(k_centre(np.stack(rows), count))

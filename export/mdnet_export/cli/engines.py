@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from mdnet_engines.bundle.manifest import PlanRuntime
-from mdnet_engines.console import say, steps
+from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import MDNetError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def engines(
 
     sizes, opened = parse_batch(batch), Bundle.open(bundle)
     host = choose_host(backend)
-    with steps() as step:
+    with show_progress() as progress:
         built = build_plans(
             opened,
             host,
@@ -63,8 +63,7 @@ def engines(
             batch=sizes,
             workspace_gib=workspace,
             force=force,
-            on_step=step,
-            on_note=lambda note: say(f"note: {note}"),
+            progress=progress,
         )
     print_built(built)
 
@@ -76,8 +75,8 @@ def build_unasked(bundle: Bundle) -> None:
     if (host := default_host()) is None:
         return
     try:
-        with steps() as step:
-            print_built(build_plans(bundle, host, on_step=step, on_note=lambda note: say(f"note: {note}")))
+        with show_progress() as progress:
+            print_built(build_plans(bundle, host, progress=progress))
     except MDNetError as error:
         say(f"no TensorRT plans: {error}")
 

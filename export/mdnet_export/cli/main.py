@@ -12,7 +12,7 @@ import click
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.bundle.files import Bundle, check_replaceable
 from mdnet_engines.bundle.manifest import Precision
-from mdnet_engines.console import Command, say, steps
+from mdnet_engines.console import Command, say, show_progress
 from mdnet_engines.errors import MDNetError, require
 from mdnet_engines.parity.probes import PROBES
 from mdnet_export.cli.calibration import calibration_options, choose_calibration
@@ -83,16 +83,16 @@ def build(
     say(f"weights: {weights.describe()}")
     check_replaceable(output.resolve())
     command = shlex.join(["mdnet-export", *sys.argv[1:]])
-    with steps() as step:
+    with show_progress() as progress:
         bundle = build_bundle(
             weights,
             output,
             precision=precision,
             images=parity_images(images, weights.config.image_size, num_images),
-            calibration=choose_calibration(weights, precision, **calibration, on_step=step),
+            calibration=choose_calibration(weights, precision, **calibration, progress=progress),
             force=force,
             command=command,
-            on_step=step,
+            progress=progress,
         )
     _print_result(bundle)
     build_unasked(bundle)
@@ -134,7 +134,7 @@ def verify(
     _require_export()
     from mdnet_export.verify import verify_bundle
 
-    with steps() as step:
+    with show_progress() as progress:
         report = verify_bundle(
             bundle,
             against=against,
@@ -143,7 +143,7 @@ def verify(
             backend=backend,
             layers=layers,
             output=output,
-            on_step=step,
+            progress=progress,
         )
     _print_gates(report)
     _print_layers(report)

@@ -126,12 +126,12 @@ def compare_bundles(
     entries: Iterable[Entry],
     *,
     batch_size: int,
-    on_images: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Score every image with both bundles.
 
     Args:
-        on_images: called with the number of images just done.
+        advance: called with the number of images just done.
 
     Raises:
         MDNetError: the graphs could not be run.
@@ -151,7 +151,7 @@ def compare_bundles(
             order = ("a", "b") if number % 2 == 0 else ("b", "a")
             results = {name: _score(scorers[name], images[scorers[name].manifest.preprocessing]) for name in order}
             _add(comparison, batch, results["a"], results["b"])
-            on_images(len(batch))
+            advance(len(batch))
     return comparison
 
 

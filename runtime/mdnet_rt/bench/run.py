@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Manifest
 from mdnet_engines.errors import UsageError
+from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.process import Worker
@@ -97,7 +98,7 @@ def contestants(setup: Setup) -> dict[str, str]:
     return {setup.backend: setup.backend, **others}
 
 
-def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = lambda _: None) -> BatchResult:
+def measure(setup: Setup, batch_size: int, *, progress: Progress = SILENT) -> BatchResult:
     """Measure one batch size, in processes that start for it and end with it.
 
     Raises:
@@ -105,7 +106,7 @@ def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = l
     """
     with contextlib.ExitStack() as stack:
         chosen = contestants(setup)
-        on_step(f"batch {batch_size}: starting {', '.join(chosen)}")
+        progress.step(f"batch {batch_size}: starting {', '.join(chosen)}")
         workers = [stack.enter_context(_start(setup, name, what, batch_size)) for name, what in chosen.items()]
         told = [worker.ready() for worker in workers]
         for worker, facts in zip(workers, told, strict=True):
@@ -119,7 +120,7 @@ def measure(setup: Setup, batch_size: int, *, on_step: Callable[[str], None] = l
         rounds: list[Round] = []
         start = time.perf_counter()
         while _goes_on(setup, len(rounds), time.perf_counter() - start):
-            on_step(f"batch {batch_size}: round {len(rounds) + 1}")
+            progress.step(f"batch {batch_size}: round {len(rounds) + 1}")
             rounds.append(_round(workers, stages, turned=len(rounds) % 2 == 1))
         about = {
             worker.name: {**facts, "peak_memory_bytes": worker.peak_memory()}

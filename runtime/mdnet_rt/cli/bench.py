@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import say, steps
+from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError, printable
 from mdnet_engines.system.output_path import write_text
 
@@ -88,8 +88,8 @@ def bench(
     say(f"{printable(folder)}: {setup.manifest.preset} {setup.manifest.precision}")
     results = []
     for size in sizes:
-        with steps() as step:
-            result = measure(setup, size, on_step=step)
+        with show_progress() as progress:
+            result = measure(setup, size, progress=progress)
         if size == sizes[0]:
             for line in _about(result):
                 say(line)

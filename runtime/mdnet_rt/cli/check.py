@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import say, steps
+from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import printable
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def check(bundle: Path | None, backend: Backend, threads: int, json_: bool) -> i
     from mdnet_engines.backends.choice import check as check_bundle
 
     found = _open(bundle)
-    with steps() as step:
-        trial = check_bundle(found, backend, threads=threads, on_step=step)
+    with show_progress() as progress:
+        trial = check_bundle(found, backend, threads=threads, progress=progress)
     if json_:
         click.echo(json.dumps(_check_as_json(found, trial)))
     else:
@@ -64,8 +64,8 @@ def tune(bundle: Path | None, threads: int, seconds: float, json_: bool) -> None
     from mdnet_engines.backends import choice
 
     found = _open(bundle)
-    with steps() as step:
-        tuning = choice.tune(found, threads=threads, seconds=seconds, on_step=step)
+    with show_progress() as progress:
+        tuning = choice.tune(found, threads=threads, seconds=seconds, progress=progress)
     if json_:
         click.echo(json.dumps(_tuning_as_json(found, tuning)))
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import progress, say
+from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import printable
 from mdnet_engines.system.output_path import write_text
 
@@ -78,9 +78,9 @@ def compare(
         for name, bundle, scorer in zip("AB", bundles, scorers, strict=True):
             manifest = bundle.manifest
             say(f"{name}: {printable(bundle.path)}, {manifest.preset} {manifest.precision}, {scorer.choice}")
-        with progress(unit="images") as start_bar:
-            advance = start_bar("scoring", limit)
-            found = compare_bundles(*scorers, entries, batch_size=batch_size, on_images=advance)
+        with show_progress(unit="images") as progress:
+            advance = progress.count("scoring", limit)
+            found = compare_bundles(*scorers, entries, batch_size=batch_size, advance=advance)
     _print(found, worst)
     if json_:
         document = {

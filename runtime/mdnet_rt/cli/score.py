@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import progress, say, stdout_is_terminal
+from mdnet_engines.console import say, show_progress, stdout_is_terminal
 from mdnet_engines.errors import UsageError, printable
 from mdnet_rt.rows.result import Stamp
 from mdnet_rt.rows.writers import FORMATS, Format, check_output, choose_format, is_finished, open_writer
@@ -120,12 +120,12 @@ def score(
         start = time.perf_counter()
         with (
             open_writer(rows, output, stamp, resume=resume) as writer,
-            progress(shown=bar, unit="images") as start_bar,
+            show_progress(shown=bar, unit="images") as progress,
             stop_on_signal() as stop,
         ):
-            advance = start_bar("scoring", _count(locations, list_) if bar else None)
+            advance = progress.count("scoring", _count(locations, list_) if bar else None)
             scored = score_locations(locations(), (row.path for row in writer.earlier()), stop)
-            summary = score_all(scored, writer, gallery=gallery, on_row=advance)
+            summary = score_all(scored, writer, gallery=gallery, advance=advance)
         say(summary.line(time.perf_counter() - start))
         if gallery and report:
             gallery.write(report, stamp)

@@ -86,13 +86,13 @@ def score_all(
     writer: Writer,
     *,
     gallery: Gallery | None = None,
-    on_row: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Summary:
     """Write `rows`, after those that an interrupted run has left.
 
     Args:
         gallery: is shown each row, of the interrupted run too.
-        on_row: is called with the number of rows that are there more than before.
+        advance: called with the number of new rows, those of the interrupted run first.
 
     Returns:
         Counts of all rows of the file, those of the interrupted run included.
@@ -102,13 +102,13 @@ def score_all(
         summary.add(result)
         if gallery:
             gallery.add(result)
-    on_row(summary.scored + summary.failed)
+    advance(summary.scored + summary.failed)
     for result in rows:
         writer.write(result)
         summary.add(result)
         if gallery:
             gallery.add(result)
-        on_row(1)
+        advance(1)
     return summary
 
 

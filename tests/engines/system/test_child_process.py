@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recorded import Recorded
 
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.system.child_process import CrashError, ask
@@ -35,9 +36,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def test_a_result_comes_back_with_steps_and_notes_on_the_way(module: Write) -> None:
     name = module("say('step', 'one')\nsay('note', 'hm')\nprint('noise')\nreturn {'double': 2 * request['value']}")
-    told: list[str] = []
-    result = ask(name, {"ask": "work", "value": 21}, name="it", on_step=told.append, on_note=told.append)
-    assert (result, told) == ({"double": 42}, ["one", "hm"])
+    progress = Recorded()
+    result = ask(name, {"ask": "work", "value": 21}, name="it", progress=progress)
+    assert (result, progress.steps, progress.notes) == ({"double": 42}, ["one"], ["hm"])
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 import tensorrt_hosts
+from recorded import Recorded
 from small_bundle import describe, write_small_bundle
 
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.tensorrt import plan_process, plans
-from mdnet_engines.tensorrt.builder_callbacks import Progress
+from mdnet_engines.tensorrt.builder_callbacks import BuilderProgress
 from mdnet_engines.tensorrt.plan_process import build_plans, probe
 from mdnet_engines.tensorrt.plans import Host, check_plans, plan_path, plans_folder
 
@@ -256,10 +257,10 @@ def test_tensorrt_without_a_gpu_says_what_to_do(
 
 
 def test_the_timing_cache_is_used_again(tensorrt: dict[str, str], bundle: Bundle) -> None:
-    told: list[str] = []
-    first = build_plans(bundle, host_of("tensorrt"), on_note=told.append)
-    build_plans(first.bundle, host_of("tensorrt"), force=True, on_note=told.append)
-    assert told == []
+    told = Recorded()
+    first = build_plans(bundle, host_of("tensorrt"), progress=told)
+    build_plans(first.bundle, host_of("tensorrt"), force=True, progress=told)
+    assert told.notes == []
     caches = [entry["cache"] for entry in tensorrt_hosts.notes(tensorrt, "build")]
     assert caches == [""] * 3 + ["timing cache of this GPU"] * 3
 
@@ -279,9 +280,9 @@ def test_a_timing_cache_that_will_not_do_is_left_out_and_said(
         document = json.loads((bundle.path / "manifest.json").read_text())
         document["engines"][0]["timing_cache"] = describe(cache)
         (bundle.path / "manifest.json").write_text(json.dumps(document))
-    told: list[str] = []
-    built = build_plans(Bundle.open(bundle.path), host_of("tensorrt"), force=True, on_note=told.append)
-    (line,) = told
+    told = Recorded()
+    built = build_plans(Bundle.open(bundle.path), host_of("tensorrt"), force=True, progress=told)
+    (line,) = told.notes
     assert "timing cache" in line
     assert [entry["cache"] for entry in tensorrt_hosts.notes(tensorrt, "build")] == [""] * 6
     seen = [entry["content"] for entry in tensorrt_hosts.notes(tensorrt, "create_timing_cache")]
@@ -295,9 +296,9 @@ def test_layers_that_cant_be_read_back_are_no_reason_to_fail(
     tensorrt: dict[str, str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(tensorrt_hosts.with_faults(tensorrt, layers=True), monkeypatch)
-    told: list[str] = []
-    built = build_plans(bundle, host_of("tensorrt"), on_note=told.append)
-    (line,) = told
+    told = Recorded()
+    built = build_plans(bundle, host_of("tensorrt"), progress=told)
+    (line,) = told.notes
     assert "layers.json" in line
     saved = json.loads((plans_folder(bundle, built.engines) / "layers.json").read_text())
     assert saved["of"] == "network"
@@ -445,11 +446,11 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(
     use(tensorrt_hosts.with_faults(tensorrt, wait=FIRST), monkeypatch)
     host = host_of("tensorrt")
 
-    def interrupt(step: str) -> None:
+    def interrupt(step: str | int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(bundle, host, on_step=interrupt)
+        build_plans(bundle, host, progress=Recorded(interrupt))
     assert untouched(bundle)
 
 
@@ -458,7 +459,7 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(
 
 def test_progress_is_the_phase_and_how_far_it_is() -> None:
     told: list[str] = []
-    progress = Progress("vim", told.append)
+    progress = BuilderProgress("vim", told.append)
     progress.start("Building engine", 4)
     progress.step("Building engine", 0)
     progress.start("Timing\nlayers", 1)
@@ -479,7 +480,7 @@ def test_progress_is_the_phase_and_how_far_it_is() -> None:
 
 def test_progress_of_a_thousand_steps_is_told_by_the_per_cent() -> None:
     told: list[str] = []
-    progress = Progress("vim", told.append)
+    progress = BuilderProgress("vim", told.append)
     progress.start("Cloning network graph", 1000)
     for step in range(1000):
         progress.step("Cloning network graph", step)
@@ -488,7 +489,7 @@ def test_progress_of_a_thousand_steps_is_told_by_the_per_cent() -> None:
 
 def test_progress_from_many_threads_loses_nothing() -> None:
     told: list[str] = []
-    progress = Progress("vim", told.append)
+    progress = BuilderProgress("vim", told.append)
     threads = [threading.Thread(target=progress.start, args=(f"phase {n}", 1)) for n in range(16)]
     for thread in threads:
         thread.start()

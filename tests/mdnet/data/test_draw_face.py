@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from recorded import Recorded
 
 from mdnet.data.draw_face import GROUP_CYCLE, FaceFactors, draw_face, draw_factors, render_face
 from mdnet.data.drawn_set import noise_free_rating, rating, write_dataset
@@ -258,21 +259,21 @@ def test_numbers_that_cannot_make_a_dataset_are_refused(tmp_path: Path, count: i
 def test_empty_folder_is_filled_and_progress_counts_up(tmp_path: Path) -> None:
     root = tmp_path / "faces"
     root.mkdir()
-    calls: list[int] = []
-    write_dataset(root, 5, seed=0, progress=calls.append)
-    assert calls == [1, 1, 1, 1, 1]
+    progress = Recorded()
+    write_dataset(root, 5, seed=0, progress=progress)
+    assert progress.counts == [(5, [1, 1, 1, 1, 1])]
     assert len(list((root / "Images").iterdir())) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["faces"]
 
 
 def test_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    drawn: list[int] = []
+    drawn: list[object] = []
 
-    def interrupt(done: int) -> None:
+    def interrupt(done: str | int) -> None:
         drawn.append(done)
         if len(drawn) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path / "faces", 5, seed=0, progress=interrupt)
+        write_dataset(tmp_path / "faces", 5, seed=0, progress=Recorded(interrupt))
     assert not list(tmp_path.iterdir())

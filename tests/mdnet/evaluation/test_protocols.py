@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recorded import Recorded
 from scipy import stats
 
 from mdnet.data.scut_fbp5500 import GROUPS, Rated, read_splits
@@ -87,16 +88,17 @@ def test_five_models_score_their_own_folds_in_order(faces: Path) -> None:
 
 
 def test_progress_and_results_come_split_by_split(faces: Path) -> None:
-    events: list[tuple[str, int]] = []
+    progress, results = Recorded(), []
     run_benchmark(
         [scored_by()],
         faces,
         "cv5",
         batch_size=8,
-        on_split=lambda split: lambda done: events.append((split.name, done)),
-        on_result=lambda split: events.append((split.name, 0)),
+        progress=progress,
+        on_result=lambda split: results.append((split.name, len(progress.counts))),
     )
-    assert events == [event for n in range(1, 6) for event in ((f"fold {n}", 8), (f"fold {n}", 4), (f"fold {n}", 0))]
+    assert progress.counts == [(12, [8, 4])] * 5
+    assert results == [(f"fold {n}", n) for n in range(1, 6)]
 
 
 def test_a_split_without_a_group_leaves_a_gap_and_no_mean() -> None:

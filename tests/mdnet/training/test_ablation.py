@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from recorded import Recorded
 
 from mdnet.cli.main import main
 from mdnet.data.scut_fbp5500 import Split, read_splits
@@ -32,17 +33,16 @@ def start(seed: int) -> MDNet:
 
 
 def test_a_run_is_what_training_and_evaluating_that_model_gives(split: Split, tmp_path: Path) -> None:
-    images: list[int] = []
-    runs = ablate(
-        start, split, CONFIG, seeds=[1], fusions=["concatenation"], results=Results(None), on_image=images.append
-    )
+    counted = Recorded()
+    runs = ablate(start, split, CONFIG, seeds=[1], fusions=["concatenation"], results=Results(None), progress=counted)
     model = with_fusion(start(1), "concatenation", 1)
     best = train(model, split.train, TrainConfig(epochs=1, batch_size=18, seed=1))
     expected = evaluate(model, split.test)
     assert [(run.fusion, run.seed, run.best_epoch) for run in runs] == [("concatenation", 1, best.number)]
     # Features of another batch size: float32's rounding.
     assert runs[0].test.figures() == pytest.approx(expected.figures(), abs=1e-4)
-    assert sum(images) == len(split.train) + len(split.test)
+    assert [total for total, _ in counted.counts] == [len(split.train), len(split.test), 1]
+    assert all(sum(advances) == total for total, advances in counted.counts)
 
 
 def test_a_table_goes_on_where_it_was_interrupted(

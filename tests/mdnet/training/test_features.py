@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recorded import Recorded
 
 from mdnet.data.scut_fbp5500 import Rated, read_splits
 from mdnet.model.config import preset
@@ -70,13 +71,12 @@ def test_a_second_run_computes_nothing_and_reads_the_same(
     with cached_features(model.diffusion, model.config, data, folder=tmp_path / "cache") as features:
         first, *_ = features.batch(every, straight)
     assert counted.images == 2 * len(data)
-    reported: list[int] = []
-    with cached_features(
-        model.diffusion, model.config, data, folder=tmp_path / "cache", on_image=reported.append
-    ) as features:
+    reported = Recorded()
+    with cached_features(model.diffusion, model.config, data, folder=tmp_path / "cache", progress=reported) as features:
         second, *_ = features.batch(every, straight)
     assert counted.images == 2 * len(data)
-    assert sum(reported) == len(data)
+    ((total, images),) = reported.counts
+    assert total == sum(images) == len(data)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -86,13 +86,13 @@ def test_a_run_that_was_killed_computes_only_what_is_missing(
     monkeypatch.setattr(module, "SHARD_IMAGES", 2)
     counted = Counted(model.diffusion, monkeypatch)
 
-    def killed(_: int) -> None:
+    def killed(_: str | int) -> None:
         if counted.images > 2 * 5:
             raise KeyboardInterrupt
 
     with (
         pytest.raises(KeyboardInterrupt),
-        cached_features(model.diffusion, model.config, data, folder=tmp_path, batch_size=1, on_image=killed),
+        cached_features(model.diffusion, model.config, data, folder=tmp_path, batch_size=1, progress=Recorded(killed)),
     ):
         pass
     assert not list(tmp_path.rglob("*.part"))

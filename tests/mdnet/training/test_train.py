@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from recorded import Recorded
 from tensorboard.backend.event_processing import event_accumulator
 
 from mdnet.cli.main import main
@@ -25,10 +26,12 @@ def test_training_fits_its_images_and_leaves_the_encoder_alone(faces: Path) -> N
     model = random_mdnet(preset("demo"), seed=0)
     frozen = {name: tensor.clone() for name, tensor in model.diffusion.state_dict().items()}
     epochs: list[Epoch] = []
-    counted: list[int] = []
+    counted = Recorded()
     config = TrainConfig(epochs=6, batch_size=9, learning_rate=2e-3, ema=0.7)
-    best = train(model, split.train, config, on_image=counted.append, on_epoch=epochs.append)
-    assert sum(counted) == len(split.train)
+    best = train(model, split.train, config, progress=counted, on_epoch=epochs.append)
+    (total, images), (_, done) = counted.counts
+    assert total == sum(images) == len(split.train)
+    assert sum(done) == 6
     assert [epoch.number for epoch in epochs] == list(range(1, 7))
     assert epochs[-1].loss < 0.7 * epochs[0].loss
     assert best.validation_pearson == max(epoch.validation_pearson for epoch in epochs)

@@ -13,6 +13,7 @@ import numpy as np
 import published_weights as published
 import pytest
 import torch
+from recorded import Recorded
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,11 +157,11 @@ WRAPPED: dict[str, tuple[object, str | None]] = {
 def test_a_wrapped_checkpoint_is_recognised_and_said_in_one_line(case: str, tmp_path: Path) -> None:
     content, told = WRAPPED[case]
     torch.save(content, tmp_path / "vim.pth")
-    notes: list[str] = []
-    config, weights = open_vim(tmp_path / "vim.pth", None, 224 // 64 * 64, on_note=notes.append)
+    progress = Recorded()
+    config, weights = open_vim(tmp_path / "vim.pth", None, 224 // 64 * 64, progress=progress)
     got, _ = take_vim(weights, config)
     assert all(torch.equal(got[name], STATE[name]) for name in got if name != "pos_embed")
-    assert notes == ([f"vim.pth: {told}"] if told else [])
+    assert progress.notes == ([f"vim.pth: {told}"] if told else [])
 
 
 def test_wrapped_safetensors_are_recognised(tmp_path: Path) -> None:

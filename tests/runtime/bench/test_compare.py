@@ -219,7 +219,7 @@ def test_images_are_read_a_batch_at_a_time(shared_bundle: Path, photos: Path) ->
             yield Entry(str(file), file)
 
     with Scorer.open(shared_bundle, backend="onnxruntime-cpu") as scorer:
-        found = compare_bundles(scorer, scorer, entries(), batch_size=3, on_images=lambda n: ahead.append((taken, n)))
+        found = compare_bundles(scorer, scorer, entries(), batch_size=3, advance=lambda n: ahead.append((taken, n)))
     assert ahead == [(3, 3), (6, 3), (7, 1)]
     assert len(found.images) == 7
     assert len(found.seconds) == 3

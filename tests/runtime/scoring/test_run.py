@@ -99,7 +99,7 @@ def test_rows_of_the_interrupted_run_are_counted_and_shown_and_not_written_again
         score_all(fail_after(results[:2]), writer)
     gallery, progress = Gallery(), []
     with open_writer("csv", output, stamp, resume=True) as writer:
-        summary = score_all(iter(results[2:]), writer, gallery=gallery, on_row=progress.append)  # type: ignore[arg-type]
+        summary = score_all(iter(results[2:]), writer, gallery=gallery, advance=progress.append)  # type: ignore[arg-type]
     assert (summary.scored, summary.failed, summary.low, summary.high) == (3, 1, 1.0, 3.0)
     assert gallery.shown == results
     assert progress == [2, 1, 1]
