@@ -54,7 +54,7 @@ def main() -> None:
     """Measure, print, and write the figures where `-o` says."""
     options = _parse()
     if options.worker:
-        return answer(lambda: open_contestant(options))
+        return answer(lambda _: open_contestant(options))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.bundles or Path(scratch)
         refused = build_bundles(folder, options.preset, {_bundle_of(name) for name in options.chosen} - {None})
@@ -144,7 +144,7 @@ def against_baseline(name: str, folder: Path, options: argparse.Namespace) -> di
 def _start(name: str, folder: Path, options: argparse.Namespace) -> Worker:
     program = [__file__, "--worker", name, "--preset", options.preset, "--bundles", str(folder)]
     program += ["--batch-size", str(options.batch_size), "--threads", str(options.threads)]
-    return Worker(name, program, threads=options.threads)
+    return Worker(name, program, {}, threads=options.threads)
 
 
 def _bundle_of(name: str) -> str | None:

@@ -2,46 +2,38 @@
 
 Eager, in float32 and channels_last, with the scan that `mdnet.scan` takes here: what a user of the checkpoint would
 have without exporting it. Weights and pixels are random, as much work as others. The runtime, which never imports
-PyTorch, starts this in a process of its own and speaks with it as `mdnet_rt.bench.process` says: a line of JSON when it
-is ready, then a stage's name in, its seconds out.
+PyTorch, starts this in a process of its own and speaks with it as `mdnet_rt.bench.process` says.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from mdnet.cli.common import require_train
 from mdnet.model.config import MDNetConfig, preset
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.system.child_process import serve
 
 
-def main() -> None:
-    """Answer on standard output until standard input ends."""
-    # A library that prints must not write between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    options = _parse()
-    try:
-        config = preset(options.preset)
-        if options.image_size:
-            config = dataclasses.replace(config, image_size=options.image_size)
-        stages, facts = open_stages(config, options.batch_size, options.threads)
-    except MDNetError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(json.dumps(facts), file=answers, flush=True)
-    for line in sys.stdin:
-        run = stages[line.strip()]
+def main() -> NoReturn:
+    """Answer requests until there are no more: `open`, with `preset`, `image_size`, `batch_size`, `threads`; `run`."""
+    stages: dict[str, Callable[[], object]] = {}
+
+    def open_(request: dict[str, Any], say: object) -> dict[str, Any]:
+        config = preset(request["preset"])
+        config = dataclasses.replace(config, image_size=request.get("image_size", config.image_size))
+        found, facts = open_stages(config, request["batch_size"], request["threads"])
+        stages.update(found)
+        return facts
+
+    def run(request: dict[str, Any], say: object) -> float:
         start = time.perf_counter()
-        run()
-        print(time.perf_counter() - start, file=answers, flush=True)
+        stages[request["stage"]]()
+        return time.perf_counter() - start
+
+    serve({"open": open_, "run": run})
 
 
 def open_stages(
@@ -82,15 +74,6 @@ def open_stages(
         "scan": "native" if native.library() is not None else "loop",
         "shapes": {name: list(value.shape[1:]) for name, value in outputs.items()},
     }
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True)
-    parser.add_argument("--image-size", type=int, help="side of the input, where it is not the preset's")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--threads", type=int, required=True)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Ask a process of its own: whatever native code does in there, it ends in one line here.
 
-One JSON request goes to the child's standard input; the answer is one JSON object a line on its standard output:
+A JSON request a line goes to the child's standard input; the answer to each is one JSON object a line on its standard
+output:
 
     {"step": "encoder: optimizing graph, 40 %"}     what it is doing
     {"note": "…"}                                   what the user should know
-    {"error": "…", "kind": "usage", "errno": […]}   why it failed; an `OSError`'s arguments where it was one
+    {"error": "…", "kind": "usage", "errno": […]}   why it failed, and ends; an `OSError`'s arguments where it was one
     {"result": …}                                   the last line of work that was done
 """
 
@@ -20,12 +21,13 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable
 from mdnet_engines.progress import SILENT, Progress
 
+C = TypeVar("C", bound="Child")
 Tell = Callable[[str], None]
 Say = Callable[[str, Any], None]  # (key, value) of one line of the answer
 Handler = Callable[[dict[str, Any], Say], Any]
@@ -35,6 +37,82 @@ class CrashError(MDNetError):
     """The child ended without an answer: native code crashed, or memory ran out."""
 
 
+class Child:
+    """A process that calls `serve`; it starts at once. Use it in a `with` block, which ends it.
+
+    Args:
+        program: what Python runs, with its arguments: `-m` and a module, or a file.
+        name: what messages call it: `TensorRT`.
+        environment: of its own, beside this process's.
+    """
+
+    def __init__(self, program: Sequence[str], *, name: str, environment: Mapping[str, str] | None = None):
+        self.name = name
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, *program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            # Not the current folder's modules: a folder called `tensorrt` may be there.
+            env={**os.environ, **(environment or {}), "PYTHONSAFEPATH": "1"},
+            encoding="utf-8",
+        )
+        self.pid = self._process.pid
+
+    def ask(self, request: Mapping[str, Any], *, progress: Progress = SILENT) -> Any:
+        """Give the result of one request.
+
+        Args:
+            request: what JSON can hold; its `ask` names the handler.
+
+        Raises:
+            CrashError: the process ended without an answer; says how, and during which step.
+            MDNetError, UsageError, OSError: what the handler raised.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        last = ""
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read the request
+            self._process.stdin.write(f"{json.dumps(request)}\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "step" in answer:
+                progress.step(last := answer["step"])
+            elif "note" in answer:
+                progress.note(answer["note"])
+            elif "error" in answer:
+                raise _as_raised(answer)
+            else:
+                return answer["result"]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)  # its answers ended, and how it ends is about to show
+        self._process.kill()
+        code = self._process.wait()
+        self._errors.seek(0)
+        tail = self._errors.read().decode(errors="replace").strip().splitlines()
+        said = f", having said: {printable(tail[-1])[:400]}" if tail else ""
+        during = f" during {last}" if last else ""
+        raise CrashError(f"{self.name}'s process {_end(code)}{during}{said}")
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # a line that was never taken
+                pipe.close()
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def ask(
     module: str,
     request: Mapping[str, Any],
@@ -42,60 +120,13 @@ def ask(
     name: str,
     progress: Progress = SILENT,
 ) -> Any:
-    """Run `python -m module`, which calls `serve`, on one request; give its result.
-
-    Args:
-        request: what JSON can hold; its `ask` names the handler.
-        name: what messages call the process: `TensorRT`.
-
-    Raises:
-        CrashError: the process ended without an answer; says how, and during which step.
-        MDNetError, UsageError, OSError: what the handler raised.
-    """
-    # Not the current folder's modules: a folder called `tensorrt` may be there.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    last = ""
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "step" in answer:
-                    progress.step(last := answer["step"])
-                elif "note" in answer:
-                    progress.note(answer["note"])
-                elif "error" in answer:
-                    raise _as_raised(answer)
-                else:
-                    return answer["result"]
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)  # its answers ended, and how it ends is about to show
-        except BrokenPipeError:
-            pass  # it ended before it read the request
-        finally:
-            process.kill()
-        errors.seek(0)
-        tail = errors.read().decode(errors="replace").strip().splitlines()
-    said = f", having said: {printable(tail[-1])[:200]}" if tail else ""
-    during = f" during {last}" if last else ""
-    raise CrashError(f"{name}'s process {_end(process.wait())}{during}{said}")
+    """Run `python -m module` for one request; as `Child.ask`."""
+    with Child(["-m", module], name=name) as child:
+        return child.ask(request, progress=progress)
 
 
 def serve(handlers: Mapping[str, Handler]) -> NoReturn:
-    """Be the child: answer the request on standard input with the handler that it asks for, and end the process."""
+    """Be the child: answer each request on standard input with the handler that it asks for, and end the process."""
     end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # native code would not look at Python's flag for minutes
     warnings.simplefilter("ignore")
@@ -109,18 +140,18 @@ def serve(handlers: Mapping[str, Handler]) -> NoReturn:
         except BrokenPipeError:  # who asked is gone
             os._exit(1)
 
-    request, code = json.load(sys.stdin), 1
+    code = 1
     try:
-        result = handlers[request["ask"]](request, say)
+        for line in sys.stdin:
+            request = json.loads(line)
+            say("result", handlers[request["ask"]](request, say))
+        code = 0
     except MDNetError as error:
         say("error", str(error), kind="usage" if isinstance(error, UsageError) else "work")
     except OSError as error:
         say("error", str(error), errno=[error.errno, error.strerror, error.filename])
     except Exception as error:
         say("error", f"unexpected {type(error).__name__}: {first_line(error)}")
-    else:
-        say("result", result)
-        code = 0
     sys.stderr.flush()
     os._exit(code)  # the work is done: a library that trips over its own unloading must not make it look undone
 

@@ -169,17 +169,13 @@ Round = dict[tuple[str, int], float]
 
 def _start(setup: Setup, name: str, what: str, batch_size: int) -> Worker:
     threads = setup.threads or available_cores()
-    arguments = ["--batch-size", str(batch_size), "--threads", str(threads)]
+    options: dict[str, Any] = {"batch_size": batch_size}
     if what == PYTORCH:
-        arguments += ["--preset", setup.manifest.preset]
-        arguments += ["--image-size", str(setup.manifest.preprocessing.image_size)]
-        return Worker(name, ["-m", "mdnet.cli.bench_worker", *arguments], threads=threads)
-    arguments += ["--bundle", os.path.abspath(setup.bundle), "--backend", what]  # noqa: PTH100 (resolve() follows links)
-    if setup.images:
-        arguments += [f"--images={location}" for location in setup.images]
-    else:
-        arguments += ["--image-size", "{}x{}".format(*setup.image_size)]
-    return Worker(name, ["-m", "mdnet_rt.bench.worker", *arguments], threads=threads)
+        options |= {"preset": setup.manifest.preset, "image_size": setup.manifest.preprocessing.image_size}
+        return Worker(name, ["-m", "mdnet.cli.bench_worker"], options, threads=threads)
+    options |= {"bundle": os.fspath(setup.bundle), "backend": what}
+    options |= {"images": setup.images} if setup.images else {"image_size": setup.image_size}
+    return Worker(name, ["-m", "mdnet_rt.bench.worker"], options, threads=threads)
 
 
 def _check_shapes(name: str, facts: dict[str, Any], manifest: Manifest) -> None:

@@ -1,21 +1,15 @@
-"""A bundle on one backend as a contestant of `mdnet-rt bench`: `python -m mdnet_rt.bench.worker`.
-
-What comes in and goes out is in `process.py`.
-"""
+"""A bundle on one backend as a contestant of `mdnet-rt bench`: `python -m mdnet_rt.bench.worker`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.system.child_process import serve
 from mdnet_rt.bench.clock import timed
 
 if TYPE_CHECKING:
@@ -30,36 +24,27 @@ MADE = 8
 Stages = dict[str, Callable[[], object]]
 
 
-def main() -> None:
-    """Answer for the bundle that the command line names."""
-    answer(lambda: open_stages(_parse()))
-
-
-def answer(opened: Callable[[], tuple[Stages, dict[str, Any]]]) -> None:
-    """Answer on standard output until standard input ends.
+def answer(opened: Callable[[Mapping[str, Any]], tuple[Stages, dict[str, Any]]]) -> NoReturn:
+    """Be a `Worker`'s process.
 
     Args:
-        opened: gives the stages that can be run, and what there is to say about them.
+        opened: takes the worker's options; gives the stages that can be run, and what there is to say about them.
     """
-    # A library that prints must not write between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    try:
-        stages, facts = opened()
-        print(json.dumps(facts), file=answers, flush=True)
-        for line in sys.stdin:
-            _, seconds = timed(stages[line.strip()])
-            print(seconds, file=answers, flush=True)
-    except MDNetError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        print(f"unexpected {type(error).__name__}: {first_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    stages: Stages = {}
+
+    def open_(request: dict[str, Any], say: object) -> dict[str, Any]:
+        found, facts = opened(request)
+        stages.update(found)
+        return facts
+
+    serve({"open": open_, "run": lambda request, _: timed(stages[request["stage"]])[1]})
 
 
-def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
+def open_stages(options: Mapping[str, Any]) -> tuple[Stages, dict[str, Any]]:
     """What can be run, and what there is to say about it.
+
+    Args:
+        options: `bundle`, `backend`, `threads`, `batch_size`, and either `images` (locations) or `image_size`.
 
     Raises:
         UsageError: a backend that is not for this bundle; no image can be read.
@@ -69,12 +54,12 @@ def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
     from mdnet_rt.bench.sample import decode
     from mdnet_rt.scoring.scorer import Scorer
 
-    n = options.batch_size
-    bundle = Bundle.open(options.bundle)
+    n = options["batch_size"]
+    bundle = Bundle.open(Path(options["bundle"]))
     entries, images = _images(options, bundle.manifest.preprocessing.image_size)
     batch, stream = list(islice(cycle(entries), n)), list(islice(cycle(entries), STREAM * n))
-    check = options.backend == "auto"
-    scorer = Scorer(bundle, backend=options.backend, threads=options.threads, batch_size=n, check=check)
+    backend, threads = options["backend"], options["threads"]
+    scorer = Scorer(bundle, backend=backend, threads=threads, batch_size=n, check=backend == "auto")
     graphs, size = scorer._graphs, scorer.image_size
     pixels = np.stack([decode(entry, size) for entry in batch])
     features = {**graphs["encoder"].run({"image": pixels}), **graphs["vim"].run({"image": pixels})}
@@ -90,29 +75,18 @@ def open_stages(options: argparse.Namespace) -> tuple[Stages, dict[str, Any]]:
     return stages, {"images_per_run": runs, "graphs": dict(scorer.choice.graphs), "images": images}
 
 
-def _images(options: argparse.Namespace, size: int) -> tuple[list[Entry], dict[str, Any]]:
+def _images(options: Mapping[str, Any], size: int) -> tuple[list[Entry], dict[str, Any]]:
     from mdnet_rt.bench.sample import make_jpegs, take_images
 
-    if options.images:
-        entries, skipped = take_images(options.images, STREAM * options.batch_size, size)
-        return entries, {"source": options.images, "distinct": len(entries), "skipped": skipped}
-    width, height = map(int, options.image_size.split("x"))
-    entries = make_jpegs(min(MADE, STREAM * options.batch_size), width, height)
+    count = STREAM * options["batch_size"]
+    if images := options.get("images"):
+        entries, skipped = take_images(images, count, size)
+        return entries, {"source": images, "distinct": len(entries), "skipped": skipped}
+    width, height = options["image_size"]
+    entries = make_jpegs(min(MADE, count), width, height)
     source = f"made: JPEGs of {width}x{height}, low-frequency noise, seed 0"
     return entries, {"source": source, "distinct": len(entries), "skipped": 0}
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", required=True)
-    parser.add_argument("--backend", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--images", action="append")
-    images.add_argument("--image-size")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    answer(open_stages)

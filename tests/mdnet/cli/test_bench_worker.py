@@ -1,53 +1,49 @@
-"""PyTorch as a contestant speaks the workers' protocol; `tests/runtime/bench/test_bench.py` runs bundles against it."""
+"""PyTorch as a contestant: it answers as workers do; `tests/runtime/bench/test_bench.py` runs bundles against it."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mdnet.cli.bench_worker import open_stages
 from mdnet.model.config import preset
+from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.system.child_process import Child
 
-COMMAND = [sys.executable, "-m", "mdnet.cli.bench_worker", "--threads", "1", "--batch-size", "2"]
+OPEN = {"ask": "open", "threads": 1, "batch_size": 2}
 
 
-def test_a_stage_in_gives_its_seconds_out_until_the_input_ends() -> None:
+def started() -> Child:
+    return Child(["-m", "mdnet.cli.bench_worker"], name="pytorch")
+
+
+def test_each_stage_that_is_asked_for_gives_its_seconds() -> None:
     stages = ["graphs", "encoder", "vim", "fusion"]
-    result = subprocess.run(
-        [*COMMAND, "--preset", "demo"], input="\n".join(stages), capture_output=True, text=True, check=True
-    )
-    ready, *seconds = result.stdout.splitlines()
-    assert json.loads(ready)["images_per_run"] == dict.fromkeys(stages, 2)
-    assert len(seconds) == 4
-    assert all(float(each) > 0 for each in seconds)
+    with started() as child:
+        assert child.ask({**OPEN, "preset": "demo"})["images_per_run"] == dict.fromkeys(stages, 2)
+        assert all(child.ask({"ask": "run", "stage": stage}) > 0 for stage in stages)
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("options", "message"),
     [
-        (["--preset", "huge"], 2, "no preset 'huge'; there are: "),
-        (["--preset", "demo", "--image-size", "100"], 2, "image_size is 100; "),
+        ({"preset": "huge"}, "no preset 'huge'; there are: "),
+        ({"preset": "demo", "image_size": 100}, "image_size is 100; "),
     ],
 )
-def test_what_it_can_not_be_is_one_line(options: list[str], code: int, message: str) -> None:
-    result = subprocess.run([*COMMAND, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == code
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(message)
+def test_what_it_can_not_be_is_one_line(options: dict[str, Any], message: str) -> None:
+    with started() as child, pytest.raises(UsageError, match=f"^{message}"):
+        child.ask({**OPEN, **options})
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = subprocess.run([*COMMAND, "--preset", "demo"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr == "torch is not installed; it comes with the extra mdnet[train]\n"
+    with started() as child, pytest.raises(MDNetError, match=r"^torch is not installed; it comes with the extra mdnet"):
+        child.ask({**OPEN, "preset": "demo"})
 
 
 def test_its_stages_are_the_parts_of_one_model() -> None:

@@ -23,6 +23,7 @@ from scipy import stats
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import Manifest, TensorSpec
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.system.child_process import CrashError
 from mdnet_engines.system.machine import this_machine
 from mdnet_rt.bench import clock as bench_clock
 from mdnet_rt.bench import run as bench
@@ -45,11 +46,18 @@ def setup(shared_bundle: Path) -> bench.Setup:
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Write a module that a worker can be started with."""
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Write a module that a worker can be started with: what it does when it is to run, and at its start."""
 
-    def write(text: str) -> str:
-        (tmp_path / "contestant.py").write_text(text)
+    def write(run: str, start: str = "") -> str:
+        (tmp_path / "contestant.py").write_text(
+            "import os, signal, sys\n"
+            "from mdnet_engines.system.child_process import serve\n"
+            "from mdnet_engines.errors import MDNetError, UsageError\n"
+            f"{start}\n"
+            f"def run(request, say):\n    {run or 'pass'}\n"
+            "serve({'open': lambda request, say: {'threads': request['threads']}, 'run': run})\n"
+        )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         return "contestant"
 
@@ -74,7 +82,7 @@ class Fake:
     log: list[tuple[str, str]] = []  # noqa: RUF012 (the test clears it)
     drift = 1.0
 
-    def __init__(self, name: str, program: list[str], *, threads: int):
+    def __init__(self, name: str, program: list[str], options: object, *, threads: int):
         self.name = name
 
     def ready(self) -> dict[str, Any]:
@@ -252,15 +260,12 @@ def test_a_backend_that_is_not_for_this_bundle_is_named(shared_bundle: Path) -> 
 
 
 @pytest.mark.usefixtures("deadline")
-def test_a_worker_that_ends_by_an_error_is_told_of_by_its_last_line(module: Callable[[str], str]) -> None:
-    name = module(
-        "import sys\nprint('{}', flush=True)\ninput()\nprint('noise', file=sys.stderr)\nsys.exit('no memory')"
-    )
-    with Worker("it", ["-m", name], threads=1) as worker:
-        assert worker.ready() == {}
+def test_a_worker_that_ends_by_an_error_is_one_line_with_its_name(module: Callable[..., str]) -> None:
+    with Worker("it", ["-m", module("raise MDNetError('no memory')")], {}, threads=1) as worker:
+        assert worker.ready() == {"threads": 1}
         with pytest.raises(MDNetError, match=r"^it: no memory$"):
             worker.run("graphs")
-        with pytest.raises(MDNetError, match=r"^it: no memory$"):  # and again, where the pipe is closed
+        with pytest.raises(MDNetError, match=r"^it's process ended "):  # and again, where the pipe is closed
             worker.run("graphs")
 
 
@@ -268,34 +273,29 @@ def test_a_worker_that_ends_by_an_error_is_told_of_by_its_last_line(module: Call
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", r"^it: its process was killed \(out of memory\?\)$"),
-        ("print('last', file=sys.stderr); os.abort()", r"^it: its process ended by SIGABRT, having said: last$"),
-        ("os._exit(3)", r"^it: its process ended without a word \(exit code 3\)$"),
-        ("1 / 0", r"^it: ZeroDivisionError: division by zero$"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"^it's process was killed \(out of memory\?\)$"),
+        ("print('last', file=sys.stderr); os.abort()", r"^it's process was ended by SIGABRT, having said: last$"),
+        ("os._exit(3)", r"^it's process ended without an answer \(exit code 3\)$"),
+        ("1 / 0", r"^it's process ended .* having said: ZeroDivisionError: division by zero$"),
     ],
 )
-def test_a_worker_that_dies_before_it_is_ready_is_no_hang(module: Callable[[str], str], end: str, message: str) -> None:
-    with Worker("it", ["-m", module(f"import os, signal, sys\n{end}")], threads=1) as worker:
-        with pytest.raises(MDNetError, match=message) as caught:
-            worker.ready()
-        assert type(caught.value) is MDNetError
-
-
-@pytest.mark.usefixtures("deadline")
-def test_a_worker_that_was_asked_for_what_can_not_be_is_bad_usage(module: Callable[[str], str]) -> None:
-    name = module("import sys\nprint('not for this', file=sys.stderr)\nsys.exit(2)")
-    with Worker("it", ["-m", name], threads=1) as worker, pytest.raises(UsageError, match=r"^it: not for this$"):
+def test_a_worker_that_dies_before_it_is_ready_is_no_hang(module: Callable[..., str], end: str, message: str) -> None:
+    with Worker("it", ["-m", module("", end)], {}, threads=1) as worker, pytest.raises(CrashError, match=message):
         worker.ready()
 
 
+@pytest.mark.usefixtures("deadline")
+def test_a_worker_that_was_asked_for_what_can_not_be_is_bad_usage(module: Callable[..., str]) -> None:
+    name = module("raise UsageError('not for this')")
+    with Worker("it", ["-m", name], {}, threads=1) as worker, pytest.raises(UsageError, match=r"^it: not for this$"):
+        worker.run("graphs")
+
+
 @pytest.mark.skipif(not LINUX, reason="only Linux says it")
-def test_peak_memory_is_that_of_the_worker_alone(module: Callable[[str], str]) -> None:
+def test_peak_memory_is_that_of_the_worker_alone(module: Callable[..., str]) -> None:
     held = bytearray(os.urandom(1)) * 2**28  # which a process that starts with its parent's peak would show
-    name = module(
-        "print('{}', flush=True)\ninput()\nheld = bytearray(2**26)\nheld[::4096] = b'1' * 2**14\n"
-        "print(1, flush=True)\ninput()"
-    )
-    with Worker("it", ["-m", name], threads=1) as worker:
+    name = module("held = bytearray(2**26); held[::4096] = b'1' * 2**14; return 1")
+    with Worker("it", ["-m", name], {}, threads=1) as worker:
         worker.ready()
         before = worker.peak_memory()
         worker.run("graphs")
