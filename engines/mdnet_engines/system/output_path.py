@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from mdnet_engines.errors import UsageError, printable
+
 _DESCRIPTOR = re.compile(r"/proc/(?P<process>[0-9]+)(?:/task/[0-9]+)?/fd/(?P<number>[0-9]+)|/dev/fd/(?P<ours>[0-9]+)")
 _MAX_LINKS = 40  # as many as Linux follows
 
@@ -41,6 +43,18 @@ def open_special(path: str | os.PathLike[str]) -> BinaryIO:
     descriptor = descriptor_of(path)
     # Not by its name: that would open the file anew, at its beginning, and a socket has none.
     return Path(path).open("ab") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
+
+
+def check_replaceable(target: Path, name: str) -> None:
+    """Raise `UsageError` where no new file could take `target`'s place, links followed; messages call it `name`."""
+    if target.is_dir():
+        raise UsageError(f"{name} is a folder; give the file to write")
+    if not target.parent.is_dir():
+        raise UsageError(f"{name}: there is no folder {printable(target.parent)}; make it first")
+    # Replacing takes a writable folder only, but a read-only file was made so for a reason.
+    for place in [target.parent, *([target] if target.exists() else [])]:
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"{name}: no permission to write to {printable(place)}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mdnet_rt.bench.clock import timed
 from mdnet_rt.bench.facts import describe_bundle, describe_host
 from mdnet_rt.bench.sample import decode, fetch
 from mdnet_rt.images.preprocess import ImageError
+from mdnet_rt.rows.result import judge
 
 if TYPE_CHECKING:
     from mdnet_engines.bundle.manifest import Manifest, Preprocessing
@@ -179,35 +180,28 @@ def places(values: Iterable[float]) -> np.ndarray:
     return ranks(-np.asarray(list(values), np.float64))
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A batch in one bundle: a score or a reason for each image, and the seconds of the graphs for `count` of them."""
+class _Scored(NamedTuple):
+    """A batch in one bundle: score and reason of each image, and the seconds of the graphs for `count` of them."""
 
-    scores: list[float | str]
+    outcomes: list[tuple[float | None, str | None]]
     count: int
     seconds: float
 
 
 def _score(scorer: Scorer, images: list[np.ndarray | ImageError]) -> _Scored:
     good = [image for image in images if not isinstance(image, ImageError)]
-    if not good:
-        return _Scored([str(image) for image in images], 0, 0.0)
-    batch = np.stack(good)
-    given, seconds = timed(lambda: scorer.score_batch(batch))
+    given, seconds = timed(lambda: scorer.score_batch(np.stack(good))) if good else ([], 0.0)
     values = iter(given)
-    scores = [str(image) if isinstance(image, ImageError) else _score_or_reason(next(values)) for image in images]
-    return _Scored(scores, len(good), seconds)
-
-
-def _score_or_reason(value: np.floating) -> float | str:
-    return float(value) if np.isfinite(value) else f"score is not finite ({value})"
+    found = (
+        (None, "", str(image)) if isinstance(image, ImageError) else judge(float(next(values))) for image in images
+    )
+    return _Scored([(score, reason) for score, _, reason in found], len(good), seconds)
 
 
 def _add(comparison: Comparison, batch: list[Entry], a: _Scored, b: _Scored) -> None:
-    for entry, score_a, score_b in zip(batch, a.scores, b.scores, strict=True):
-        if isinstance(score_a, str) or isinstance(score_b, str):
-            reasons = (each if isinstance(each, str) else None for each in (score_a, score_b))
-            comparison.failures.append(Failure(entry.name, *reasons))
+    for entry, (score_a, reason_a), (score_b, reason_b) in zip(batch, a.outcomes, b.outcomes, strict=True):
+        if score_a is None or score_b is None:
+            comparison.failures.append(Failure(entry.name, reason_a, reason_b))
         else:
             comparison.images.append(entry.name)
             comparison.a.append(score_a)

@@ -20,7 +20,7 @@ from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, 
 from mdnet_engines.report.numbers import score_text
 from mdnet_engines.report.thumbnails import Thumbnail, thumbnail
 from mdnet_engines.system.atomic import new_file
-from mdnet_engines.system.output_path import is_special
+from mdnet_engines.system.output_path import check_replaceable, is_special
 from mdnet_rt.rows.result import Result, Stamp, Summary
 
 if TYPE_CHECKING:
@@ -117,16 +117,9 @@ def check_report(output: Path) -> None:
     """
     require("jinja2", "report")
     target, name = Path(os.path.realpath(output)), f"--report {printable(output)}"
-    if target.is_dir():
-        raise UsageError(f"{name} is a folder; give the file to write")
-    if is_special(output):
+    if is_special(output) and not target.is_dir():
         raise UsageError(f"{name} is no regular file, which a page needs")
-    if not target.parent.is_dir():
-        raise UsageError(f"{name}: there is no folder {printable(target.parent)}; make it first")
-    # Replacing takes a writable folder only, but a read-only file was made so for a reason.
-    for place in [target.parent, *([target] if target.exists() else [])]:
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"{name}: no permission to write to {printable(place)}")
+    check_replaceable(target, name)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,13 @@ class Result:
     def ok(self) -> bool:
         """Whether the image was scored."""
         return self.status == "ok"
+
+
+def judge(score: float, warning: str | None = None) -> tuple[float | None, str, str | None]:
+    """Score, status and reason of an image that the graphs gave `score`."""
+    if math.isfinite(score):
+        return score, "ok", warning
+    return None, "not_finite", f"score is not finite ({score})"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, Protocol
 
 from mdnet_engines.console import INTERRUPTED, explain_os_error
 from mdnet_engines.errors import MDNetError, UsageError, printable, require
-from mdnet_engines.system.output_path import descriptor_of, is_special, open_special
+from mdnet_engines.system.output_path import check_replaceable, descriptor_of, is_special, open_special
 from mdnet_rt.rows.encoding import RowFormat, encode, header, read_rows
 from mdnet_rt.rows.result import Result, Stamp
 
@@ -145,14 +145,7 @@ def check_output(output: Path, format: Format, *, resume: bool = False) -> None:
     if is_special(output) and not target.is_dir():
         _check_special(output, format, resume)
         return
-    if target.is_dir():
-        raise UsageError(f"-o {printable(output)} is a folder; give the file to write")
-    if not target.parent.is_dir():
-        raise UsageError(f"-o {printable(output)}: there is no folder {printable(target.parent)}; make it first")
-    # Replacing takes a writable folder only, but a read-only file was made so for a reason.
-    for place in [target.parent, *([target] if target.exists() else [])]:
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"-o {printable(output)}: no permission to write to {printable(place)}")
+    check_replaceable(target, f"-o {printable(output)}")
     if resume and format == "table":
         raise UsageError("--resume continues .csv, .jsonl and .parquet files; a table can't be continued")
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from mdnet_rt.images.preprocess import Decoded, ImageError
-from mdnet_rt.rows.result import Result
+from mdnet_rt.rows.result import Result, judge
 
 BATCHES_AHEAD = 2
 MAX_BYTES_AHEAD = 256 * 2**20
@@ -197,7 +197,4 @@ class _Held:
 def _row(name: str, found: _Found, scores: Iterator[np.floating]) -> Result:
     if isinstance(found, ImageError):
         return Result(name, None, found.status, str(found))
-    score = float(next(scores))
-    if not np.isfinite(score):
-        return Result(name, None, "not_finite", f"score is not finite ({score})", found.width, found.height)
-    return Result(name, score, "ok", found.warning, found.width, found.height)
+    return Result(name, *judge(float(next(scores)), found.warning), found.width, found.height)

@@ -22,6 +22,7 @@ from PIL import Image
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.images.preprocess import Decoded, ImageError, decode
+from mdnet_rt.rows.result import judge
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 from mdnet_rt.server.large import Job as LargeJob
 from mdnet_rt.server.large import LargeDecoders, LargeError, refuse_large
@@ -229,7 +230,7 @@ class Work:
         self._seconds_per_image += (newest - self._seconds_per_image) * (_SMOOTHING if self._seconds_per_image else 1)
         for index, job in enumerate(jobs):
             self._metrics.queue_seconds.observe(start - job.decoded_at)
-            self._finish(job, scores if isinstance(scores, MDNetError) else _outcome(scores[index], job.warning))
+            self._finish(job, scores if isinstance(scores, MDNetError) else Outcome(*judge(scores[index], job.warning)))
 
     def _finish(self, job: _ImageJob, outcome: Outcome | MDNetError | None) -> None:
         """An image leaves: with its outcome, with an error of ours, or with neither as nobody wants it any more."""
@@ -251,9 +252,3 @@ class Work:
 def _give_up(task: _Task, reason: Exception) -> None:
     if not task.done.done():
         task.done.set_exception(reason)
-
-
-def _outcome(score: float, warning: str | None) -> Outcome:
-    if math.isfinite(score):
-        return Outcome(score, reason=warning)
-    return Outcome(None, "not_finite", f"score is not finite ({score})")
