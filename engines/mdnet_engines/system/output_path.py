@@ -45,7 +45,7 @@ def open_special(path: str | os.PathLike[str]) -> BinaryIO:
     return Path(path).open("ab") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
 
 
-def check_replaceable(target: Path, name: str) -> None:
+def check_writable(target: Path, name: str) -> None:
     """Raise `UsageError` where no new file could take `target`'s place, links followed; messages call it `name`."""
     if target.is_dir():
         raise UsageError(f"{name} is a folder; give the file to write")

@@ -20,7 +20,7 @@ from mdnet_engines.errors import MDNetError, UsageError, first_line, printable, 
 from mdnet_engines.report.numbers import score_text
 from mdnet_engines.report.thumbnails import Thumbnail, thumbnail
 from mdnet_engines.system.atomic import new_file
-from mdnet_engines.system.output_path import check_replaceable, is_special
+from mdnet_engines.system.output_path import check_writable, is_special
 from mdnet_rt.rows.result import Result, Stamp, Summary
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def check_report(output: Path) -> None:
     target, name = Path(os.path.realpath(output)), f"--report {printable(output)}"
     if is_special(output) and not target.is_dir():
         raise UsageError(f"{name} is no regular file, which a page needs")
-    check_replaceable(target, name)
+    check_writable(target, name)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, Protocol
 
 from mdnet_engines.console import INTERRUPTED, explain_os_error
 from mdnet_engines.errors import MDNetError, UsageError, printable, require
-from mdnet_engines.system.output_path import check_replaceable, descriptor_of, is_special, open_special
+from mdnet_engines.system.output_path import check_writable, descriptor_of, is_special, open_special
 from mdnet_rt.rows.encoding import RowFormat, encode, header, read_rows
 from mdnet_rt.rows.result import Result, Stamp
 
@@ -145,7 +145,7 @@ def check_output(output: Path, format: Format, *, resume: bool = False) -> None:
     if is_special(output) and not target.is_dir():
         _check_special(output, format, resume)
         return
-    check_replaceable(target, f"-o {printable(output)}")
+    check_writable(target, f"-o {printable(output)}")
     if resume and format == "table":
         raise UsageError("--resume continues .csv, .jsonl and .parquet files; a table can't be continued")
 
