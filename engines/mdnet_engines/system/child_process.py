@@ -7,6 +7,8 @@ output:
     {"note": "…"}                                   what the user should know
     {"error": "…", "kind": "usage", "errno": […]}   why it failed, and ends; an `OSError`'s arguments where it was one
     {"result": …}                                   the last line of work that was done
+
+Bytes follow a line where its `bytes` says how many; they are the `data` of a request, or of a result.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line, printable
 from mdnet_engines.progress import SILENT, Progress
@@ -56,15 +58,21 @@ class Child:
             stderr=self._errors,
             # Not the current folder's modules: a folder called `tensorrt` may be there.
             env={**os.environ, **(environment or {}), "PYTHONSAFEPATH": "1"},
-            encoding="utf-8",
         )
         self.pid = self._process.pid
 
-    def ask(self, request: Mapping[str, Any], *, progress: Progress = SILENT) -> Any:
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        data: bytes = b"",
+        *,
+        progress: Progress = SILENT,
+    ) -> Any:
         """Give the result of one request.
 
         Args:
             request: what JSON can hold; its `ask` names the handler.
+            data: what the handler gets as the request's `data`.
 
         Raises:
             CrashError: the process ended without an answer; says how, and during which step.
@@ -74,8 +82,7 @@ class Child:
         assert self._process.stdout is not None
         last = ""
         with contextlib.suppress(BrokenPipeError):  # it ended before it read the request
-            self._process.stdin.write(f"{json.dumps(request)}\n")
-            self._process.stdin.flush()
+            _write(self._process.stdin, request, data)
         for line in self._process.stdout:
             answer = json.loads(line)
             if "step" in answer:
@@ -85,6 +92,8 @@ class Child:
             elif "error" in answer:
                 raise _as_raised(answer)
             else:
+                if size := answer["bytes"]:
+                    answer["result"]["data"] = self._process.stdout.read(size)
                 return answer["result"]
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)  # its answers ended, and how it ends is about to show
@@ -96,9 +105,13 @@ class Child:
         during = f" during {last}" if last else ""
         raise CrashError(f"{self.name}'s process {_end(code)}{during}{said}")
 
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
+    def kill(self) -> None:
+        """End the process, whatever it is doing; who asks it gets a `CrashError`. For another thread."""
         self._process.kill()
+
+    def close(self) -> None:
+        """End the process, and wait for that."""
+        self.kill()
         self._process.wait()
         self._errors.close()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -126,25 +139,31 @@ def ask(
 
 
 def serve(handlers: Mapping[str, Handler]) -> NoReturn:
-    """Be the child: answer each request on standard input with the handler that it asks for, and end the process."""
+    """Be the child: answer each request on standard input with the handler that it asks for, and end the process.
+
+    A handler takes a request and a function that says a step or a note. `data` in its result, a dict then, is bytes.
+    """
     end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # native code would not look at Python's flag for minutes
     warnings.simplefilter("ignore")
     # Native code that prints must not write between the lines of the answer.
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def say(key: str, value: Any, **more: Any) -> None:
+    def say(key: str, value: Any, data: bytes = b"", **more: Any) -> None:
         try:
-            print(json.dumps({key: value, **more}), file=answer, flush=True)
+            _write(answer, {key: value, **more}, data)
         except BrokenPipeError:  # who asked is gone
             os._exit(1)
 
     code = 1
     try:
-        for line in sys.stdin:
+        for line in sys.stdin.buffer:
             request = json.loads(line)
-            say("result", handlers[request["ask"]](request, say))
+            if size := request.pop("bytes", 0):
+                request["data"] = sys.stdin.buffer.read(size)
+            result = handlers[request["ask"]](request, say)
+            say("result", result, result.pop("data", b"") if isinstance(result, dict) else b"")
         code = 0
     except MDNetError as error:
         say("error", str(error), kind="usage" if isinstance(error, UsageError) else "work")
@@ -165,6 +184,12 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _write(stream: IO[bytes], line: Mapping[str, Any], data: bytes) -> None:
+    stream.write(json.dumps({**line, "bytes": len(data)}).encode() + b"\n")
+    stream.write(data)
+    stream.flush()
 
 
 def _as_raised(answer: Mapping[str, Any]) -> Exception:

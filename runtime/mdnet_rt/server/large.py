@@ -1,28 +1,20 @@
 """Large images are decoded in processes of their own, few at a time: they hold up nobody else, can be stopped, and the
 memory they took goes back with the process.
-
-A process reads jobs from its standard input, each a line of JSON and a file's bytes, and writes to its standard output
-a line of JSON for each, followed by the pixels where there are any. It ends when its input does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import queue
-import subprocess
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mdnet_engines.errors import first_line
+from mdnet_engines.system.child_process import Child, serve
 from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 
 LARGE_PIXELS = 3_000_000
@@ -84,14 +76,14 @@ class LargeDecoders:
             thread.join()
 
     def _run(self) -> None:
-        child: _Child | None = None
+        child: Child | None = None
         found: Decoded | ImageError
         while True:
             try:
                 job = self._jobs.get(timeout=_IDLE if child else None)
             except queue.Empty:
                 assert child is not None
-                child.end()
+                child.close()
                 child = None
                 continue
             if job is None:
@@ -100,78 +92,46 @@ class LargeDecoders:
                 job.deliver(ImageError("nobody waits for it"))
                 continue
             try:
-                child = child or _Child()
-                found = child.decode(job, self._seconds)
+                child = child or Child(["-m", __name__], name="it")
+                found = _decode_in(child, job, self._seconds)
             except Exception as error:  # no process could be started, or it died
                 if child:
-                    child.end()
+                    child.close()
                 child = None
-                found = ImageError(f"its decoder failed ({first_line(error)})")
+                found = ImageError(f"its decoder failed, or took longer than {self._seconds:g} s ({first_line(error)})")
             job.deliver(found)
         if child:
-            child.end()
+            child.close()
 
 
-class _Child:
-    """A process that decodes."""
+def _decode_in(child: Child, job: Job, seconds: float) -> Decoded | ImageError:
+    """The image, or why there is none.
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", __name__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        # Not the current folder's modules: a folder called `numpy` may be there.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        self._process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
-
-    def decode(self, job: Job, seconds: float) -> Decoded | ImageError:
-        """The image, or why there is none.
-
-        Raises:
-            OSError, ValueError: the process has died.
-        """
-        late = threading.Timer(seconds, self._process.kill)
-        late.start()
-        try:
-            _write(self._process.stdin, {**job.options, "bytes": len(job.data)}, job.data)
-            answer = json.loads(self._process.stdout.readline() or "null")
-            if answer is None:
-                raise ChildProcessError(f"ended, or took longer than {seconds:g} s")
-            if "error" in answer:
-                return ImageError(answer["error"])
-            size = job.options["size"]
-            pixels = np.frombuffer(self._process.stdout.read(size * size * 3), np.uint8).reshape(size, size, 3)
-            return Decoded(pixels, answer["width"], answer["height"], answer["warning"])
-        finally:
-            late.cancel()
-
-    def end(self) -> None:
-        """Let it end, and wait for that."""
-        with contextlib.suppress(OSError), self._process:
-            self._process.kill()
+    Raises:
+        MDNetError, OSError: the process has died, or was killed after `seconds`.
+    """
+    late = threading.Timer(seconds, child.kill)
+    late.start()
+    try:
+        found = child.ask({"ask": "decode", "options": job.options}, job.data)
+    finally:
+        late.cancel()
+    if "error" in found:
+        return ImageError(found["error"])
+    size = job.options["size"]
+    pixels = np.frombuffer(found.pop("data"), np.uint8).reshape(size, size, 3)
+    return Decoded(pixels, **found)
 
 
-def main() -> None:
-    """The process: decode what comes, until nothing more does."""
-    # What a library prints to standard output must not get among the answers.
-    answers, jobs = os.fdopen(os.dup(1), "wb"), sys.stdin.buffer
-    os.dup2(2, 1)
-    warnings.simplefilter("ignore")
-    while line := jobs.readline():
-        options = json.loads(line)
-        data = jobs.read(options.pop("bytes"))
-        try:
-            found = decode(data, options.pop("size"), **options)
-        except ImageError as error:
-            _write(answers, {"error": str(error)})
-        else:
-            facts = {"width": found.width, "height": found.height, "warning": found.warning}
-            _write(answers, facts, found.pixels.tobytes())
-
-
-def _write(stream: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
-    stream.write(json.dumps(head).encode() + b"\n")
-    stream.write(body)
-    stream.flush()
+def _decode(request: dict[str, Any], say: object) -> dict[str, Any]:
+    """In the process: what became of an image."""
+    try:
+        found = decode(request.get("data", b""), **request["options"])
+    except ImageError as error:
+        return {"error": str(error)}
+    facts = {"width": found.width, "height": found.height, "warning": found.warning}
+    return {**facts, "data": found.pixels.tobytes()}
 
 
 if __name__ == "__main__":
-    main()
+    serve({"decode": _decode})

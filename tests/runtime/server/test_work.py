@@ -19,9 +19,9 @@ from PIL import Image
 from mdnet_engines.bundle.files import read_manifest
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.images.preprocess import load_image
+from mdnet_rt.server import large
 from mdnet_rt.server.http.app import Counted, Service
 from mdnet_rt.server.http.routes import make_app
-from mdnet_rt.server.large import _Child
 from mdnet_rt.server.metrics import Metrics
 from mdnet_rt.server.settings import Settings
 from mdnet_rt.server.work import Work
@@ -120,13 +120,13 @@ def test_small_images_do_not_wait_for_large_ones(
 ) -> None:
     """Large ones are held up for as long as the test likes."""
     held = threading.Event()
-    decode = _Child.decode
+    decode = large._decode_in
 
     def late(*args: object) -> object:
         assert held.wait(DEADLINE)
         return decode(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_Child, "decode", late)
+    monkeypatch.setattr(large, "_decode_in", late)
     bomb = encoded(Image.new("RGB", (2000, 2000), (9, 0, 0)), "PNG")
 
     async def test(lab: Lab) -> None:
