@@ -106,12 +106,7 @@ def train(
     data: Path | None,
     protocol: Protocol,
     fold: int | None,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    patience: int,
     device: Device,
-    amp: bool,
     cache: Path | None,
     half_features: bool,
     fusion: str | None,
@@ -119,6 +114,7 @@ def train(
     log: Path | None,
     resume: bool,
     output: Path,
+    **how: Any,  # fields of TrainConfig
 ) -> None:
     """Train on a training list of the protocol, evaluate on its test list, write a checkpoint.
 
@@ -144,9 +140,7 @@ def train(
     if fusion not in (None, model.config.fusion):
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
-    config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, amp=amp, seed=seed
-    )
+    config = TrainConfig(**how, seed=seed)
     with _data_or_drawn(data) as folder, training_log(log) as write_log:
         split = read_splits(folder, protocol)[(fold or 1) - 1]
         with show_progress() as progress:
@@ -195,16 +189,12 @@ def ablate(
     data: Path | None,
     protocol: Protocol,
     fold: int | None,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    patience: int,
     device: Device,
-    amp: bool,
     cache: Path | None,
     half_features: bool,
     seeds: int,
     output: Path | None,
+    **how: Any,  # fields of TrainConfig
 ) -> None:
     """Compare MD-Net with each stream alone, and with concatenation in place of cross-attention.
 
@@ -222,7 +212,7 @@ def ablate(
     check_device(device)
     results = Results(output)
     _check_data(data, _initial_model(preset, init, 0))
-    config = TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, amp=amp)
+    config = TrainConfig(**how)
     with _data_or_drawn(data) as folder, show_progress() as progress:
         split = read_splits(folder, protocol)[(fold or 1) - 1]
         runs = compare(

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mdnet_engines.backends.candidates import BACKENDS, Backend
+from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import say, show_progress, stdout_is_terminal
 from mdnet_engines.errors import UsageError, printable
 from mdnet_rt.rows.result import Stamp
@@ -64,21 +64,16 @@ def score(
     paths: tuple[str, ...],
     list_: Path | None,
     null: bool,
-    column: str | None,
-    bundle: Path | None,
     output: Path | None,
     format_: Format | None,
     resume: bool,
     report: Path | None,
-    face: str | None,
-    batch_size: int,
-    threads: int,
     workers: int,
-    backend: Backend,
     no_check: bool,
     executor: str,
     ray_address: str | None,
     ray_actors: int | None,
+    **how: Any,  # fields of the run's settings
 ) -> int:
     """Score images, folders (searched with their subfolders), quoted patterns such as 'a/**/*.jpg', tar archives,
     Parquet files, and URLs of all these.
@@ -99,17 +94,7 @@ def score(
     # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
     bar = sys.stderr.isatty() and (rows == "table" or output is not None or not stdout_is_terminal())
     workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
-    settings = Settings(
-        bundle,
-        backend,
-        threads,
-        batch_size,
-        workers,
-        column,
-        face,
-        keep_pixels=report is not None,
-        check=not no_check,
-    )
+    settings = Settings(**how, workers=workers, keep_pixels=report is not None, check=not no_check)
     with _open_executor(executor, settings, ray_address, ray_actors) as (manifest, score_locations):
         if note := _WEIGHTS_NOTES.get(manifest.provenance.weights):
             say(note)

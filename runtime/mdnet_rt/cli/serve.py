@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -53,23 +54,14 @@ def serve(
     named: Path | None,
     host: str,
     port: int,
-    max_batch: int,
     max_wait_ms: float,
-    max_queue: int,
-    max_images: int,
     max_body_mib: int,
     max_held_mib: int,
-    max_pixels: int,
-    max_connections: int,
-    read_timeout: float,
-    score_timeout: float,
-    keep_alive: float,
-    drain_timeout: float,
-    model_name: str,
     access_log: bool,
     threads: int,
     backend: Backend,
     no_check: bool,
+    **limits: Any,  # which have the names of the settings
 ) -> int:
     """Serve a bundle over HTTP: POST /score, and the Open Inference Protocol under /v2.
 
@@ -84,19 +76,10 @@ def serve(
     from mdnet_rt.server.settings import Settings
 
     settings = Settings(
-        model_name=model_name,
-        max_batch=max_batch,
         max_wait=max_wait_ms / 1000,
-        max_queue=max_queue,
-        max_images=max_images,
         max_body=max_body_mib * _MEBIBYTE,
         max_held=max_held_mib * _MEBIBYTE,
-        max_pixels=max_pixels,
-        max_connections=max_connections,
-        read_timeout=read_timeout,
-        score_timeout=score_timeout,
-        keep_alive=keep_alive,
-        drain_timeout=drain_timeout,
+        **limits,
     )
     return run(
         bundle or named,
