@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mdnet.model.net import MDNet
 
 BATCH_SIZE = 16
+FIGURES = ("pearson", "mae", "rmse")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,18 @@ class Evaluation:
 
     def figures(self) -> dict[str, float]:
         """The three figures by their field's name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "images"}
+        return {name: getattr(self, name) for name in FIGURES}
 
     def __str__(self) -> str:
         return f"PC {self.pearson:.4f}  MAE {self.mae:.4f}  RMSE {self.rmse:.4f} on {self.images} test images"
+
+
+def load_needed(file: Path, size: int, *, to_srgb: bool = True) -> np.ndarray:
+    """As `load_image`; an image that can't be read is a `MDNetError`, which ends the work."""
+    try:
+        return load_image(file, size, to_srgb=to_srgb)
+    except ImageError as error:
+        raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
 
 
 def predict(
@@ -66,13 +75,8 @@ def predict(
     predicted, advance = [], progress.count(f"scoring {len(data)} images", len(data))
     for start in range(0, len(data), batch_size):
         files = data.images[start : start + batch_size]
-        pixels = []
-        for file in files:
-            try:
-                pixels.append(load_image(file, image_size, to_srgb=to_srgb))
-            except ImageError as error:
-                raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
-        scores = np.asarray(score(np.stack(pixels)), dtype=np.float64)
+        pixels = np.stack([load_needed(file, image_size, to_srgb=to_srgb) for file in files])
+        scores = np.asarray(score(pixels), dtype=np.float64)
         for file, value in zip(files, scores, strict=True):
             if not np.isfinite(value):
                 raise MDNetError(f"{file}: its score is not finite ({value})")

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, departures, read_splits
-from mdnet.evaluation.evaluate import BATCH_SIZE, Evaluation, predict
+from mdnet.evaluation.evaluate import BATCH_SIZE, FIGURES, Evaluation, predict
 from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
 from mdnet_engines.progress import SILENT, Progress
 
-FIGURES = ("pearson", "mae", "rmse")
 EVERY_GROUP = "all"
 
 

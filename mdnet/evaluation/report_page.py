@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mdnet.data.scut_fbp5500 import GROUPS
-from mdnet.evaluation.evaluate import Evaluation
-from mdnet.evaluation.protocols import EVERY_GROUP, FIGURES, Benchmark
+from mdnet.evaluation.evaluate import FIGURES, Evaluation
+from mdnet.evaluation.protocols import EVERY_GROUP, Benchmark
 from mdnet.evaluation.published import published
 from mdnet_engines.report.charts import Point, histogram, residuals, scatter, thin, worst_first
 from mdnet_engines.report.numbers import number, score_text

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,15 @@ import numpy as np
 import torch
 
 from mdnet.data.scut_fbp5500 import Rated, Split
-from mdnet.evaluation.evaluate import Evaluation
+from mdnet.evaluation.evaluate import FIGURES, Evaluation
 from mdnet.model.config import FUSIONS, TrainConfig
 from mdnet.model.net import MDNet, with_fusion
-from mdnet.training.features import cached_features
+from mdnet.training.features import cached_features, feature_folder
 from mdnet.training.state import Fingerprint, fingerprint
 from mdnet.training.train import score_features, train
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
-
-FIGURES = ("pearson", "mae", "rmse")
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def ablate(
         MDNetError: as `mdnet.training.train.train`.
     """
     runs = []
-    with _folder(cache) as folder:
+    with feature_folder(cache) as folder:
         for data in (split.train, split.test):  # first and alone, for their progress
             with _features(start(seeds[0]).to(device), data, folder, half_features, progress):
                 pass
@@ -156,12 +153,3 @@ def _features(
     model: MDNet, data: Rated, folder: Path, half: bool, progress: Progress = SILENT
 ) -> contextlib.AbstractContextManager[Any]:
     return cached_features(model.diffusion, model.config, data, folder=folder, half=half, progress=progress)
-
-
-@contextlib.contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
-    if cache is not None:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(prefix="mdnet-features-") as folder:
-        yield Path(folder)

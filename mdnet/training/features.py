@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdnet.data.scut_fbp5500 import Rated
+from mdnet.evaluation.evaluate import load_needed
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
-from mdnet_rt.images.preprocess import ImageError, load_image
 
 SHARD_IMAGES = 64
 _IMAGES_KEY = "mdnet_images"
@@ -74,6 +74,17 @@ class Features:
 
 
 @contextmanager
+def feature_folder(folder: Path | None) -> Iterator[Path]:
+    """Give the cache's folder, made where it is missing; without one a temporary folder, which goes with the block."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mdnet-features-") as scratch:
+        yield Path(scratch)
+
+
+@contextmanager
 def cached_features(
     encoder: DiffusionEncoder,
     config: MDNetConfig,
@@ -87,7 +98,7 @@ def cached_features(
     """Give the features of `data`'s images and of their mirror images; what is not in the cache yet is computed.
 
     Args:
-        folder: the cache, made where it is missing; by default a temporary one, which goes with the block.
+        folder: the cache, as `feature_folder` has it.
         half: keep float16 in place of float32: half the disk, features rounded to 11 bits.
         batch_size: images per run of the encoder, each with its mirror image.
         progress: counts the images that are ready.
@@ -95,8 +106,8 @@ def cached_features(
     Raises:
         MDNetError: an image can't be read, the disk is too small, or a feature is not finite in the type it is kept in.
     """
-    with tempfile.TemporaryDirectory(prefix="mdnet-features-") if folder is None else _existing(folder) as root:
-        cache = _Cache(Path(root), encoder, config, half)
+    with feature_folder(folder) as root:
+        cache = _Cache(root, encoder, config, half)
         pixels = _load_pixels(data, config.image_size)
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
@@ -195,17 +206,8 @@ def _open_shard(file: Path, names: Iterable[str]) -> tuple[list[str], dict[str, 
         return images, {name: stored.get_tensor(name) for name in names}
 
 
-@contextmanager
-def _existing(folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-
-
 def _load_pixels(data: Rated, size: int) -> Tensor:
     pixels = torch.empty(len(data), size, size, 3, dtype=torch.uint8)
     for row, file in enumerate(data.images):
-        try:
-            pixels[row] = torch.from_numpy(np.ascontiguousarray(load_image(file, size)))
-        except ImageError as error:
-            raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
+        pixels[row] = torch.from_numpy(np.ascontiguousarray(load_needed(file, size)))
     return pixels
