@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -180,7 +180,8 @@ def places(values: Iterable[float]) -> np.ndarray:
     return ranks(-np.asarray(list(values), np.float64))
 
 
-class _Scored(NamedTuple):
+@dataclass(frozen=True)
+class _Scored:
     """A batch in one bundle: score and reason of each image, and the seconds of the graphs for `count` of them."""
 
     outcomes: list[tuple[float | None, str | None]]
@@ -190,7 +191,7 @@ class _Scored(NamedTuple):
 
 def _score(scorer: Scorer, images: list[np.ndarray | ImageError]) -> _Scored:
     good = [image for image in images if not isinstance(image, ImageError)]
-    given, seconds = timed(lambda: scorer.score_batch(np.stack(good))) if good else ([], 0.0)
+    given, seconds = timed(lambda: scorer.score_batch(np.stack(good))) if good else (np.empty(0), 0.0)
     values = iter(given)
     found = (
         (None, "", str(image)) if isinstance(image, ImageError) else judge(float(next(values))) for image in images
