@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.progress import Progress
@@ -132,12 +132,18 @@ def stdout_is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def output() -> Console:
-    """A rich console on standard output that does not cut lines where nobody is watching."""
+def show(table: Table) -> None:
+    """Print a table to standard output: no line is cut where nobody is watching, or has spaces at its end.
+
+    Not by rich itself, which ends the process with 1 when the reader of standard output has gone.
+    """
     from rich.console import Console
 
     console = Console(legacy_windows=False)
-    return console if console.is_terminal else Console(width=10_000, legacy_windows=False)
+    console = console if console.is_terminal else Console(width=10_000, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def explain_os_error(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 from rich.markup import escape
 from rich.table import Table
 
@@ -9,7 +10,7 @@ from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
-from mdnet_engines.console import output
+from mdnet_engines.console import show
 from mdnet_engines.errors import BundleError
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible
@@ -18,13 +19,12 @@ from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible
 def print_bundle(bundle: Bundle) -> None:
     """Print the bundle's graphs and facts to standard output."""
     manifest = bundle.manifest
-    console = output()
     table = Table("graph", "precision", "size, MB", "inputs", "outputs", title=str(bundle.path))
     for name, graph in manifest.graphs.items():
         size = sum(file.size for file in graph.files()) / 1e6
         signature = (", ".join(map(_signature, specs)) for specs in (graph.inputs, graph.outputs))
         table.add_row(name, graph.precision, f"{size:.1f}", *map(escape, signature))  # [batch, …] is no markup
-    console.print(table)
+    show(table)
     parity, provenance = manifest.parity, manifest.provenance
     verdict = "passed" if parity.passed else "FAILED, forced"
     digest = f", sha256 {provenance.checkpoint_sha256}" if provenance.checkpoint_sha256 else ""
@@ -46,7 +46,7 @@ def print_bundle(bundle: Bundle) -> None:
     plans = [("plans", _describe(bundle, engines, hosts[engines.runtime])) for engines in manifest.engines]
     width = max(map(len, facts))
     for key, value in [*facts.items(), *plans]:
-        console.print(f"{key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+        click.echo(f"{key:<{width}}  {value}")
 
 
 def _backends(bundle: Bundle) -> dict[str, str]:

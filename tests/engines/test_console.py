@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.table import Table
 
-from mdnet_engines.console import Command, explain_os_error, output, say, show_progress
+from mdnet_engines.console import Command, explain_os_error, say, show, show_progress
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 
 # ------------------------------------------------------------------------------------------------------- one process
@@ -188,8 +189,9 @@ def test_only_notes_are_shown_where_nobody_is_watching() -> None:
 
 def test_lines_are_not_cut_where_nobody_is_watching() -> None:
     name = "/data/" + "/".join(f"folder{number}" for number in range(80)) + "/a.jpg"
-    result = invoke(lambda: output().print(name, highlight=False))
-    assert result.stdout == f"{name}\n"
+    table = Table(name, show_edge=False)
+    result = invoke(lambda: show(table))
+    assert result.stdout.splitlines()[0].strip() == name
 
 
 # --------------------------------------------------------------------------------------------------- as a shell sees it

@@ -12,7 +12,7 @@ import click
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.bundle.files import Bundle, check_replaceable
 from mdnet_engines.bundle.manifest import Precision
-from mdnet_engines.console import Command, say, show_progress
+from mdnet_engines.console import Command, say, show, show_progress
 from mdnet_engines.errors import MDNetError, require
 from mdnet_engines.parity.probes import PROBES
 from mdnet_export.cli.calibration import calibration_options, choose_calibration
@@ -187,11 +187,9 @@ def _print_layers(report: ParityReport) -> None:
 def _print_gates(report: ParityReport) -> None:
     from rich.table import Table
 
-    from mdnet_engines.console import output
-
     table = Table("gate", "value", "limit", "", title=f"{report.precision} on {report.backend}, {report.source}")
     for gate in report.gates:
         value = gate.note if gate.value is None else f"{gate.value:.6g}"
         limit = f"{'≤' if gate.at_most else '≥'} {gate.limit:g}"
         table.add_row(gate.name, value, limit, "pass" if gate.passed else "[bold red]FAIL[/]")
-    output().print(table)
+    show(table)

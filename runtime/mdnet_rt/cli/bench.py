@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import say, show_progress
+from mdnet_engines.console import say, show, show_progress
 from mdnet_engines.errors import UsageError, printable
 from mdnet_engines.system.output_path import write_text
 
@@ -63,7 +63,6 @@ def bench(
     """
     from mdnet_engines.bundle.files import read_manifest
     from mdnet_rt.bench.run import Setup, measure, to_json
-    from mdnet_rt.bench.show import show
     from mdnet_rt.rows.writers import check_output
     from mdnet_rt.scoring.scorer import find_bundle
     from mdnet_rt.sources.locations import find_locations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import say, show_progress
+from mdnet_engines.console import say, show, show_progress
 from mdnet_engines.errors import printable
 
 if TYPE_CHECKING:
@@ -125,16 +125,13 @@ def _about(bundle: Bundle) -> dict[str, str]:
 def _print(tuning: Tuning) -> None:
     from rich.table import Table
 
-    from mdnet_engines.console import output
-
     times = tuning.times
     table = Table("graph", "backend", "ms", "", title=f"batch {times.batch}, median")
     for graph, by_backend in [*times.graphs.items(), *([("all", times.whole)] if times.whole else [])]:
         for backend, ms in sorted(by_backend.items(), key=lambda pair: pair[1]):
             chosen = tuning.choice.graphs.get(graph, next(iter(tuning.choice.graphs.values()))) == backend  # type: ignore[call-overload]
             table.add_row(graph, backend, f"{ms:.3g}", "taken" if chosen else "")
-    console = output()
-    console.print(table)
+    show(table)
     for trial in tuning.trials:
         click.echo(f"gates, {trial.choice}: {trial.verdict()}")
     click.echo(f"auto takes {tuning.choice}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet_engines.backends.candidates import BACKENDS, Backend
-from mdnet_engines.console import say, show_progress
+from mdnet_engines.console import say, show, show_progress
 from mdnet_engines.errors import printable
 from mdnet_engines.system.output_path import write_text
 
@@ -102,8 +102,6 @@ def _scales_note(a: Manifest, b: Manifest) -> str | None:
 
 
 def _print(found: Comparison, worst: int) -> None:
-    from mdnet_rt.bench.show import show
-
     show(_figures(found))
     for title, pairs in (("furthest apart", found.furthest(worst)), ("most places moved", found.most_moved(worst))):
         if pairs:
