@@ -6,11 +6,9 @@ layer is a module of the PyTorch model; its value is what its last node gives.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import onnx
@@ -36,6 +34,7 @@ def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray])
         MDNetError: polygraphy is missing, or the graphs share no layer: they are not of one model.
     """
     require("polygraphy", "export")
+    from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, SimpleCompareFunc, SnrCompareFunc
     from polygraphy.logger import G_LOGGER
 
@@ -49,11 +48,14 @@ def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray])
         np.errstate(all="ignore"),
     ):
         folder = Path(name)
-        runners = [
-            _runner(label, _marked(file, order, folder / f"{label}.onnx"), feed)
+        marked = {
+            label: _marked(file, order, folder / f"{label}.onnx")
             for label, file in (("reference", reference), ("bundle", graph))
-        ]
-        results = Comparator.run(runners, data_loader=[dict(feed)])
+        }
+        # Our session, since polygraphy's own can't register the native scan; one at a time is open.
+        runners = [OnnxrtRunner(lambda f=file: OrtSession(f).session, name=label) for label, file in marked.items()]
+        inputs = onnx.load(marked["reference"], load_external_data=False).graph.input
+        results = Comparator.run(runners, data_loader=[{value.name: feed[value.name] for value in inputs}])
         measures = [CosineSimilarityCompareFunc(), SnrCompareFunc(), SimpleCompareFunc()]
         compared = Comparator.compare_accuracy(results, compare_func=measures)
     cosine, snr, simple = (next(iter(of_runners.values()))[0] for of_runners in compared)
@@ -95,28 +97,3 @@ def _marked(source: Path, values: list[str], file: Path) -> Path:
 
     save_onnx(modify_outputs(onnx.load(source), values), str(file), external_data_path=f"{file.name}.data")
     return file
-
-
-def _runner(label: str, file: Path, feed: Mapping[str, np.ndarray]) -> Any:
-    """A polygraphy runner on our session: polygraphy's own can't register the native scan."""
-    from polygraphy.backend.base import BaseRunner
-    from polygraphy.common import TensorMetadata
-
-    class Runner(BaseRunner):
-        def activate_impl(self) -> None:
-            self.session = OrtSession(file)
-
-        def get_input_metadata_impl(self) -> TensorMetadata:
-            metadata = TensorMetadata()
-            for name in self.session.inputs:
-                metadata.add(name, feed[name].dtype, feed[name].shape)
-            return metadata
-
-        def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
-            self.inference_time = 0.0  # which polygraphy wants to be told
-            return OrderedDict((name, array.astype(np.float64)) for name, array in self.session.run(feed_dict).items())
-
-        def deactivate_impl(self) -> None:
-            del self.session
-
-    return Runner(label)

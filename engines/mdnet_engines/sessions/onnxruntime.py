@@ -61,15 +61,15 @@ class OrtSession:
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         _register_scan(options)
         try:
-            self._session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {first_line(error)}") from error
-        if (running := self._session.get_providers()[0]) != provider:
+        if (running := self.session.get_providers()[0]) != provider:
             raise MDNetError(
                 f"asked for {provider}, ONNX Runtime came up with {running}: is the CUDA install complete?"
             )
-        self.inputs: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
-        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+        self.inputs: tuple[str, ...] = tuple(value.name for value in self.session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self.session.get_outputs())
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph on `feeds` (input name → array, batch first); give its outputs by name.
@@ -78,7 +78,7 @@ class OrtSession:
             MDNetError: a feed is missing, or has a shape or type that the graph does not take.
         """
         try:
-            values = self._session.run(None, {name: feeds[name] for name in self.inputs})
+            values = self.session.run(None, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
             raise MDNetError(f"the graph needs the input {error}; it was given {', '.join(feeds)}") from None
         except Exception as error:
