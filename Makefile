@@ -9,9 +9,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs all in one.
+IN_PARALLEL := -n 2 --no-loadscope-reorder
 NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
-# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs them in one.
-IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
 .PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-check clean

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -47,22 +47,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
 
 
-@pytest.hookimpl(tryfirst=True)
+def takes_graphs(file: str) -> bool:
+    """Whether tests of the file take the demo's graphs or bundles."""
+    return "/export/" in file or file.endswith("/test_evaluate.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share tests out by file, for what a file's tests share; those that take the demo's graphs to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "the demo's graphs" if takes_graphs(file) else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, one worker has all tests that take the demo's graphs, and begins with them.
-
-    The others are shared out by file, for what a file's tests share.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-
-    def takes_graphs(item: pytest.Item) -> bool:
-        return "float_graphs" in getattr(item, "fixturenames", ())
-
-    items.sort(key=lambda item: not takes_graphs(item))
-    for item in items:
-        group = "demo" if takes_graphs(item) else f"{item.path.parent.name}.{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    if hasattr(config, "workerinput"):  # of pytest-xdist: what takes longest comes first
+        items.sort(key=lambda item: not takes_graphs(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
