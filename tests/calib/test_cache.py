@@ -197,7 +197,7 @@ def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:
     barrier = threading.Barrier(4)
 
     def collect() -> dict[str, Histogram]:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=60)
         return Spy()()
 
     threads = [threading.Thread(target=ask, args=(tmp_path, collect)) for _ in range(4)]

@@ -246,13 +246,13 @@ def environment() -> dict[str, str]:
 
 
 def test_a_failure_is_one_line_and_no_traceback(command: list[str], environment: dict[str, str]) -> None:
-    result = subprocess.run([*command, "fail"], capture_output=True, env=environment, timeout=30)
+    result = subprocess.run([*command, "fail"], capture_output=True, env=environment, timeout=60)
     assert (result.returncode, result.stdout) == (1, b"")
     assert result.stderr.decode() == "error: the engine is cold … warm it\n"
 
 
 def test_debug_shows_the_traceback(command: list[str], environment: dict[str, str]) -> None:
-    result = subprocess.run([*command, "fail", "--debug"], capture_output=True, env=environment, timeout=30)
+    result = subprocess.run([*command, "fail", "--debug"], capture_output=True, env=environment, timeout=60)
     assert result.returncode == 1
     assert b"Traceback (most recent call last)" in result.stderr
     assert b"MDNetError" in result.stderr
@@ -260,7 +260,7 @@ def test_debug_shows_the_traceback(command: list[str], environment: dict[str, st
 
 def test_a_message_survives_a_terminal_of_ascii(command: list[str], environment: dict[str, str]) -> None:
     result = subprocess.run(
-        [*command, "fail"], capture_output=True, env={**environment, "PYTHONIOENCODING": "ascii"}, timeout=30
+        [*command, "fail"], capture_output=True, env={**environment, "PYTHONIOENCODING": "ascii"}, timeout=60
     )
     assert (result.returncode, result.stdout) == (1, b"")
     assert result.stderr.startswith(b"error: the engine is cold ")
@@ -276,7 +276,7 @@ def test_ctrl_c_is_130_and_no_traceback(command: list[str], environment: dict[st
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -296,7 +296,7 @@ def test_a_reader_that_went_away_is_no_failure(
     os.close(reader)
     try:
         result = subprocess.run(
-            [*command, *arguments], stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=30
+            [*command, *arguments], stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=60
         )
     finally:
         os.close(writer)
@@ -317,7 +317,7 @@ def test_a_closed_standard_output_is_no_failure(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command, *arguments],
         stderr=subprocess.PIPE,
         env=environment,
-        timeout=30,
+        timeout=60,
     )
     assert (result.returncode, len(result.stderr.splitlines())) == (code, lines), result.stderr.decode()
 
@@ -329,9 +329,9 @@ def test_head_takes_one_line_and_ends_it(how: str, command: list[str], environme
         [*command, "write", how, "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
     assert first.stdout is not None
-    head = subprocess.run(["head", "-1"], stdin=first.stdout, capture_output=True, timeout=30)
+    head = subprocess.run(["head", "-1"], stdin=first.stdout, capture_output=True, timeout=60)
     first.stdout.close()  # or this process would be a reader that stays
-    _, errors = first.communicate(timeout=30)
+    _, errors = first.communicate(timeout=60)
     assert head.stdout == b"0\n"
     assert (first.returncode, errors) == (0, b"")
 
@@ -343,7 +343,7 @@ def test_a_full_disk_under_standard_output_is_one_line(
 ) -> None:
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(
-            [*command, *arguments], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=30
+            [*command, *arguments], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60
         )
     (line,) = result.stderr.decode().splitlines()
     assert line.startswith("error: ")

@@ -47,7 +47,7 @@ FACTOR = float(os.environ.get("MDNET_FUZZ", "2"))
 SEED = int(os.environ.get("MDNET_FUZZ_SEED", "0"))
 ONLY = os.environ.get("MDNET_FUZZ_ONLY")
 SIZE = 32
-STUCK = 20  # seconds after which one case counts as endless
+STUCK = 60  # seconds after which one case counts as endless
 
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 

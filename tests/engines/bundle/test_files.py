@@ -106,7 +106,7 @@ def refusal(folder: Path | str) -> str:
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive(), "Bundle.open hangs"
     assert caught, "Bundle.open accepted it"
     assert type(caught[0]) is BundleError, repr(caught[0])
@@ -609,7 +609,7 @@ def test_a_pipe_called_manifest_is_never_waited_for_by_a_build(tmp_path: Path) -
         refused.set()
 
     threading.Thread(target=target, daemon=True).start()
-    assert refused.wait(timeout=5)
+    assert refused.wait(timeout=60)
 
 
 @pytest.mark.parametrize("make", [_file, _photos], ids=lambda make: make.__name__.lstrip("_"))

@@ -338,7 +338,7 @@ def test_builds_at_the_same_time_do_not_lose_each_others_entry(bundle: Bundle) -
     def run(target: str) -> None:
         with scratch_folder(bundle) as scratch:
             engines = make(bundle, scratch, target, target=target)
-            ready.wait(timeout=10)
+            ready.wait(timeout=60)
             install_plans(bundle, scratch, engines)
 
     targets = ("sm_80", "sm_86", "sm_89", "sm_120")

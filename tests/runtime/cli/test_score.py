@@ -412,7 +412,7 @@ def test_a_terminal_gets_a_table_and_a_bar_that_goes_away(shared_bundle: Path, p
     except OSError:  # how Linux reports that the other end of a terminal has closed
         pass
     os.close(main_end)
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=60) == 1
     last_bar = shown.rindex(b"\x1b[2K")  # the line it was on is erased
     assert b"img2.png" in shown[last_bar:]
     assert b"problem" in shown[last_bar:]
@@ -428,7 +428,7 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(shared_bundle: Path, photo
     )
     process.stdout.close()
     stderr = process.stderr.read()
-    process.wait(timeout=30)
+    process.wait(timeout=60)
     assert stderr == b""
 
 
@@ -492,7 +492,7 @@ def test_a_signal_lets_the_batch_in_the_graphs_finish_and_says_how_to_go_on(
     (tmp_path / "go").touch()
     message = f"error: interrupted; the 2 rows so far are in {partial}; the same command with --resume continues"
     assert process.stderr.read().strip() == message
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=60) == 130
 
 
 def test_a_second_ctrl_c_does_not_wait(shared_bundle: Path, photo: Photo, tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_second_ctrl_c_does_not_wait(shared_bundle: Path, photo: Photo, tmp_pa
     send(process, signal.SIGINT, tmp_path / "signals")
     (tmp_path / "go").touch()  # what is in the graphs can't be left
     assert "the 1 row so far is in" in process.stderr.read()
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=60) == 130
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

@@ -17,7 +17,7 @@ from mdnet_rt.scoring import pipeline as module
 from mdnet_rt.scoring.pipeline import BATCHES_AHEAD, Pipeline, Task
 
 SIZE = 4
-WAIT = 20  # seconds after which something that should have happened has not
+WAIT = 60  # seconds after which something that should have happened has not
 
 
 class NoFaceError(ImageError):

@@ -153,7 +153,7 @@ def test_the_first_signal_sets_the_event_and_the_second_interrupts(number: signa
         with stop_on_signal() as stop:
             assert not stop.is_set()
             os.kill(os.getpid(), number)
-            assert stop.wait(10)
+            assert stop.wait(60)
             reached.append("first")
             os.kill(os.getpid(), number)
             threading.Event().wait(10)
@@ -171,7 +171,7 @@ def test_a_block_that_comes_to_its_end_after_a_signal_counts_as_interrupted() ->
     def block() -> None:
         with stop_on_signal() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.wait(10)
+            assert stop.wait(60)
             reached.append("end")
 
     with pytest.raises(KeyboardInterrupt):

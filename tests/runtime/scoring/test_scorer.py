@@ -300,7 +300,7 @@ def test_decoding_overlaps_with_the_graphs(scorer: Scorer, photo: Photo, monkeyp
 
     def wait_then_run(self: OrtSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.inputs == ("image",) and not ahead:
-            ahead.extend(decoded.acquire(timeout=10) for _ in range(6))
+            ahead.extend(decoded.acquire(timeout=60) for _ in range(6))
         return run(self, feeds)
 
     ahead: list[bool] = []

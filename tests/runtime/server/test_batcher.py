@@ -14,7 +14,7 @@ import pytest
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 
-DEADLINE = 10
+DEADLINE = 60
 
 
 @dataclass(eq=False)
