@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from mdnet.cli.main import main as evaluate
 from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
+from mdnet.model.net import MDNet
 from mdnet_engines.backends.candidates import Backend, Choice, candidates
 from mdnet_engines.backends.choice import check, choose
 from mdnet_engines.backends.trial import measure_apart
@@ -269,11 +270,16 @@ def test_a_checkpoint_of_another_preset_is_refused() -> None:
         choose_weights(checkpoint=demo_checkpoint(), preset_name="sd15-vim-t")
 
 
+@pytest.mark.usefixtures("exported_before")
 def test_no_space_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "bundle"))
+    copy = build_module.export_graph
 
-    monkeypatch.setattr("mdnet_export.graphs.export.onnx.save", full)
+    def full(model: MDNet, name: GraphName, folder: Path) -> Path:
+        if name == "vim":
+            raise OSError(28, "No space left on device", str(tmp_path / "bundle"))
+        return copy(model, name, folder)
+
+    monkeypatch.setattr(build_module, "export_graph", full)
     result = CliRunner().invoke(main, ["build", "-o", str(tmp_path / "bundle"), "--num-images", "1"])
     assert result.exit_code == 1
     assert "no space left on the disk" in result.stderr

@@ -142,8 +142,8 @@ def test_a_batch_fixed_by_python_code_is_caught() -> None:
         graphs._check_batch_is_symbolic(program.model_proto)
 
 
-@pytest.mark.parametrize("kind", FUSIONS)
-def test_every_kind_of_fusion_has_the_same_signature_and_pytorchs_scores(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in FUSIONS if kind != preset("demo").fusion])
+def test_every_other_kind_of_fusion_has_the_same_signature_and_pytorchs_scores(kind: str, tmp_path: Path) -> None:
     config = dataclasses.replace(preset("demo"), fusion=kind)
     model = random_mdnet(config, seed=0)
     file = graphs.export_graph(model, "fusion", tmp_path)
