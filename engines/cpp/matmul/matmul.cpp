@@ -7,6 +7,8 @@
 #include "matmul/kernel.h"
 
 #ifdef MDNET_X86
+#include "simd/x86_features.h"
+
 extern const MatmulKernel mdnet_avx512_bf16_matmul;
 #endif
 
@@ -59,8 +61,7 @@ extern "C" {
 
 int mdnet_has_bfloat16(void) {
 #ifdef MDNET_X86
-  __builtin_cpu_init();
-  return mdnet_isa() == MDNET_AVX512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+  return x86_has(kAvx512Bf16);
 #else
   return 0;
 #endif
