@@ -13,15 +13,19 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def new_file(target: Path, *, scratch: Path | None = None) -> Iterator[Path]:
     """Give a path beside `target` to write to; the file takes the place of `target` if the block ends well.
 
     If the block raises or the process dies, `target` is as it was.
 
+    Args:
+        scratch: the path to write to; by default a new one, so that several processes may write one file.
+
     Raises:
         OSError: it can't be written, or the disk is full.
     """
-    scratch = target.with_name(f".{secrets.token_hex(8)}.part")  # the target's own name may be as long as names can be
+    if scratch is None:  # not of the target's name, which may be as long as names can be
+        scratch = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         yield scratch
         flush_to_disk(scratch)

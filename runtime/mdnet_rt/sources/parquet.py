@@ -33,11 +33,12 @@ _SCHEMA = pa.schema(
 
 
 def write_parquet(rows: Path, target: Path) -> None:
-    r"""Turn a file of JSON Lines rows into `target`, which appears whole or not at all.
+    r"""Turn a file of JSON Lines rows into `target`, which appears whole or not at all. One process at a time may.
 
     Parquet's strings are UTF-8: a byte of a name that is not becomes `\udcXX` in letters.
     """
-    with new_file(target) as scratch:
+    # Only one run writes this file; under one name, what a killed run has left goes with the next.
+    with new_file(target, scratch=target.with_name(f".{target.name}.scratch")) as scratch:
         with rows.open("rb") as lines, pq.ParquetWriter(scratch, _SCHEMA, compression="zstd") as writer:
             while group := [_row(line) for line in itertools.islice(lines, _ROWS_IN_A_GROUP)]:
                 writer.write_batch(pa.RecordBatch.from_pylist(group, _SCHEMA))

@@ -544,6 +544,24 @@ def test_a_kill_between_parquets_rename_and_the_end_is_recovered(
     assert is_finished(output)
 
 
+def test_what_a_run_killed_while_making_parquet_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    program = """
+import os, sys
+import pyarrow.parquet as pq
+from mdnet_rt.rows.result import Result, Stamp
+from mdnet_rt.rows.writers import open_writer
+pq.ParquetWriter.write_batch = lambda *_: os.kill(os.getpid(), 9)
+with open_writer("parquet", sys.argv[1], Stamp("m", "b")) as writer:
+    writer.write(Result("a.jpg", 3.0))
+"""
+    output = tmp_path / "scores.parquet"
+    assert subprocess.run([sys.executable, "-c", program, output]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2  # the rows, and half a file
+    with open_writer("parquet", output, Stamp("m", "b"), resume=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
 def test_a_finished_file_is_written_as_others_are_to_be_read(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
