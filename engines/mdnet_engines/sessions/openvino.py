@@ -208,6 +208,6 @@ def _reason(error: BaseException) -> str:
 def _import_openvino() -> Any:
     try:
         import openvino
-    except ImportError as error:
+    except Exception as error:  # its telemetry raises RuntimeError for a user without a home
         raise MDNetError(f"OpenVINO can't be imported ({first_line(error)}); install mdnet[openvino]") from None
     return openvino

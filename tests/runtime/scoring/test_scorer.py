@@ -75,6 +75,18 @@ def test_openvino_is_needed_only_where_it_is_named(
         Scorer.open(shared_bundle, backend="openvino")
 
 
+def test_openvino_that_breaks_as_it_is_imported_is_as_if_it_were_missing(
+    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino.py").write_text("raise RuntimeError('Could not determine home directory.')")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Scorer.open(shared_bundle) as scorer:
+        assert str(scorer.choice) == "onnxruntime-cpu"
+    with pytest.raises(MDNetError, match=r"can't be imported \(Could not determine home directory"):
+        Scorer.open(shared_bundle, backend="openvino")
+
+
 @pytest.mark.parametrize(
     "images",
     [np.zeros((1, SIZE, SIZE, 3), np.float32), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((SIZE, SIZE, 3), np.uint8)],
