@@ -90,10 +90,11 @@ def read_requests(host: str, folder: Path) -> list[bytes]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(f"error: no images in {folder}")
-    return [_request(host, SUFFIXES[file.suffix.lower()], file.read_bytes()) for file in files]
+    return [request_for(host, SUFFIXES[file.suffix.lower()], file.read_bytes()) for file in files]
 
 
-def _request(host: str, kind: str, body: bytes) -> bytes:
+def request_for(host: str, kind: str, body: bytes) -> bytes:
+    """A request to /score as bytes."""
     head = f"POST /score HTTP/1.1\r\nhost: {host}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 

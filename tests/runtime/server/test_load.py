@@ -189,6 +189,18 @@ def test_the_load_generator_counts_what_the_server_counts(shared_bundle: Path, p
         assert 0 < figures["p50_ms"] <= figures["p90_ms"] <= figures["p99_ms"] <= figures["max_ms"]
 
 
+def test_the_bomb_benchmark_measures_an_honest_client_beside_bombs(shared_bundle: Path, photo: Photo) -> None:
+    script = Path(__file__).resolve().parents[3] / "benchmarks" / "serve_bombs.py"
+    with serving(shared_bundle) as server:
+        options = ["--bombs", 2, "--pixels", 250_000, "--seconds", 1]
+        command = [sys.executable, script, server.url, photo("a.png"), *options]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE)
+        assert result.returncode == 0, result.stderr
+        figures = json.loads(result.stdout)
+        assert [each["clients"] for each in figures.values()] == [1, 1, 2]
+        assert all(set(each["statuses"]) == {"200"} for each in figures.values())
+
+
 def test_figures_are_percentiles_of_answers_with_a_score() -> None:
     path = Path(__file__).resolve().parents[3] / "benchmarks" / "serve_load.py"
     spec = importlib.util.spec_from_file_location("serve_load", path)
