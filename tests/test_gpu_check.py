@@ -324,8 +324,8 @@ def made_up(day: str = DAY, **changes: list[Any]) -> Any:
 
 
 def lines_of(run: Any) -> dict[str, str]:
-    """README's table: claim → what is said of it."""
-    found = re.findall(r"^\| (.+?) \| (.+) \|$", render.readme_block(run), re.MULTILINE)
+    """The table of claims in docs/gpu.md: claim → its state."""
+    found = re.findall(r"^\| (.+?) \| (.+) \|$", render.claims_table(run), re.MULTILINE)
     return {what: said for what, said in found if what not in ("on a GPU", "---")}
 
 
@@ -334,6 +334,7 @@ def test_without_results_every_claim_is_unverified() -> None:
     assert [*said] == [claim.what for claim in claims.CLAIMS]
     assert all(text.endswith("*unverified*: no run on a GPU yet") for text in said.values())
     assert render.docs_block(None).count("*unverified*") == len(claims.GOALS) + 1
+    assert "every GPU claim is *unverified*" in render.readme_block(None)
 
 
 def test_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:

@@ -2,5 +2,5 @@
 
 gpu_check.py ── check ──> worker (one process a stage) ──> scan, scan_time, pytorch, served, …
      │            └─────> benchmarks/results/<gpu>-<date>.json
-     └─ render ── claims ──> the tables of docs/gpu.md and README.md
+     └─ render ── claims ──> the tables of docs/gpu.md, and a line of README.md
 """

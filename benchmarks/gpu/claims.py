@@ -1,4 +1,4 @@
-"""What this project says about GPUs, and which rows of a run prove it. README's table has a line for each claim."""
+"""What this project says about GPUs, and which rows of a run prove it. docs/gpu.md has a line for each claim."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ CLAIMS = (
     Claim(
         "TensorRT-RTX 1.7.1: plans of all graphs (`mdnet-export engines --backend tensorrt-rtx`)",
         "build without a GPU, in `make test` too: the demo's and, in a run by hand, the full size's in every "
-        "precision; [times](docs/engines.md#measured)",
+        "precision; [times](benchmarks.md#tensorrt-rtx-plans)",
         "tensorrt-rtx",
         _SERVED,
         _rate("tensorrt-rtx", "fp16"),

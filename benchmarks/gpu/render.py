@@ -1,4 +1,4 @@
-"""The tables of `docs/gpu.md` and `README.md` from the newest results: `python benchmarks/gpu_check.py render`."""
+"""The tables of `docs/gpu.md` and README's line on GPUs from the newest results: `gpu_check.py render`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from gpu.claims import CLAIMS, GOALS, NO_RUN, cell, goal_state, state
 from gpu.results import Figure, ResultError, Results, newest
 
-BEGIN = "<!-- gpu-check: what is up to the end is written by `python benchmarks/gpu_check.py render` -->"
+BEGIN = "<!-- gpu-check: written by `python benchmarks/gpu_check.py render` up to the end mark -->"
 END = "<!-- gpu-check: end -->"
 _DOCS = "docs/gpu.md"
 
 
 def render(results: Path, docs: Path, readme: Path) -> list[Path]:
-    """Write both tables from the newest results in a folder; gives the files that changed.
+    """Write both pages from the newest results in a folder; gives the files that changed.
 
     Raises:
-        ResultError: a file of results can't be taken, or a page lacks the marks that the table stands between.
+        ResultError: a results file can't be read, or a page lacks the marks that the text goes between.
     """
     run = newest(results)
     changed = []
-    for page, block in ((docs, docs_block(run)), (readme, readme_block(run))):
+    for page, block in ((docs, f"{claims_table(run)}\n\n{docs_block(run)}"), (readme, readme_block(run))):
         text = page.read_text(encoding="utf-8")
         new = replaced(text, block, page.name)
         if new != text:
@@ -39,12 +39,19 @@ def replaced(text: str, block: str, name: str) -> str:
 
 
 def readme_block(run: Results | None) -> str:
+    """One line: how many claims a GPU has verified."""
+    if run is None:
+        return f"No GPU has run this code yet: every GPU claim is *unverified* ([{_DOCS}]({_DOCS})).\n"
+    states = [state(claim, run) for claim in CLAIMS]
+    verified, failed = (sum(said.startswith(start) for said in states) for start in ("verified on", "**"))
+    said = f"of {len(CLAIMS)} GPU claims {verified} verified, {failed} failed"
+    return f"{run.gpu}, {run.day}: {said} ([{_DOCS}]({_DOCS})).\n"
+
+
+def claims_table(run: Results | None) -> str:
     """What is verified, claim by claim."""
-    said = "no GPU has run it yet" if run is None else f"last on {run.gpu}, {run.day}"
-    lines = [f"What takes a GPU is shown by `make gpu-check` ([docs/gpu.md]({_DOCS})); {said}.", ""]
-    lines += ["| on a GPU | |", "| --- | --- |"]
-    lines += [f"| {claim.what} | {state(claim, run)} |" for claim in CLAIMS]
-    return "\n".join(lines) + "\n"
+    rows = [f"| {claim.what} | {state(claim, run)} |" for claim in CLAIMS]
+    return "\n".join(["| on a GPU | |", "| --- | --- |", *rows])
 
 
 def docs_block(run: Results | None) -> str:
