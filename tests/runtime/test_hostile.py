@@ -427,7 +427,7 @@ def test_of_two_runs_on_one_file_the_second_gets_one_line_and_the_first_ends_wel
         second = run(*arguments, *more, stdin=b"other.png\n")
         assert (second.code, second.stdout) == (2, b"")
         assert second.stderr == (
-            f"error: another run is writing to {partial}; wait for its end, or choose another -o\n"
+            f"error: another run is writing to {partial}; wait until it ends, or choose another -o\n"
         )
     first.communicate(f"{image}\n".encode(), timeout=DEADLINE)
     assert first.returncode == 0

@@ -33,13 +33,13 @@ _MAX_JPEG = 65_500  # pixels on a side, libjpeg's limit
     "--against",
     multiple=True,
     type=click.Choice([*BACKENDS, "pytorch"]),
-    help="Run this beside it, in turns; may be given several times.",
+    help="Compare with this, taking turns; may be repeated.",
 )
 @click.option("--batch-sizes", default="1,4,16", show_default=True, help="Separated by commas.")
 @click.option(
     "--seconds", type=click.FloatRange(0.1), default=8, show_default=True, help="To measure a batch size for."
 )
-@click.option("--rounds", type=click.IntRange(1), help="Measure so many rounds, however long they take.")
+@click.option("--rounds", type=click.IntRange(1), help="Measure this many rounds, however long they take.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--images", multiple=True, type=click.Path(), help="Images to run on. Default: JPEGs are made.")
 @click.option("--image-size", default="350x350", show_default=True, help="Width and height of the JPEGs that are made.")
@@ -58,7 +58,7 @@ def bench(
 ) -> None:
     """Time decoding, each graph, the graphs chained, and image files to rows; latency, images/s, peak memory.
 
-    With --against, speed beside others: how many times faster the bundle is, median and quartiles over the rounds.
+    With --against, also how many times faster the bundle is than others, median and quartiles over the rounds.
     BUNDLE is by default $MDNET_BUNDLE, else ./mdnet-bundle.
     """
     from mdnet_engines.bundle.files import read_manifest

@@ -29,7 +29,7 @@ json_option = click.option("--json", "json_", is_flag=True, help="Print one JSON
 @threads_option
 @json_option
 def check(bundle: Path | None, backend: Backend, threads: int, json_: bool) -> int:
-    """Run the bundle's probes as `score` would, and hold them to the gates. Takes neither torch nor a checkpoint.
+    """Run the bundle's probes as `score` would, and apply the gates. Needs neither torch nor a checkpoint.
 
     BUNDLE is by default $MDNET_BUNDLE, else ./mdnet-bundle. Exit code 0: every gate holds; 1: one does not.
     """
@@ -56,7 +56,7 @@ def check(bundle: Path | None, backend: Backend, threads: int, json_: bool) -> i
 )
 @json_option
 def tune(bundle: Path | None, threads: int, seconds: float, json_: bool) -> None:
-    """Hold every backend that this machine has to the gates, time those that hold, and let `auto` take the fastest.
+    """Put every backend of this machine through the gates, time those that pass, and let `auto` take the fastest.
 
     What is found is kept in the user's cache, for this bundle, processor, number of threads, and versions.
     BUNDLE is by default $MDNET_BUNDLE, else ./mdnet-bundle.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", multiple=True, required=True, type=click.Path(), help="Images, a folder, a pattern, or a URL."
 )
-@click.option("--limit", type=click.IntRange(1), help="Take only so many, the first.")
+@click.option("--limit", type=click.IntRange(1), help="Take only the first so many.")
 @click.option(
     "--worst", type=click.IntRange(0), default=5, show_default=True, help="Rows shown: furthest apart, moved."
 )

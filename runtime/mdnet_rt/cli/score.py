@@ -34,19 +34,19 @@ _REMOTE_WORKERS = 16  # which wait more than they decode
 @click.command()
 @click.argument("paths", nargs=-1, type=click.Path())
 @click.option("--list", "list_", type=click.Path(path_type=Path), help="File of paths and URLs, one a line; -: stdin.")
-@click.option("-0", "--null", is_flag=True, help="Names in the list end in NUL bytes, as find -print0 has them.")
+@click.option("-0", "--null", is_flag=True, help="Names in the list end in NUL bytes, as find -print0 writes them.")
 @click.option("--column", help="Of Parquet files: the column that holds the images.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Its folder. Default: $MDNET_BUNDLE, ./mdnet-bundle.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write rows to this .csv, .jsonl or .parquet.")
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Default: by -o; table on a terminal, else csv.")
-@click.option("--resume", is_flag=True, help="Go on with the rows that an interrupted run has left for -o.")
+@click.option("--resume", is_flag=True, help="Continue the rows that an interrupted run left for -o.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page to look at: histogram, faces, failures.")
 @click.option("--face", type=click.Choice(["crop"]), help="Find the face and score a square around it.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--workers", type=click.IntRange(0, 256), default=0, help="Threads that read. Default: cores, at most 4.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
-@click.option("--no-check", is_flag=True, help="Score although the backend is off the bundle's gates on this machine.")
+@click.option("--no-check", is_flag=True, help="Score even if the backend fails the bundle's gates on this machine.")
 @click.option(
     "--executor",
     type=click.Choice(["local", "ray"]),
@@ -89,7 +89,7 @@ def score(
     rows = choose_format(output, format_, terminal=stdout_is_terminal())
     _check(output, rows, resume, report)
     if output and resume and is_finished(output):
-        say(f"{printable(output)} is of a run that was not interrupted; without --resume it is replaced")
+        say(f"{printable(output)} is already complete; without --resume it is replaced")
         return 0
     # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
     bar = sys.stderr.isatty() and (rows == "table" or output is not None or not stdout_is_terminal())
@@ -138,7 +138,7 @@ def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callab
     if bool(paths) == bool(list_):
         raise UsageError("give images, folders, patterns or URLs to score, or a --list of them (one of the two)")
     if null and not list_:
-        raise UsageError("--null is about --list, which is not given")
+        raise UsageError("--null requires --list")
     if list_ is None:
         find_locations(paths)  # so that what is wrong with them is told before a bundle is opened
         return lambda: find_locations(paths)
@@ -176,7 +176,7 @@ def _check(output: Path | None, rows: Format, resume: bool, report: Path | None)
     elif sys.stdout is None:
         raise UsageError("rows go to standard output, which is closed; name a file with -o")
     elif resume:
-        raise UsageError("--resume goes on with a file: name it with -o")
+        raise UsageError("--resume continues a file: name it with -o")
     if report:
         from mdnet_rt.rows.gallery import check_report
 

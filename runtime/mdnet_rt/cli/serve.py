@@ -22,13 +22,13 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option(
     "--bundle", "named", type=click.Path(path_type=Path), help="The same. Default: $MDNET_BUNDLE, ./mdnet-bundle."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
 @click.option(
     "--max-wait-ms", type=click.FloatRange(0, 10_000), default=5, show_default=True, help="For a fuller batch."
 )
-@click.option("--max-queue", type=_COUNT, default=256, show_default=True, help="Images under way; beyond it 429.")
+@click.option("--max-queue", type=_COUNT, default=256, show_default=True, help="Images in progress; beyond it 429.")
 @click.option("--max-images", type=_COUNT, default=64, show_default=True, help="Images a request; beyond it 413.")
 @click.option("--max-body-mib", type=_COUNT, default=32, show_default=True, help="A request's body; beyond it 413.")
 @click.option("--max-held-mib", type=_COUNT, default=512, show_default=True, help="All bodies; beyond it 429.")
@@ -48,7 +48,7 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option("--access-log", is_flag=True, help="A line for each answer.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
-@click.option("--no-check", is_flag=True, help="Serve although the backend is off the bundle's gates on this machine.")
+@click.option("--no-check", is_flag=True, help="Serve even if the backend fails the bundle's gates on this machine.")
 def serve(
     bundle: Path | None,
     named: Path | None,

@@ -146,7 +146,7 @@ def _open_other(stream: BinaryIO, prefix: bytes) -> Image.Image:
         register_heif_opener()
         return Image.open(stream, formats=[_HEIF])
     if prefix[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
-        raise ImageError("an AVIF image, which this Pillow was built without; install its wheel from PyPI")
+        raise ImageError("an AVIF image, but this Pillow was built without AVIF; install its wheel from PyPI")
     if prefix.startswith(_TIFF):
         raise ImageError("a TIFF that is damaged or has pixels of an unknown layout; save it with 8 bits")
     raise UnidentifiedImageError

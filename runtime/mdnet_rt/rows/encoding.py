@@ -132,7 +132,7 @@ def _at_end(stream: BinaryIO) -> bool:
 
 
 def _foreign(what: str) -> MDNetError:
-    return MDNetError(f"it holds no rows of this program: {what}")
+    return MDNetError(f"not an mdnet-rt results file: {what}")
 
 
 def _csv_line(fields: list[str]) -> bytes:

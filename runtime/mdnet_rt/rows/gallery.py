@@ -72,7 +72,7 @@ class Gallery:
                 scratch.write_text(page, encoding="utf-8")
         except OSError as error:
             why = error.strerror or first_line(error)
-            raise MDNetError(f"--report {printable(output)} was not written: {why}; the rows are whole") from error
+            raise MDNetError(f"--report {printable(output)} was not written: {why}; the rows are complete") from error
 
     def _render(self, stamp: Stamp) -> str:
         from mdnet_engines.report.page import render
@@ -118,7 +118,7 @@ def check_report(output: Path) -> None:
     require("jinja2", "report")
     target, name = Path(os.path.realpath(output)), f"--report {printable(output)}"
     if is_special(output) and not target.is_dir():
-        raise UsageError(f"{name} is no regular file, which a page needs")
+        raise UsageError(f"{name} is not a regular file; a page needs one")
     check_writable(target, name)
 
 

@@ -127,7 +127,7 @@ def choose_format(output: Path | None, named: Format | None, *, terminal: bool) 
         return format
     *most, last = _SUFFIXES
     names = f"{', '.join(most)} or {last}"
-    raise UsageError(f"-o {printable(output)}: expected a name ending in {names}, or --format beside it")
+    raise UsageError(f"-o {printable(output)}: expected a name ending in {names}, or --format")
 
 
 def check_output(output: Path, format: Format, *, resume: bool = False) -> None:
@@ -153,7 +153,7 @@ def check_output(output: Path, format: Format, *, resume: bool = False) -> None:
 def _check_special(output: Path, format: Format, resume: bool) -> None:
     """Refuse what rows can't be written through to: no such open file, one for reading, a device without permission."""
     if resume or format == "parquet":
-        raise UsageError(f"-o {printable(output)} is no regular file, which --resume and Parquet need")
+        raise UsageError(f"-o {printable(output)} is not a regular file; --resume and Parquet need one")
     descriptor = descriptor_of(output)
     if descriptor is None:
         if not os.access(output, os.W_OK):
@@ -225,18 +225,18 @@ def _plain_writer(format: Format, stream: BinaryIO, stamp: Stamp) -> Writer:
 def _partial_writer(format: Format, stream: BinaryIO, stamp: Stamp, partial: Path, resume: bool) -> Writer:
     if format == "table":
         if stream.read(1):
-            raise UsageError(f"{printable(partial)} is of a run that was interrupted; delete it, or choose another -o")
+            raise UsageError(f"{printable(partial)} belongs to an interrupted run; delete it, or choose another -o")
         return TableWriter(stream)
     rows_format: RowFormat = "jsonl" if format == "parquet" else format
     rows, end = 0, 0
     try:
         for row in read_rows(rows_format, stream):
             if not resume:
-                raise UsageError("it is of a run that was interrupted: add --resume to continue it, or delete it")
+                raise UsageError("it belongs to a run that was interrupted: add --resume to continue it, or delete it")
             if row.stamp != stamp:
                 raise UsageError(
-                    f"its rows are of {row.stamp.model}, bundle {row.stamp.bundle}; "
-                    f"this is {stamp.model}, bundle {stamp.bundle}. Delete it to start anew"
+                    f"its rows come from {row.stamp.model}, bundle {row.stamp.bundle}; "
+                    f"this is {stamp.model}, bundle {stamp.bundle}. Delete it to start again"
                 )
             rows, end = rows + 1, row.end
     except MDNetError as error:
@@ -254,7 +254,7 @@ def _open_partial(partial: Path) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "r+b") as stream:
             if not _lock(descriptor):
                 raise UsageError(
-                    f"another run is writing to {printable(partial)}; wait for its end, or choose another -o"
+                    f"another run is writing to {printable(partial)}; wait until it ends, or choose another -o"
                 )
             # Between the two steps the other run may have ended, and what is locked now be its finished file.
             if _is_at(descriptor, partial):

@@ -116,7 +116,7 @@ class Work:
         backlog = (self.load + images) * self._seconds_per_image
         if self.load + images > self._settings.max_queue or (self.load and backlog > self._settings.score_timeout):
             wait = max(1, math.ceil(self.load * self._seconds_per_image))
-            raise RefusedError(429, f"busy: {self.load} images are waiting; come again in {wait} s", retry_after=wait)
+            raise RefusedError(429, f"busy: {self.load} images are waiting; retry in {wait} s", retry_after=wait)
 
     async def in_pool(self, function: Callable[..., T], *args: object) -> T:
         """Run `function` in a decoder's thread."""
@@ -131,7 +131,7 @@ class Work:
         """
         if len(payloads) > self._settings.max_images:
             raise RefusedError(
-                413, f"{len(payloads)} images in one request; at most {self._settings.max_images} may be"
+                413, f"{len(payloads)} images in one request; at most {self._settings.max_images} are allowed"
             )
         self.check_room(len(payloads))
         self.load += len(payloads)

@@ -75,12 +75,12 @@ def _choose(schema: pa.Schema, column: str | None) -> str:
             return column
         if column in schema.names:
             raise UsageError(f"the column {column} is of type {schema.field(column).type}, which holds no images")
-        raise UsageError(f"no column {column}; there are {', '.join(schema.names)}")
+        raise UsageError(f"no column {column}; the columns are {', '.join(schema.names)}")
     if "image" in images:
         return "image"
     if len(images) != 1:
         found = f"the columns {', '.join(images)} may all hold images" if images else "no column holds images"
-        raise UsageError(f"{found}; name one with --column (there are {', '.join(schema.names)})")
+        raise UsageError(f"{found}; name one with --column (the columns are {', '.join(schema.names)})")
     return images[0]
 
 

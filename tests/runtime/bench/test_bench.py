@@ -204,7 +204,7 @@ def test_a_benchmark_without_a_readable_image_ends_in_one_line(shared_bundle: Pa
         (("--image-size", "350"), "expected a width and height"),
         (("--image-size", "0x10"), "expected a width and height"),
         (("--images", "nowhere.jpg"), "does not exist"),
-        (("-o", "nowhere/figures.json"), "there is no folder"),
+        (("-o", "nowhere/figures.json"), "does not exist; create it"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_started(

@@ -244,7 +244,7 @@ def test_what_must_be_fetched_is_fetched_once(shared_bundle: Path, other: Path, 
     [
         (("--images", "nowhere.jpg"), "does not exist"),
         ((), "Missing option '--images'"),
-        (("--images", ".", "-o", "nowhere/found.json"), "there is no folder"),
+        (("--images", ".", "-o", "nowhere/found.json"), "does not exist; create it"),
     ],
 )
 def test_bad_usage_gives_2(shared_bundle: Path, args: tuple[str, ...], message: str) -> None:

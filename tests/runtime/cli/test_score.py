@@ -135,7 +135,7 @@ def test_output_goes_to_the_file_by_its_suffix(shared_bundle: Path, photos: Path
     [
         (["score"], "give images, folders"),
         (["score", "photos", "--list", "-"], "one of the two"),
-        (["score", "photos", "--null"], "--null is about --list"),
+        (["score", "photos", "--null"], "--null requires --list"),
         (["score", "--list", "nowhere.txt"], "nowhere.txt: no such file"),
         (["score", "photos", "--resume"], "name it with -o"),
         (["score", "photos", "--format", "parquet"], "needs a file"),
@@ -145,7 +145,7 @@ def test_output_goes_to_the_file_by_its_suffix(shared_bundle: Path, photos: Path
         (["score", "empty"], "no images in empty"),
         (["score", "x*.jpg"], "no file matches"),
         (["score", "photos", "-o", "scores.txt"], ".csv, .jsonl or .parquet"),
-        (["score", "photos", "-o", "missing/scores.csv"], "there is no folder"),
+        (["score", "photos", "-o", "missing/scores.csv"], "does not exist; create it"),
         (["score", "photos", "--batch-size", "0"], "0 is not in the range"),
         (["score", "photos", "--backend", "abacus"], "abacus"),
         (["score", "photos"], "no bundle"),
@@ -530,7 +530,7 @@ def test_a_run_that_was_killed_is_resumed_and_loses_or_repeats_nothing(
     assert resumed.stderr.startswith("12 images: 12 scored")
     assert output.read_bytes() == whole.read_bytes()
     assert not partial.exists()
-    assert "not interrupted" in run(*arguments, output, "--resume").stderr
+    assert "already complete" in run(*arguments, output, "--resume").stderr
 
 
 def test_version_and_help() -> None:

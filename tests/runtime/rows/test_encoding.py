@@ -160,6 +160,6 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("format", "data"), FOREIGN.values(), ids=FOREIGN)
 def test_what_this_program_did_not_write_is_refused_in_one_line(format: RowFormat, data: bytes) -> None:
-    with pytest.raises(MDNetError, match=r"^it holds no rows of this program: .") as caught:
+    with pytest.raises(MDNetError, match=r"^not an mdnet-rt results file: .") as caught:
         read(format, data)
     assert "\n" not in str(caught.value)

@@ -354,7 +354,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_page(tmp_path: Path, monkeyp
     file = tmp_path / "out.html"
     file.write_text("old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MDNetError, match=r"out\.html was not written: No space left on device; the rows are whole$"):
+    with pytest.raises(MDNetError, match=r"out\.html was not written: No space left on device; the rows are complete$"):
         Gallery().write(file, STAMP)
     assert os.listdir(tmp_path) == ["out.html"]
     assert file.read_text() == "old"
@@ -373,9 +373,9 @@ def test_a_link_is_followed_and_the_longest_name_is_written(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("no/out.html", "there is no folder"),
+        ("no/out.html", "does not exist; create it"),
         ("bundles", "is a folder"),
-        ("pipe.jpg", "is no regular file"),
+        ("pipe.jpg", "is not a regular file"),
         ("locked/out.html", "no permission to write to"),
         ("read-only.html", "no permission to write to"),
     ],
@@ -399,7 +399,7 @@ def test_a_page_that_could_not_be_written_is_refused_before_any_work(
 
 
 def test_a_page_does_not_take_the_place_of_an_open_file(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("ab") as stream, pytest.raises(UsageError, match="is no regular file"):
+    with (tmp_path / "log").open("ab") as stream, pytest.raises(UsageError, match="is not a regular file"):
         check_report(Path(f"/dev/fd/{stream.fileno()}"))
 
 

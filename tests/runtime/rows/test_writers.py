@@ -189,7 +189,7 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert Path("/dev/null").is_char_device()
     assert not Path("/dev/null.partial").exists()
     for format, resume in (("csv", True), ("parquet", False)):
-        with pytest.raises(UsageError, match="no regular file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             check_output(Path("/dev/null"), format, resume=resume)  # type: ignore[arg-type]
 
 
@@ -211,7 +211,7 @@ def test_an_open_file_that_rows_cant_be_written_to_is_refused_early(tmp_path: Pa
     with (tmp_path / "file.csv").open("rb") as stream:
         with pytest.raises(UsageError, match="not open for writing"):
             check_output(Path(f"/dev/fd/{stream.fileno()}"), "csv")
-        with pytest.raises(UsageError, match="no regular file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             check_output(Path(f"/proc/self/fd/{stream.fileno()}"), "csv", resume=True)
     with pytest.raises(UsageError, match="not open for writing"):
         check_output(Path("/dev/fd/1048000"), "csv")
@@ -279,9 +279,9 @@ def _full_when_called(times: int) -> Callable[[int], None]:
 def test_outputs_that_cannot_work_are_refused_early(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for output, message in (
-        (tmp_path / "missing" / "a.csv", "there is no folder"),
+        (tmp_path / "missing" / "a.csv", "does not exist; create it"),
         (tmp_path / "folder.csv", "is a folder"),
-        (tmp_path / "folder.csv" / ".." / "nope" / "a.csv", "there is no folder"),
+        (tmp_path / "folder.csv" / ".." / "nope" / "a.csv", "does not exist; create it"),
         (Path("s3://bucket/a.csv"), "is a URL"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -355,7 +355,7 @@ def test_rows_of_another_bundle_are_refused(tmp_path: Path, format: Format, stam
     output = tmp_path / "scores"
     interrupted(format, output, GOOD)
     before = partial_of(output).read_bytes()
-    with pytest.raises(UsageError, match=f"rows are of tiny int8, bundle 0123456789ab; this is {stamp.model}, bundle"):
+    with pytest.raises(UsageError, match=f"come from tiny int8, bundle 0123456789ab; this is {stamp.model}, bundle"):
         run(format, output, GOOD, BAD, resume=True, stamp=stamp)
     assert partial_of(output).read_bytes() == before
 
@@ -370,7 +370,7 @@ def test_a_file_of_something_else_in_the_partial_files_place_is_left_alone(
 ) -> None:
     output = tmp_path / "scores"
     partial_of(output).write_text(content)
-    with pytest.raises(UsageError, match=r"scores\.partial: it holds no rows of this program"):
+    with pytest.raises(UsageError, match=r"scores\.partial: not an mdnet-rt results file"):
         run(format, output, GOOD, resume=resume)
     assert partial_of(output).read_text() == content
 

@@ -92,9 +92,9 @@ def test_a_column_whose_name_only_begins_the_same_is_not_taken_for_it() -> None:
     ("columns", "column", "message"),
     [
         (TWO, None, "the columns left, right may all hold images; name one with --column"),
-        (TWO, "centre", "no column centre; there are left, right, label"),
+        (TWO, "centre", "no column centre; the columns are left, right, label"),
         (TWO, "label", "the column label is of type int64, which holds no images"),
-        ({"label": pa.array([3])}, None, r"no column holds images; name one with --column \(there are label\)"),
+        ({"label": pa.array([3])}, None, r"no column holds images; name one with --column \(the columns are label\)"),
         ({"image": pa.array(["a.jpg"])}, None, "no column holds images"),
         ({"image": pa.array([{"path": "a.jpg"}])}, None, "no column holds images"),
         ({"image": pa.array([{"bytes": {"bytes": b"x"}}])}, None, "no column holds images"),

@@ -65,7 +65,7 @@ class Hold:
             ClientLeftError: the connection was lost.
         """
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
-            raise RefusedError(415, "compressed bodies are not taken; send it without Content-Encoding", close=True)
+            raise RefusedError(415, "compressed bodies are not accepted; send it without Content-Encoding", close=True)
         if int(headers.get(b"content-length", b"0")) > self._settings.max_body:
             raise self._too_large()
         parts: list[bytes] = []
@@ -86,7 +86,7 @@ class Hold:
         if self._size > self._settings.max_body:
             raise self._too_large()
         if self._bodies.held > self._settings.max_held:
-            raise RefusedError(429, "busy: too much is being uploaded; come again in 1 s", retry_after=1, close=True)
+            raise RefusedError(429, "busy: too much is being uploaded; retry in 1 s", retry_after=1, close=True)
 
     def _too_large(self) -> RefusedError:
         return RefusedError(413, f"the body is larger than {self._settings.max_body} bytes", close=True)

@@ -100,7 +100,7 @@ def read_request(body: bytes, json_length: bytes | None, image_size: int, max_im
     tensor = inputs[0]
     shape = _shape(tensor)
     if shape[0] > max_images:
-        raise RefusedError(413, f"{shape[0]} images in one request; at most {max_images} may be")
+        raise RefusedError(413, f"{shape[0]} images in one request; at most {max_images} are allowed")
     data = _binary_data(tensor, binary)
     payloads: list[Payload]
     if tensor["name"] == "image":

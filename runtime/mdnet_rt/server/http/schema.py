@@ -116,7 +116,7 @@ _TEXTS = {
     413: "The body, or the number of images, is above the limit.",
     415: "Another Content-Type, or a Content-Encoding.",
     422: "The one image of the request has no score.",
-    429: "Busy: come again after Retry-After seconds.",
+    429: "Busy: retry after Retry-After seconds.",
     431: "Too many bytes of headers.",
     500: "Scoring failed.",
     503: "Too many connections, or not ready.",

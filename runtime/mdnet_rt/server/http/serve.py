@@ -106,7 +106,7 @@ def bind(host: str, port: int) -> socket.socket:
                 f"port {port} of {host} is in use; give another with --port (0 takes a free one)"
             ) from None
         if error.errno == errno.EACCES:
-            raise UsageError(f"port {port} needs rights that this user has not; give --port one from 1024 on") from None
+            raise UsageError(f"port {port} needs rights that this user lacks; use a --port from 1024 on") from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise UsageError(f"{printable(host)} is not an address of this machine; give --host one") from None
         raise
