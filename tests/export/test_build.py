@@ -84,7 +84,7 @@ def test_verify_refuses_bf16_for_fp32(bundle: Bundle) -> None:
         pytest.skip("of an fp32 bundle")
     result = CliRunner().invoke(main, ["verify", str(bundle.path), "--backend", "openvino-bf16"])
     assert result.exit_code == 2
-    assert "take the backend openvino" in result.stderr
+    assert "use the backend openvino" in result.stderr
 
 
 @pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_openvino)])

@@ -98,7 +98,7 @@ def named(bundle: Bundle, backend: Backend) -> Choice:
     if backend not in BACKENDS or backend == "auto":
         raise UsageError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if backend == "openvino-bf16" and bundle.manifest.precision == "fp32":
-        raise UsageError("openvino-bf16 can't hold the gates of an fp32 bundle; take the backend openvino")
+        raise UsageError("openvino-bf16 can't meet the gates of an fp32 bundle; use the backend openvino")
     if backend in ("openvino", "openvino-bf16"):
         return Choice({name: "onnxruntime-cpu" if name in _SCAN_GRAPHS else backend for name in graphs})
     return Choice(dict.fromkeys(graphs, backend))

@@ -1,4 +1,4 @@
-"""What `auto` takes, and that nothing scores which has not been held to the gates on this machine.
+"""What `auto` takes; and nothing scores before it has passed the gates on this machine.
 
 1. The choice that `tune` measured to be fastest here, with these threads and versions, if there is one.
 2. Else the first of `candidates`: plans for this GPU, ONNX Runtime with CUDA, then by the CPU's instruction sets.
@@ -101,7 +101,7 @@ def choose(bundle: Bundle, backend: Backend = "auto", *, threads: int = 0, check
     if backend != "auto":
         choice = named(bundle, backend)
         if check and (reason := _off(bundle, choice, threads)):
-            raise MDNetError(f"{reason}{_what_holds(bundle, choice, threads)}; --no-check scores with it all the same")
+            raise MDNetError(f"{reason}{_what_holds(bundle, choice, threads)}; --no-check overrides this")
         return choice
     options = _auto(bundle, threads)
     if not check:

@@ -1,4 +1,4 @@
-"""What this machine knows of a bundle: which backends met the gates here, and which was measured to be fastest.
+"""This machine's record of a bundle: which backends passed the gates here, and which was measured to be fastest.
 
 It is kept in the user's cache, one JSON file for each bundle, processor and set of versions. It may be deleted at any
 time; a file that is damaged, or cannot be written, is as good as none.

@@ -133,7 +133,7 @@ def file_entry(file: Path) -> FileEntry:
 
 @contextlib.contextmanager
 def write_bundle(destination: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary folder; when the block ends well, it takes the place of `destination` in one step.
+    """Give a temporary folder; when the block ends without an error, it replaces `destination` atomically.
 
     If the block raises, or the process dies, `destination` is as it was. An existing destination is replaced only if it
     is a bundle or an empty folder.

@@ -8,7 +8,7 @@ A bundle is the only thing that passes from export to runtime:
       vim.onnx
       fusion.onnx
       encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
-      probes.npz         drawn faces, and what PyTorch fp32 makes of them: `mdnet_engines.parity.probes`
+      probes.npz         drawn faces, and PyTorch fp32's outputs for them: `mdnet_engines.parity.probes`
       parity.json        the numbers behind `manifest.parity`
       parity.html        the same, for people
       engines/           plans of `mdnet-export engines`, a cache: one folder for each entry of `manifest.engines`

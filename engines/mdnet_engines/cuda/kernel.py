@@ -31,7 +31,7 @@ ARGUMENTS = (*INPUTS, "channels", "length", "states", "y")
 
 COMPILED_FOR = "compute_80"  # the oldest with bfloat16; newer GPUs run it just as well
 # NVRTC declares the newest PTX ISA that it knows, and a driver refuses one newer than its own. What it writes for
-# compute_80 is in the language of 8.0 all the same, as ptxas confirms in the tests: any driver of CUDA 12 may load it.
+# compute_80 is still in the language of 8.0, as ptxas confirms in the tests: any driver of CUDA 12 may load it.
 PTX_ISA = "8.0"
 
 Dtype = Literal["float32", "float16", "bfloat16"]

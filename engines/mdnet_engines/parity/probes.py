@@ -1,4 +1,4 @@
-"""The probes of a bundle: drawn faces, preprocessed, and what PyTorch fp32 makes of them, in one `probes.npz`.
+"""The probes of a bundle: drawn faces, preprocessed, and PyTorch fp32's outputs for them, in one `probes.npz`.
 
     pixels            uint8 (n, S, S, 3)
     score             float32 (n,)
@@ -75,7 +75,7 @@ def load_probes(file: Path, manifest: Manifest) -> Probes:
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(member.file_size for member in archive.infolist()) > _MAX_BYTES:
-                raise BundleError(f"{file} unpacks to more than {_MAX_BYTES} bytes; these are no probes")
+                raise BundleError(f"{file} unpacks to more than {_MAX_BYTES} bytes; this is not a file of probes")
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -93,7 +93,7 @@ def load_probes(file: Path, manifest: Manifest) -> Probes:
         assert values is not None
         reference[spec.name] = values
     if arrays:
-        raise BundleError(f"{file} holds {', '.join(sorted(arrays))[:200]}, which no graph of the bundle gives")
+        raise BundleError(f"{file} holds {', '.join(sorted(arrays))[:200]}, which is no output of the bundle's graphs")
     names = [f"probe {i}" for i in range(len(pixels))]
     return Probes(Images(names, pixels, f"{len(pixels)} probes"), reference)
 

@@ -118,6 +118,6 @@ def _import_onnxruntime() -> Any:
     except ImportError as error:
         raise MDNetError(
             f"ONNX Runtime can't be imported ({first_line(error)}); "
-            "install mdnet[cpu], or mdnet[cuda] where there is a GPU"
+            "install mdnet[cpu], or mdnet[cuda] on a machine with a GPU"
         ) from None
     return onnxruntime

@@ -57,7 +57,7 @@ class OpenVINOSession:
         openvino = _import_openvino()
         core = openvino.Core()
         if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise MDNetError("this CPU has no native bf16, which openvino-bf16 needs; take the backend openvino")
+            raise MDNetError("this CPU has no native bf16, which openvino-bf16 needs; use the backend openvino")
         options = {
             "INFERENCE_PRECISION_HINT": arithmetic,
             "PERFORMANCE_HINT": "LATENCY",
@@ -194,8 +194,8 @@ def _without_links(path: Path) -> Iterator[Path]:
             yield Path(folder, path.name)
     except OSError as error:
         raise MDNetError(
-            f"{weights[0]} is a link, where OpenVINO reads no weights ({first_line(error)}); "
-            "copy the bundle with its contents (cp -rL), or take --backend onnxruntime-cpu"
+            f"{weights[0]} is a link, and OpenVINO reads no weights from links ({first_line(error)}); "
+            "copy the bundle with its contents (cp -rL), or use --backend onnxruntime-cpu"
         ) from error
 
 

@@ -32,7 +32,7 @@ EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 OLDEST = {"tensorrt": 11, "tensorrt-rtx": 1}  # major versions; TensorRT 10 has networks that are not strongly typed
 
 NEEDS_GPU = (
-    "TensorRT builds for the GPU in the machine, and there is none (or no driver); run this on the machine that is to "
+    "TensorRT builds for the GPU in the machine, and there is none (or no driver); run this on the machine that will "
     "serve, or build for RTX GPUs with --backend tensorrt-rtx, which needs none"
 )
 
@@ -151,7 +151,7 @@ def _timing_cache(trt: Any, builder: Any, file: str | None, say: Say) -> Any:
         cache = config.create_timing_cache(Path(file).read_bytes())
         if cache is not None and config.set_timing_cache(cache, False):
             return cache
-        say("note", "the timing cache is of another GPU or version, or damaged: built without it")
+        say("note", "the timing cache is damaged, or for another GPU or version: built without it")
     return config.create_timing_cache(b"")
 
 

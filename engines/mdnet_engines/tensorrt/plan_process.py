@@ -155,7 +155,7 @@ def _targets(host: Host, wanted: Sequence[str]) -> list[str]:
         if other := [target for target in named if target != own]:
             raise UsageError(
                 f"TensorRT builds only for the GPU in the machine, {own}, not for {other[0]}; "
-                "run this where it is to serve, or take --backend tensorrt-rtx"
+                "run this on the machine that will serve, or use --backend tensorrt-rtx"
             )
     elif unknown := [target for target in named if target not in host.targets]:
         known = ", ".join(host.targets)
@@ -175,7 +175,7 @@ def _is_good(bundle: Bundle, engines: PlanSet) -> bool:
 
 
 def _old_cache(bundle: Bundle, old: PlanSet | None, progress: Progress) -> str | None:
-    """The timing cache of the set that is to be replaced, where it is as it was written: native code reads it."""
+    """The timing cache of the set to be replaced, if it is unchanged since it was written: native code reads it."""
     if old is None or old.timing_cache is None:
         return None
     folder = plans_folder(bundle, old)

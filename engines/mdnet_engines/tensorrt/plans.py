@@ -7,8 +7,8 @@ A set of plans is an `PlanSet` of the manifest, its files are a cache: a bundle 
 whoever wants to load a plan calls `explain_incompatible`, which looks at no file, then `check_plans`, and hands a plan
 to native code only after both. `usable_plans` does so for all the sets of a runtime.
 
-A new set is built in a hidden folder beside, takes the place of the old one in one step, and then the manifest is
-replaced in one step. Between the two, the manifest has the old hashes: the plans are refused, the bundle opens.
+A new set is built in a hidden folder next to the old one and replaces it atomically; then the manifest is replaced
+atomically. Between the two, the manifest has the old hashes: the plans are refused, the bundle opens.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_a_named_backend_is_taken_whatever_is_installed(
 
 def test_bf16_is_not_for_fp32_bundles(bundle: Bundle) -> None:
     if bundle.manifest.precision == "fp32":
-        with pytest.raises(UsageError, match="take the backend openvino"):
+        with pytest.raises(UsageError, match="use the backend openvino"):
             named(bundle, "openvino-bf16")
     else:
         assert named(bundle, "openvino-bf16").graphs == BF16

@@ -97,7 +97,7 @@ GOOD: dict[str, Any] = {
         (lambda a: a.update(score=a["score"][:, None]), "score is float32 [5, 1]"),
         (lambda a: a.update({"output.down": a["output.down"][:, :2]}), "down is float32 [5, 2]"),
         (lambda a: a.update(score=np.full(5, np.nan, np.float32)), "score is not finite"),
-        (lambda a: a.update(extra=np.zeros(3)), "holds extra, which no graph of the bundle gives"),
+        (lambda a: a.update(extra=np.zeros(3)), "holds extra, which is no output of the bundle's graphs"),
         (lambda a: a.update(pixels=np.array([None, 1], dtype=object)), "can't be read as probes"),
     ],
 )
