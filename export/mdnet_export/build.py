@@ -112,14 +112,14 @@ def build_bundle(
     command: str = "",
     progress: Progress = SILENT,
 ) -> Bundle:
-    """Build a bundle from `weights` at `destination`, replacing a bundle there in one step.
+    """Build a bundle from `weights` at `destination`; an existing bundle is replaced atomically.
 
     Args:
         images: what parity is measured on.
         calibration: for int8, what its ranges and blocks are chosen on; for fp16, where overflow is looked for (drawn
             faces by default).
         force: write the bundle although a gate failed or int8 is slower than float; the manifest records it. On a CPU
-            without VNNI slower int8 is written all the same: it may be for another machine.
+            without VNNI slower int8 is still written: it may be for another machine.
         progress: is told each step.
 
     Raises:
@@ -193,7 +193,7 @@ def _prove(
         raise MDNetError(f"no backend can run the graphs: {explain(trials)}")
     if not force:
         reasons = f"parity with PyTorch failed: {explain(trials)}"
-        raise ParityError(f"{reasons}. Nothing was written; --force writes it all the same", report)
+        raise ParityError(f"{reasons}. Nothing was written; --force writes it anyway", report)
     return trials, dataclasses.replace(report, forced=True)
 
 

@@ -40,7 +40,7 @@ def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray])
 
     layers = _shared_layers(reference, graph)
     if not layers:
-        raise MDNetError(f"{reference.name} and {graph.name} have no layer in common; are they of one model?")
+        raise MDNetError(f"{reference.name} and {graph.name} have no layer in common; are they from the same model?")
     order = list(layers.values())
     with (
         TemporaryDirectory(prefix="mdnet-layers-") as name,

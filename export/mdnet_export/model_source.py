@@ -88,7 +88,7 @@ def weights_of(provenance: Provenance, preset_name: str, checkpoint: Path | None
     """The weights that a bundle was built from.
 
     Raises:
-        UsageError: they came from a checkpoint that is not given, or not the one given.
+        UsageError: they came from a checkpoint that is missing here, or differs from the given one.
     """
     if provenance.weights == "random":
         return choose_weights(preset_name=preset_name, random_init=True, seed=provenance.seed or 0)

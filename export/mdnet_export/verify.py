@@ -122,7 +122,7 @@ def _reference(bundle: Bundle, against: Path | None) -> Reference:
         raise UsageError(f"--against {against} is neither a checkpoint nor a bundle (no {MANIFEST_NAME} in it)")
     other = Bundle.open(against)
     if other.manifest.preprocessing != manifest.preprocessing:
-        raise UsageError(f"{against} prepares images otherwise than {bundle.path}; their scores can't be compared")
+        raise UsageError(f"{against} prepares images differently from {bundle.path}; their scores can't be compared")
     return Reference(bundle=other)
 
 

@@ -238,7 +238,7 @@ def test_a_killed_build_leaves_the_old_bundle(demo_bundle: Bundle, float_graphs:
     ("arguments", "reason"),
     [
         (["--preset", "sd15-vim-s"], "has no packaged weights; give yours with --checkpoint FILE"),
-        (["--preset", "sd15"], "no preset 'sd15'; there are: sd15-vim-s"),
+        (["--preset", "sd15"], "no preset 'sd15'; known: sd15-vim-s"),
         (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
         (["--checkpoint", "text.safetensors"], "not a safetensors file"),
         (["--checkpoint", "text.safetensors", "--random-init"], "contradict each other"),

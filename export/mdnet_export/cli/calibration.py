@@ -37,7 +37,7 @@ _OPTIONS = (
         type=click.Choice(get_args(RangeMethod)),
         default="percentile",
         show_default=True,
-        help="int8: how the range of a value is made of what was seen.",
+        help="int8: how a value's range follows from the calibration images.",
     ),
     click.option(
         "--max-score-drift",
@@ -51,12 +51,12 @@ _OPTIONS = (
         type=click.FloatRange(0, 1),
         default=Budget.min_pearson,
         show_default=True,
-        help="int8: least Pearson correlation with the float scores, likewise.",
+        help="int8: lowest Pearson correlation with the float scores.",
     ),
     click.option(
         "--calib-cache",
         type=click.Path(path_type=Path, file_okay=False),
-        help="int8: keep what was measured on the images here; another build on them is then quicker.",
+        help="int8: keep histograms of the images here, for faster builds on them.",
     ),
 )
 

@@ -27,7 +27,7 @@ NEITHER = (
 @click.option(
     "--backend",
     type=click.Choice(get_args(PlanRuntime)),
-    help="By default tensorrt where it is installed and has a GPU, else tensorrt-rtx.",
+    help="By default tensorrt if it is installed and has a GPU, else tensorrt-rtx.",
 )
 @click.option(
     "--gpu",
@@ -43,13 +43,13 @@ NEITHER = (
     "--workspace",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GiB",
-    help="Device memory that one layer may use for intermediate results; by default all there is.",
+    help="Device memory that one layer may use for intermediate results; by default all of it.",
 )
-@click.option("--force", is_flag=True, help="Build although plans for this are there.")
+@click.option("--force", is_flag=True, help="Rebuild plans that already exist.")
 def engines(
     bundle: Path, backend: PlanRuntime | None, gpu: str, batch: str, workspace: float | None, force: bool
 ) -> None:
-    """Build TensorRT plans of BUNDLE's graphs and put them into it. Takes the bundle alone: no torch, no checkpoint."""
+    """Build TensorRT plans of BUNDLE's graphs and put them into it. Needs the bundle alone: no torch, no checkpoint."""
     from mdnet_engines.bundle.files import Bundle
     from mdnet_engines.tensorrt.plan_process import build_plans
 

@@ -49,7 +49,7 @@ main.add_command(triton)
 @main.command()
 @checkpoint_option
 @click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; a checkpoint knows its own.")
-@click.option("--random-init", is_flag=True, help="Random weights: proves size and speed before weights are at hand.")
+@click.option("--random-init", is_flag=True, help="Random weights: proves size and speed before you have weights.")
 @click.option("--seed", default=0, show_default=True, help="Seed of --random-init.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
 @calibration_options
@@ -59,7 +59,7 @@ main.add_command(triton)
 @images_option
 @count_option
 @click.option(
-    "--force", is_flag=True, help="Write the bundle although a gate failed or int8 is slower; the manifest records it."
+    "--force", is_flag=True, help="Write the bundle even if a gate fails or int8 is slower; the manifest records it."
 )
 def build(
     checkpoint: Path | None,
@@ -73,7 +73,10 @@ def build(
     force: bool,
     **calibration: Any,
 ) -> None:
-    """Build a bundle: three ONNX graphs, a manifest and a parity report. Replaces the bundle at OUTPUT in one step."""
+    """Build a bundle: three ONNX graphs, a manifest and a parity report.
+
+    An existing bundle at OUTPUT is replaced atomically; any other folder is refused.
+    """
     _require_export()
     from mdnet_export.build import build_bundle
     from mdnet_export.model_source import choose_weights
@@ -119,7 +122,7 @@ def inspect(bundle: Path) -> None:
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="auto: what mdnet-rt score takes."
 )
-@click.option("--layers", is_flag=True, help="Compare every layer too; done anyway where a gate fails.")
+@click.option("--layers", is_flag=True, help="Compare every layer too; always done if a gate fails.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write the report there.")
 def verify(
     bundle: Path,

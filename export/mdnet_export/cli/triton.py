@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-batch-size",
     type=click.IntRange(1, 4096),
-    help="Images in one batch; by default 16, or what the plans take where that is less.",
+    help="Images in one batch; by default 16, or the plans' maximum if that is less.",
 )
 @click.option(
     "--queue-delay",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def triton(bundle: Path, output: Path, **options: Any) -> None:
     """Write a model repository for NVIDIA Triton to OUT from BUNDLE: three models and an ensemble.
 
-    Takes the bundle alone. Replaces a repository it made before at OUT in one step, and nothing else.
+    Needs the bundle alone. A repository that it made before at OUT is replaced atomically; any other folder is refused.
     """
     from mdnet_engines.bundle.files import Bundle
     from mdnet_export.triton.repository import write_repository

@@ -23,7 +23,7 @@ def cpu_variant(file: Path) -> Path:
 def write_forms(proto: onnx.ModelProto, file: Path) -> None:
     """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels beside it."""
     data = file.with_name(f"{file.name}.data")
-    data.unlink(missing_ok=True)  # onnx appends to a file that is there
+    data.unlink(missing_ok=True)  # onnx appends to an existing file
     onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
     light = onnx.load(file, load_external_data=False)
     onnx.save(for_onnxruntime_cpu(light), cpu_variant(file))

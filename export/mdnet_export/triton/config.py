@@ -1,4 +1,4 @@
-"""What Triton is told of a bundle's graphs: `config.pbtxt` of the three models and of the ensemble that joins them.
+"""A bundle's graphs for Triton: `config.pbtxt` of the three models and of the ensemble that joins them.
 
 A configuration is made as nested dicts and lists with the field names of Triton's `ModelConfig`, and written in
 protobuf's text format by `to_text`; a test reads it back with Triton's own protobuf.
@@ -7,7 +7,7 @@ Which fields Triton takes where was read from the sources of its core, `onnxrunt
 - `dims` leave the batch axis out. A tensor of shape [batch] is `dims: [1]` with an empty `reshape`: Triton shows it as
   rows of one number;
 - an ensemble has neither warm-up nor instances, and is joined by the models' `dims`, not by their `reshape`;
-- a path in `model_operations` goes to ONNX Runtime as it stands: it is looked up where the server runs.
+- a path in `model_operations` goes to ONNX Runtime unchanged: it is looked up where the server runs.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def check_graphs(manifest: Manifest) -> None:
                 )
         for spec in entry.outputs:
             if spec.name in given:
-                raise BundleError(f"{name} gives {spec.name}, which is there already")
+                raise BundleError(f"{name} gives {spec.name}, which another graph already gives")
             given[spec.name] = spec
     if "score" not in {spec.name for spec in manifest.graphs["fusion"].outputs}:
         raise BundleError("fusion gives no score")

@@ -1,4 +1,4 @@
-"""What a client of the Triton models has to know: as parameters of the ensemble, and as the repository's README."""
+"""Facts for clients of the Triton models: as parameters of the ensemble, and as the repository's README."""
 
 from __future__ import annotations
 

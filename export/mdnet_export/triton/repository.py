@@ -78,7 +78,7 @@ def write_repository(
     """Write the model repository of `bundle` to `output`, all of it or nothing.
 
     Args:
-        output: free, an empty folder, or a repository that this function wrote, which is replaced in one step.
+        output: free, an empty folder, or a repository that this function wrote, which is replaced atomically.
         name: the ensemble's name, and the beginning of the models' names.
         kind: what runs the models; by default the CPU for ONNX Runtime and the GPU for TensorRT, which has no other.
         max_batch_size: by default `MAX_BATCH`, or what the plans take where that is less.
@@ -98,9 +98,9 @@ def write_repository(
     check_graphs(bundle.manifest)
     kind = kind or ("cpu" if backend == "onnxruntime" else "gpu")
     if backend == "tensorrt" and (kind == "cpu" or native_scan):
-        raise UsageError("plans run on a GPU, with the scan inside; leave --kind cpu and --native-scan out")
+        raise UsageError("plans run on a GPU, with the scan inside; drop --kind cpu and --native-scan")
     if backend != "tensorrt" and plans:
-        raise UsageError("--plans goes with --backend tensorrt")
+        raise UsageError("--plans requires --backend tensorrt")
     engines = _choose_plans(bundle, plans) if backend == "tensorrt" else None
     serving = Serving(name, backend, kind, instances, _batch_limit(max_batch_size, engines), queue_delay)
     library = _library(native_scan, serving)
@@ -143,7 +143,7 @@ def check_free(target: Path, bundle: Bundle) -> None:
         )
     if others := sorted(found - ours):
         raise UsageError(
-            f"{target} also holds {printable(', '.join(others[:3]))}, which would be lost; move that elsewhere"
+            f"{target} also holds {printable(', '.join(others[:3]))}, which would be lost; move it elsewhere"
         )
 
 
@@ -159,7 +159,7 @@ def _entries(marker: Path) -> set[str]:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--name is {name!r:.80}; expected letters, digits, _ and -, 64 at most, and no - in front")
+        raise UsageError(f"--name is {name!r:.80}; expected letters, digits, _ and -, 64 at most, not starting with -")
 
 
 # ------------------------------------------------------------------------------------------------- what is to be served
@@ -179,7 +179,7 @@ def _choose_plans(bundle: Bundle, folder: str | None) -> PlanSet:
         raise UsageError(f"choose one of the sets of plans with --plans: {', '.join(each.folder for each in fresh)}")
     check_plans(bundle, fresh[0])
     if (smallest := fresh[0].batch.minimum) > 1:
-        raise MDNetError(f"the plans take no fewer than {smallest} images, Triton sends one as well; {build}")
+        raise MDNetError(f"the plans need at least {smallest} images, but Triton may send one; {build}")
     return fresh[0]
 
 
@@ -228,7 +228,7 @@ def _write_model(folder: Path, config: dict[str, Any], files: list[Path]) -> Non
 def _write_facts(
     folder: Path, manifest: Manifest, serving: Serving, engines: PlanSet | None, library: str | None
 ) -> None:
-    """README and marker; the latter lists what is there, itself included."""
+    """README and marker; the marker lists every file, itself included."""
     plans_for = f"TensorRT {engines.version} on {engines.gpu or engines.target}" if engines else None
     notes = notes_on_serving(plans_for=plans_for, library=library)
     models = [serving.model(graph) for graph in GRAPH_NAMES]
@@ -241,7 +241,7 @@ def _write_facts(
 
 @contextlib.contextmanager
 def _replacing(target: Path, bundle: Bundle) -> Iterator[Path]:
-    """Give an empty folder beside `target` that takes its place in one step when the block ends well."""
+    """Give an empty folder next to `target` that replaces it atomically when the block ends without an error."""
     try:
         with new_folder(target, lambda: check_free(target, bundle)) as folder:
             yield folder

@@ -385,7 +385,7 @@ def for_large_batches(bundle: Bundle) -> Bundle:
         (rtx_only, "no TensorRT plans"),
         (of_other_graphs, "built from other graphs"),
         (altered, "it was altered"),
-        (for_large_batches, "no fewer than 2 images"),
+        (for_large_batches, "need at least 2 images"),
     ],
 )
 def test_plans_that_triton_could_not_serve_are_refused_with_the_command_that_builds_them(
