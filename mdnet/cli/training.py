@@ -98,7 +98,7 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
 @click.option("--fusion", type=click.Choice(FUSIONS), help="How the streams are joined.  [default: the checkpoint's]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--log", type=click.Path(path_type=Path, file_okay=False), help="Write a TensorBoard log to this folder.")
-@click.option("--resume", is_flag=True, help="Go on with a run of the same options that was interrupted.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run with the same options.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
 def train(
     preset: str | None,
@@ -181,7 +181,7 @@ def train(
 @_training_options
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each kind.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Keep every run in this .json file, and go on from there."
+    "-o", "--output", type=click.Path(path_type=Path), help="Keep every run in this .json file, and continue from it."
 )
 def ablate(
     preset: str | None,

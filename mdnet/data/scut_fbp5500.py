@@ -71,7 +71,7 @@ def group_of(name: str) -> str:
         MDNetError: the name is not one of the data set's.
     """
     if not _NAME.fullmatch(name):
-        raise MDNetError(f"{name!r:.60} is no name of SCUT-FBP5500; expected {', '.join(GROUPS)} and a number, .jpg")
+        raise MDNetError(f"{name!r:.60} is not a name of SCUT-FBP5500; expected {', '.join(GROUPS)} and a number, .jpg")
     return name[:2]
 
 
@@ -156,8 +156,8 @@ def _check_folds(splits: Sequence[Split], files: Sequence[Path]) -> None:
     for split, file in zip(splits, files, strict=True):
         if odd := tested.keys() ^ {*split.train.images, *split.test.images}:
             raise MDNetError(
-                f"{file.parent}: {split.name} and the five test lists are not of the same images; "
-                f"{len(odd)} are in one of them only, such as {_first(odd)}"
+                f"{file.parent}: {split.name} and the five test lists list different images; "
+                f"{len(odd)} are in only one of them, such as {_first(odd)}"
             )
 
 

@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 def save_checkpoint(model: MDNet, file: str | os.PathLike[str], *, notes: dict[str, object] | None = None) -> None:
-    """Write `model` to `file`, in one step: a killed run leaves the old file or none.
+    """Write `model` to `file` atomically: a killed run leaves the old file or none.
 
     Args:
         notes: JSON-ready facts to keep with the weights (data, command, metrics).
@@ -76,7 +76,7 @@ def read_metadata(file: str | os.PathLike[str]) -> tuple[MDNetConfig, dict[str, 
     except (ValueError, RecursionError) as error:
         raise MDNetError(f"{file}: its configuration or notes are not JSON ({first_line(error)})") from None
     if not isinstance(fields, dict) or not isinstance(notes, dict):
-        raise MDNetError(f"{file}: its configuration and notes are no JSON objects; was it altered?")
+        raise MDNetError(f"{file}: its configuration and notes are not JSON objects; was it altered?")
     try:
         return MDNetConfig.from_dict(fields), notes
     except UsageError as error:

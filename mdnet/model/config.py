@@ -84,7 +84,7 @@ class MDNetConfig:
         if self.vim_dim % self.fusion_heads:
             raise UsageError(f"vim_dim {self.vim_dim} is not a multiple of fusion_heads {self.fusion_heads}")
         if self.fusion not in FUSIONS:
-            raise UsageError(f"fusion is {self.fusion!r}; there are: {', '.join(FUSIONS)}")
+            raise UsageError(f"fusion is {self.fusion!r}; known: {', '.join(FUSIONS)}")
 
     @property
     def vim_inner(self) -> int:
@@ -201,4 +201,4 @@ def preset(name: str) -> MDNetConfig:
     try:
         return PRESETS[name]
     except KeyError:
-        raise UsageError(f"no preset {name!r}; there are: {', '.join(PRESETS)}") from None
+        raise UsageError(f"no preset {name!r}; known: {', '.join(PRESETS)}") from None

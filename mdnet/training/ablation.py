@@ -70,7 +70,7 @@ class Results:
         return next((run for run in self.runs if (run.fusion, run.fingerprint) == (fusion, wanted)), None)
 
     def add(self, run: Run) -> None:
-        """Keep a run; the file is replaced in one step."""
+        """Keep a run; the file is replaced atomically."""
         self.runs.append(run)
         if self.file is None:
             return

@@ -34,8 +34,8 @@ class StateFile:
     """Where a run is kept.
 
     Args:
-        file: written after each epoch, in one step; gone when the run has ended.
-        resume: go on with the run that `file` holds. Without it, a file that is there is an error: it is hours of work.
+        file: written atomically after each epoch; deleted when the run has ended.
+        resume: continue the run that `file` holds. Without it, an existing file is an error: it is hours of work.
     """
 
     def __init__(self, file: Path, *, resume: bool):
@@ -47,13 +47,13 @@ class StateFile:
         if self.resume and not self.file.exists():
             raise UsageError(f"{self.file} is missing, so there is no run to resume; leave out --resume")
         if not self.resume and self.file.exists():
-            raise UsageError(f"{self.file} holds a run that did not end: go on with --resume, or remove the file")
+            raise UsageError(f"{self.file} holds an unfinished run: continue it with --resume, or remove the file")
 
     def open(self, fingerprint: Fingerprint, run: Stateful) -> None:
         """Check that the file is of the run that `fingerprint` describes, and put what it holds into `run`.
 
         Raises:
-            UsageError: as `check`, or the file is of another run; the message says what differs.
+            UsageError: as `check`, or the file belongs to another run; the message says what differs.
             MDNetError: the file can't be read.
         """
         self.check()
@@ -69,7 +69,7 @@ class StateFile:
             ) from None
         if other := [name for name in fingerprint if kept.get(name) != fingerprint[name]]:
             changes = ", ".join(f"{name} was {kept.get(name)}, is {fingerprint[name]}" for name in other)
-            raise UsageError(f"{self.file} is of another run: {changes}; give the options that it was started with")
+            raise UsageError(f"{self.file} belongs to another run: {changes}; use the options that it was started with")
         run.load_state_dict(state)
 
     def save(self, run: Stateful) -> None:

@@ -69,7 +69,7 @@ def train(
         The best epoch, by Pearson on the validation slice. The model is in evaluation mode.
 
     Raises:
-        UsageError: `state` is of another run.
+        UsageError: `state` belongs to another run.
         MDNetError: an image can't be read, the disk is too small for the features, or the loss is not finite.
     """
     with cached_features(

@@ -158,14 +158,14 @@ def load_pickle(file: Path) -> Any:
                 ) from None
             # PyTorch's own words would advise to load it unsafely.
             reason = "" if "weights_only" in str(error) else f" ({first_line(error)})"
-            raise MDNetError(f"{file} is no weights file, or was cut short{reason}") from None
+            raise MDNetError(f"{file} is not a file of weights, or was cut short{reason}") from None
 
 
 def open_folder(folder: Path, stem: str, bin_stem: str) -> Weights:
     """Weights as diffusers and transformers save them: safetensors before .bin, float32 before fp16, or shards.
 
     Raises:
-        MDNetError: there are none, or a shard that the index names is missing; the message lists what is there.
+        MDNetError: there are none, or a shard that the index names is missing; the message lists the files found.
     """
     names = []
     for base, suffix in ((stem, "safetensors"), (bin_stem, "bin")):
@@ -228,7 +228,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MDNetError(f"{file} is not JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
-        raise MDNetError(f"{file} holds no JSON object")
+        raise MDNetError(f"{file} does not hold a JSON object")
     return content
 
 
@@ -237,7 +237,7 @@ def _open_safetensors(file: Path) -> dict[str, Stored]:
         stored = safe_open(str(file), framework="pt")
         shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise MDNetError(f"{file} is not a whole safetensors file ({first_line(error)})") from None
+        raise MDNetError(f"{file} is not a complete safetensors file ({first_line(error)})") from None
     return {name: Stored(shape, functools.partial(stored.get_tensor, name)) for name, shape in shapes.items()}
 
 

@@ -48,7 +48,7 @@ def null_prompt(source: Path, stored: Path | None, config: MDNetConfig) -> tuple
             f"{origin}: the null prompt's embedding is {tuple(context.shape)}, preset {config.preset} expects {wanted}"
         )
     if not context.is_floating_point() or not torch.isfinite(context).all():
-        raise MDNetError(f"{origin}: the null prompt's embedding holds something else than finite numbers")
+        raise MDNetError(f"{origin}: the null prompt's embedding holds values that are not finite numbers")
     return context.float().contiguous(), files
 
 
@@ -127,7 +127,7 @@ def _from_single_file(weights: Weights, config: MDNetConfig) -> Tensor:
         model.load_state_dict({prefix + name: value for name, value in state.items()})
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise MDNetError(f"{weights.source}: its text encoder is no CLIP text model ({problem[:300]})") from None
+        raise MDNetError(f"{weights.source}: its text encoder is not a CLIP text model ({problem[:300]})") from None
     ids = torch.full((1, config.context_length), vocabulary - 1)
     ids[0, 0] = vocabulary - 2
     return _encode(model, ids)

@@ -45,7 +45,7 @@ def open_vim(
         progress.note(note)
     if absent := [name for name in TELLING if name not in weights.tensors]:
         raise MDNetError(
-            f"{file} is no Vision Mamba of hustvl/Vim: it lacks {few(absent)} and holds "
+            f"{file} is not a Vision Mamba of hustvl/Vim: it lacks {few(absent)} and holds "
             f"{few([printable(name) for name in weights.tensors])}"
         )
     name = getattr(weights.extras.get("args"), "model", None)

@@ -30,7 +30,7 @@ def test_each_stage_that_is_asked_for_gives_its_seconds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "no preset 'huge'; there are: "),
+        ({"preset": "huge"}, "no preset 'huge'; known: "),
         ({"preset": "demo", "image_size": 100}, "image_size is 100; "),
     ],
 )

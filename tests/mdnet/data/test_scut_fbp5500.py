@@ -61,7 +61,7 @@ def test_the_group_is_in_the_name(faces: Path) -> None:
     "name", ["ZZ9.jpg", "AF.jpg", "af1.jpg", "AF1.png", "AF1.jpg.jpg", "../AF1.jpg", "fty276.jpg", ""]
 )
 def test_other_names_have_no_group(name: str) -> None:
-    with pytest.raises(MDNetError, match="is no name of SCUT-FBP5500"):
+    with pytest.raises(MDNetError, match="is not a name of SCUT-FBP5500"):
         group_of(name)
 
 
@@ -71,9 +71,9 @@ def test_other_names_have_no_group(name: str) -> None:
         ("train", "AF1.jpg 3.0\nAM1.jpg high\n", r"train.txt:2: expected `NAME.jpg RATING`, got 'AM1.jpg high'"),
         ("train", "AF1.jpg\n", r"train.txt:1: expected `NAME.jpg RATING`"),
         ("train", "3.5\n", r"train.txt:1: expected `NAME.jpg RATING`"),
-        ("train", "AF1.jpg 3.0\n\nfty276.jpg 2.0\n", r"train.txt:3: 'fty276.jpg' is no name of SCUT-FBP5500"),
-        ("train", "../AF1.jpg 3.0\n", r"train.txt:1: '../AF1.jpg' is no name"),
-        ("train", "AF1.jpg  3.0\n", r"train.txt:1: 'AF1.jpg ' is no name"),
+        ("train", "AF1.jpg 3.0\n\nfty276.jpg 2.0\n", r"train.txt:3: 'fty276.jpg' is not a name of SCUT-FBP5500"),
+        ("train", "../AF1.jpg 3.0\n", r"train.txt:1: '../AF1.jpg' is not a name"),
+        ("train", "AF1.jpg  3.0\n", r"train.txt:1: 'AF1.jpg ' is not a name"),
         ("train", "AF1.jpg 5.01\n", r"train.txt:1: the rating of AF1.jpg is 5.01; expected 1 to 5"),
         ("train", "AF1.jpg 0\n", r"train.txt:1: the rating of AF1.jpg is 0; expected 1 to 5"),
         ("train", "AF1.jpg nan\n", r"train.txt:1: the rating of AF1.jpg is nan; expected 1 to 5"),
@@ -137,7 +137,7 @@ def test_a_fold_without_one_of_the_images_is_refused(copy: Path) -> None:
     first, *others = train.read_text().splitlines()
     train.write_text("\n".join(others))
     with pytest.raises(
-        MDNetError, match=rf"cross_validation_2: .* 1 are in one of them only, such as {first.split()[0]}"
+        MDNetError, match=rf"cross_validation_2: .* 1 are in only one of them, such as {first.split()[0]}"
     ):
         read_splits(copy, "cv5")
 

@@ -96,7 +96,7 @@ def test_a_checkpoint_keeps_its_kind(fusion: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UsageError, match="fusion is 'sum'; there are: cross-attention, concatenation"):
+    with pytest.raises(UsageError, match="fusion is 'sum'; known: cross-attention, concatenation"):
         dataclasses.replace(CONFIG, fusion="sum")
 
 

@@ -175,7 +175,7 @@ def test_the_train_command_resumes_logs_and_notes_its_fold(
     assert not file.exists()
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 2
-    assert "model.safetensors.state holds a run that did not end" in again.stderr
+    assert "model.safetensors.state holds an unfinished run" in again.stderr
     resumed = CliRunner().invoke(main, [*command, "--resume"])
     assert resumed.exit_code == 0, resumed.stderr
     assert "epoch   1/2" not in resumed.stderr

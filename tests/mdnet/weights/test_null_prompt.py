@@ -72,7 +72,7 @@ def test_a_text_encoder_with_missing_weights_is_refused(text: tuple[Tensor, dict
         null_prompt(root, None, CONFIG)
     single = {f"cond_stage_model.transformer.{k}": v for k, v in state.items() if k != part}
     save_file(single, tmp_path / "sd.safetensors")
-    with pytest.raises(MDNetError, match=r"no CLIP text model .*layers.1.mlp.fc2.weight") as caught:
+    with pytest.raises(MDNetError, match=r"not a CLIP text model .*layers.1.mlp.fc2.weight") as caught:
         null_prompt(tmp_path / "sd.safetensors", None, CONFIG)
     assert "\n" not in str(caught.value)
 
@@ -121,8 +121,8 @@ def test_a_stored_null_prompt_is_read_in_each_form(tmp_path: Path) -> None:
         ("a.npy", lambda f: f.write_bytes(b"no"), "a.npy is not a NumPy array"),
         ("b.safetensors", lambda f: save_file({"x": torch.ones(77, 768)}, f), r"is \(77, 768\), .* expects \(8, 32\)"),
         ("c.pt", lambda f: torch.save({"x": torch.ones(1), "y": torch.ones(1)}, f), "holds x, y; expected one tensor"),
-        ("d.pt", lambda f: torch.save(torch.full((8, 32), float("inf")), f), "something else than finite numbers"),
-        ("e.pt", lambda f: torch.save(torch.ones(8, 32, dtype=torch.int64), f), "something else than finite numbers"),
+        ("d.pt", lambda f: torch.save(torch.full((8, 32), float("inf")), f), "values that are not finite numbers"),
+        ("e.pt", lambda f: torch.save(torch.ones(8, 32, dtype=torch.int64), f), "values that are not finite numbers"),
         ("f.pt", lambda f: None, "f.pt: no such file"),
     ],
 )

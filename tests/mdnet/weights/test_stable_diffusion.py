@@ -258,8 +258,8 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no VAE": (remove("vae"), "holds model_index.json, unet/; expected a diffusers pipeline with unet/ and vae/"),
     "no weights": (remove(UNET), rf"unet holds config.json; expected {STEM}.safetensors"),
-    "cut weights": (cut(UNET), rf"{STEM}.safetensors is not a whole safetensors file"),
-    "empty weights": (write(UNET, b""), rf"{STEM}.safetensors is not a whole safetensors file"),
+    "cut weights": (cut(UNET), rf"{STEM}.safetensors is not a complete safetensors file"),
+    "empty weights": (write(UNET, b""), rf"{STEM}.safetensors is not a complete safetensors file"),
     "LFS": (write(UNET, b"version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer.*git lfs pull"),
     "shard missing": (shard_missing, "unet lacks the shard gone.safetensors"),
     "shard outside": (shard_outside, "names the shard '../vae/x.safetensors', which is not in its own folder"),
@@ -318,7 +318,7 @@ def single_files(tmp_path: Path) -> dict[str, tuple[Callable[[Path], object], st
             "holds 3 tensors such as a.b, c; expected",
         ),
         "no file": (lambda file: None, "no such file or folder"),
-        "text": (lambda file: file.write_text("<html>404</html>"), "is no weights file, or was cut short"),
+        "text": (lambda file: file.write_text("<html>404</html>"), "is not a file of weights, or was cut short"),
         "evil": (
             lambda file: torch.save({"state_dict": Evil(tmp_path / "proof")}, file),
             r"wants to run \S+\.mkdir; refused",
@@ -329,7 +329,7 @@ def single_files(tmp_path: Path) -> dict[str, tuple[Callable[[Path], object], st
         ),
         "bare pickle": (
             lambda file: file.write_bytes(pickle.dumps({"a": 1}, protocol=2)),
-            "is no weights file, or was cut short",
+            "is not a file of weights, or was cut short",
         ),
         "no tensors": (lambda file: torch.save({"state_dict": {}}, file), "holds no state dict"),
     }
@@ -342,7 +342,7 @@ def test_a_wrong_file_is_explained_on_one_line(case: str, suffix: str, tmp_path:
     file = tmp_path / f"model.{suffix}"
     make(file)
     if case in ("evil", "evil, old format", "text", "bare pickle", "no tensors") and suffix == "safetensors":
-        message = "is not a whole safetensors file"
+        message = "is not a complete safetensors file"
     with pytest.raises(MDNetError, match=message) as caught:
         open_encoder(file, CONFIG)
     assert "\n" not in str(caught.value)
@@ -360,7 +360,7 @@ def test_a_cut_ckpt_is_explained(pipeline: Stock, tmp_path: Path) -> None:
     file = tmp_path / "cut.ckpt"
     torch.save({"state_dict": pipeline.compvis()}, file)
     cut("cut.ckpt")(tmp_path)
-    with pytest.raises(MDNetError, match=r"cut\.ckpt is no weights file, or was cut short"):
+    with pytest.raises(MDNetError, match=r"cut\.ckpt is not a file of weights, or was cut short"):
         open_encoder(file, CONFIG)
 
 

@@ -183,7 +183,7 @@ def test_scalars_of_numpy_and_paths_in_the_command_line_are_no_obstacle(
 
 def test_tensors_of_no_wrapper_that_is_known_are_not_taken(tmp_path: Path) -> None:
     torch.save(renamed(STATE, "teacher."), tmp_path / "vim.pth")
-    with pytest.raises(MDNetError, match="is no Vision Mamba of hustvl/Vim: it lacks cls_token"):
+    with pytest.raises(MDNetError, match="is not a Vision Mamba of hustvl/Vim: it lacks cls_token"):
         open_vim(tmp_path / "vim.pth", None, None)
 
 
@@ -212,7 +212,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], st
         {},
         r"layers.0.mixer.dt_proj.weight is \(96, 4\), expected \(96, 3\)$",
     ),
-    "no Vim": (drop("cls_token", "pos_embed"), {}, "is no Vision Mamba of hustvl/Vim: it lacks cls_token, pos_embed"),
+    "no Vim": (
+        drop("cls_token", "pos_embed"),
+        {},
+        "is not a Vision Mamba of hustvl/Vim: it lacks cls_token",
+    ),
     "another depth": (change(layers__3__norm__weight=torch.ones(48)), {}, "vim_depth is 4, preset demo expects 3"),
     "another patch": (
         change(patch_embed__proj__weight=torch.ones(48, 3, 8, 8)),
@@ -270,5 +274,5 @@ def test_a_pickle_with_another_class_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_cut_file_is_explained(tmp_path: Path) -> None:
     file, _ = make(tmp_path)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(MDNetError, match=r"vim.pth is no weights file, or was cut short \("):
+    with pytest.raises(MDNetError, match=r"vim.pth is not a file of weights, or was cut short \("):
         open_vim(file, None, None)

@@ -219,7 +219,7 @@ def test_bad_options_are_refused_before_anything_is_started(
 def test_a_bundle_of_no_known_preset_has_no_pytorch_to_run_against(shared_bundle: Path) -> None:
     result = run(shared_bundle, "--backend", "onnxruntime-cpu", "--against", "pytorch")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith("error: pytorch: no preset 'tiny'; there are: ")
+    assert result.stderr.splitlines()[-1].startswith("error: pytorch: no preset 'tiny'; known: ")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs the [train] extra")
