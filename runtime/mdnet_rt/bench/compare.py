@@ -157,7 +157,7 @@ def compare_bundles(
 
 
 def to_json(found: Comparison, a: Manifest, b: Manifest, *, worst: int) -> dict[str, Any]:
-    """All figures, the `worst` rows of either kind, and every image that has not two scores."""
+    """All figures, the `worst` rows of either kind, and every image without two scores."""
 
     def rows(chosen: list[Pair]) -> list[dict[str, Any]]:
         return [{**asdict(pair), "delta": pair.delta, "places_up": pair.move} for pair in chosen]

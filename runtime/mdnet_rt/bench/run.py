@@ -2,7 +2,7 @@
 
 Each contestant is a process of its own (`process.py`). In every round each stage is run once by all who know it, one
 right after the other and in turned order every other round, so that what the machine does meanwhile hits all alike; a
-ratio is taken within a round, and what is told of it is the median.
+ratio is taken within a round, and its median is reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Setup:
     Args:
         bundle: its folder, and `manifest` what it holds.
         backend: what runs the bundle, the baseline of every ratio.
-        against: backends, or `pytorch`, to run beside it.
+        against: backends, or `pytorch`, to compare with.
         threads: per graph; 0 takes all the cores this process may use.
         images: locations, as `mdnet_rt.sources.locations` has them; without any, JPEGs of `image_size` are made.
         image_size: width and height.
@@ -84,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one batch size gave. `contestants`: what each says of itself, and `peak_memory_bytes` of its process."""
+    """The figures of one batch size. `contestants`: what each reports, and `peak_memory_bytes` of its process."""
 
     batch_size: int
     rounds: int

@@ -32,7 +32,7 @@ def take_images(locations: Sequence[str], count: int, size: int) -> tuple[list[E
     Files stay files; what comes out of an archive or over the network is held in memory.
 
     Raises:
-        UsageError: nothing is there, or none of it can be decoded.
+        UsageError: nothing exists there, or none of it can be decoded.
     """
     good: list[Entry] = []
     skipped, reason = 0, ""

@@ -71,7 +71,7 @@ def bench(
     width_height = _parse_image_size(image_size)
     if json_:
         check_output(json_, "jsonl")
-    find_locations(images)  # so that what is wrong with them is told before anything is started
+    find_locations(images)  # so that errors in them come before anything is started
     folder = find_bundle(bundle)
     setup = Setup(
         folder,
@@ -92,7 +92,7 @@ def bench(
         if size == sizes[0]:
             for line in _about(result):
                 say(line)
-        show(_table(result, backend))  # at once: a batch size that is too much loses nothing before it
+        show(_table(result, backend))  # at once: a batch size that fails loses no earlier table
         results.append(result)
     if json_:
         document = to_json(setup, results, shlex.join(["mdnet-rt", *sys.argv[1:]]))

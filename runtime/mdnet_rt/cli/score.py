@@ -91,7 +91,7 @@ def score(
     if output and resume and is_finished(output):
         say(f"{printable(output)} is already complete; without --resume it is replaced")
         return 0
-    # The bar and rows would share the terminal's lines. A table comes when the bar is gone.
+    # The bar and rows would share the terminal's lines. A table comes after the bar.
     bar = sys.stderr.isatty() and (rows == "table" or output is not None or not stdout_is_terminal())
     workers = workers or (_REMOTE_WORKERS if any(map(is_url, paths)) else 0)
     settings = Settings(**how, workers=workers, keep_pixels=report is not None, check=not no_check)
@@ -140,7 +140,7 @@ def _locations(paths: tuple[str, ...], list_: Path | None, null: bool) -> Callab
     if null and not list_:
         raise UsageError("--null requires --list")
     if list_ is None:
-        find_locations(paths)  # so that what is wrong with them is told before a bundle is opened
+        find_locations(paths)  # so that errors in them come before a bundle is opened
         return lambda: find_locations(paths)
     if list_ == _STDIN:
         if sys.stdin is None:

@@ -21,7 +21,7 @@ from mdnet_rt.images import png
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded (where Pillow starts to warn: 256 MiB of 8-bit RGB)."""
 MAX_BYTES = 256 * 2**20
-"""Larger files are refused: some decoders search byte by byte for where an image goes on, or read all of it first."""
+"""Larger files are refused: some decoders search byte by byte for the next part, or read the whole file first."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 """What is decoded. A list of our own, since Pillow's own reaches programs (EPS runs Ghostscript)."""
 _HEIF = "HEIF"
@@ -44,7 +44,7 @@ def open_image(
     """Open an image file, given as a path, as its bytes or as an open binary file. Its pixels are not decoded yet.
 
     Args:
-        max_pixels: the most there may be; `MAX_PIXELS` where it is None.
+        max_pixels: the limit; None means `MAX_PIXELS`.
 
     Raises:
         ImageError: unreadable, not an image, or larger than `max_pixels` or `MAX_BYTES`; and in place of whatever
@@ -77,7 +77,7 @@ def image_errors() -> Iterator[None]:
 
 
 def check_pixels(width: int, height: int, limit: int | None = None) -> None:
-    """Raise `ImageError` where an image has no pixels, or more than `limit` (`MAX_PIXELS` where it is None)."""
+    """Raise `ImageError` if an image has no pixels, or more than `limit` (None means `MAX_PIXELS`)."""
     limit = MAX_PIXELS if limit is None else limit
     if width * height > limit:
         raise ImageError(f"{width}x{height} pixels exceed the limit of {limit}")
@@ -158,7 +158,7 @@ def _prefix(stream: BinaryIO) -> bytes:
 
 
 def _webp_size(prefix: bytes) -> tuple[int, int] | None:
-    """Width and height by a WebP's header (RFC 9649, section 2); None where it is none."""
+    """Width and height by a WebP's header (RFC 9649, section 2); None for another format."""
     if prefix[:4] != b"RIFF" or prefix[8:12] != b"WEBP" or len(prefix) < 30:
         return None
     little = functools.partial(int.from_bytes, byteorder="little")

@@ -33,7 +33,7 @@ class Profile:
         if self._transform and not _fits(self._transform.input_mode, image.mode):
             self._transform = None
         self.warning = UNUSABLE if KEY in image.info and self._transform is None else None
-        """What is to be said of the image's colours."""
+        """The remark about the image's colours."""
 
     @property
     def keeps_cmyk(self) -> bool:
@@ -56,7 +56,7 @@ def _fits(profile: str, image: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile to sRGB; None where it is damaged or for other things than images."""
+    """The way from a profile to sRGB; None if it is damaged or not for images."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _MODES[source.profile.xcolor_space.strip()]

@@ -39,7 +39,7 @@ def without_baggage(stream: BinaryIO) -> tuple[BinaryIO, bool]:
 
 
 def _baggage(stream: BinaryIO) -> list[tuple[int, int, bytes]]:
-    """Beginning, end and kind of each part that is to be left out."""
+    """Beginning, end and kind of each part to leave out."""
     found: list[tuple[int, int, bytes]] = []
     texts, at = 0, len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
@@ -61,7 +61,7 @@ def _baggage(stream: BinaryIO) -> list[tuple[int, int, bytes]]:
 
 
 def _unpacked_size(stream: BinaryIO, kind: bytes, length: int) -> int:
-    """Bytes that reading a chunk's body makes of it; more than `MAX_METADATA` too where it can't be used."""
+    """Bytes that a chunk's body unpacks to; more than `MAX_METADATA` also if it can't be used."""
     if length > MAX_METADATA or kind in _ANIMATION or length != _SIZES.get(kind, length):
         return MAX_METADATA + 1
     body, checksum = stream.read(length), stream.read(4)

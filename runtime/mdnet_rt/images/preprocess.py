@@ -95,7 +95,7 @@ def decode(
     Args:
         find_box: which square to take in place of the central one. A JPEG is then decoded at its full size.
         to_srgb: as `load_image`.
-        max_pixels: the most that the file may declare; `MAX_PIXELS` where it is None.
+        max_pixels: the most that the file may declare; None means `MAX_PIXELS`.
         admit: called before pixels are decoded, with the opened image and how many its decoder will hold.
 
     Raises:
@@ -104,7 +104,7 @@ def decode(
     with open_image(source, max_pixels=max_pixels) as image:
         width, height = image.size
         if find_box is None:
-            # Square, so that it holds for both orientations that EXIF may ask for. Does nothing where it is not a JPEG.
+            # Square, so that it fits both orientations that EXIF may ask for. Does nothing unless it is a JPEG.
             image.draft(None, (JPEG_DRAFT * size, JPEG_DRAFT * size))
         # A progressive JPEG is held at its full size, whatever is made of it.
         admit(image, width * height if image.info.get("progressive") else image.width * image.height)

@@ -50,7 +50,7 @@ class Gallery:
         self._failures = _Failures()
 
     def add(self, result: Result) -> None:
-        """Take one row. Without pixels (it is of an earlier run) it counts, and has no picture."""
+        """Take one row. Without pixels (from an earlier run) it counts, and has no picture."""
         self._summary.add(result)
         if result.score is None:
             self._failures.add(result)

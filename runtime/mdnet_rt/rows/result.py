@@ -19,7 +19,7 @@ class Result:
     `reason` says why there is no score, or, where there is one, why it is doubtful.
 
     `width` and `height` are those of the image as its file has it, before EXIF turns it; None where it could not be
-    read. `pixels`, what the graphs were given (uint8 `[S, S, 3]`), is there where `Scorer.stream` was asked for it.
+    read. `pixels`, the graphs' input (uint8 `[S, S, 3]`), is set if `Scorer.stream` was asked for it.
     """
 
     path: str

@@ -30,7 +30,7 @@ _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "p
 
 
 class RunInterruptedError(MDNetError):
-    """A run was told to end before all images were scored; the message says where the rows so far are."""
+    """A run was interrupted before all images were scored; the message says where the rows so far are."""
 
     exit_code = INTERRUPTED
 
@@ -77,7 +77,7 @@ class RowWriter:
 
 
 class TableWriter:
-    """A table for people, printed when all rows are there, since column widths depend on all of them."""
+    """A table for people, printed after the last row, since column widths depend on all rows."""
 
     def __init__(self, stream: BinaryIO):
         self.rows = 0

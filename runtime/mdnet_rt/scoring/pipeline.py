@@ -33,7 +33,7 @@ Decode = Callable[[], Decoded]
 class Task:
     """One image to decode and score: the name of its row, how it is decoded, and the bytes held until it is.
 
-    `at_once`: it is decoded where it is taken from the source, not in a thread.
+    `at_once`: the thread that takes it from the source decodes it.
     """
 
     name: str

@@ -42,8 +42,8 @@ class Settings:
 
 
 class Executor(NamedTuple):
-    """What scores. `rows` takes locations, the names of the rows that are there, in their order, and an event that ends
-    it early; it gives the other rows of these locations, in order.
+    """The engine that scores. `rows` takes locations, the names of existing rows in order, and an event that ends it
+    early; it gives the other rows of these locations, in order.
     """
 
     manifest: Manifest
@@ -113,10 +113,10 @@ def score_all(
 
 
 def unfinished(images: Iterable[Entry], done: Iterator[str]) -> Iterator[Entry]:
-    """The images without a row yet. `done`: names of the rows that are there, in their order.
+    """The images without a row yet. `done`: names of the existing rows, in their order.
 
-    Names are compared one by one as both are read. Where they part, since images have come or gone, the names left are
-    held in memory; from there on an image counts as done as often as its name is among them.
+    Names are compared one by one as both are read. Where they differ, because images were added or removed, the
+    remaining names are held in memory; from there on an image counts as done as often as its name is among them.
     """
     images = iter(images)
     for image in images:

@@ -98,7 +98,7 @@ class Scorer:
                 `mdnet_engines.backends.choice` says.
             threads: threads per graph; 0 takes all the cores this process may use.
             batch_size: how many images go through the graphs at once, unless `score` or `stream` says otherwise.
-            check: hold the backend to the bundle's gates first, where it has not met them on this machine before.
+            check: apply the bundle's gates first, unless the backend has passed them on this machine before.
 
         Raises:
             UsageError: no bundle is named or found, or an argument is out of range.

@@ -54,7 +54,7 @@ class Batcher:
         self._score, self._deliver = score, deliver
         self._max_batch, self._max_wait = max_batch, max_wait
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        # A daemon: a model that hangs must not keep the process from ending when it is told to twice.
+        # A daemon: a model that hangs must not keep the process from ending at the second signal.
         self._thread = threading.Thread(target=self._run, name="mdnet-model", daemon=True)
         self._thread.start()
 

@@ -24,7 +24,7 @@ _IDLE = 10.0  # seconds after which a process that has nothing to do ends
 
 
 class LargeError(ImageError):
-    """An image that is to be decoded by `LargeDecoders`, not where it was opened."""
+    """An image for `LargeDecoders` to decode, not for the thread that opened it."""
 
 
 def refuse_large(image: Image.Image, pixels: int) -> None:
@@ -38,7 +38,7 @@ class Job:
     """An image file for `LargeDecoders`.
 
     Args:
-        options: the keywords of `decode` beside the file, `size` among them.
+        options: the keywords of `decode` other than the file, `size` among them.
         unwanted: whether nobody waits for it any more.
         deliver: called in a thread, once, with what became of it.
     """

@@ -41,7 +41,7 @@ class Settings:
     keep_alive: float = 75.0
     """How long a connection may be idle between requests."""
     drain_timeout: float = 30.0
-    """How long requests may take to end once the server was told to stop."""
+    """How long requests may take to end after the signal to stop."""
 
     def __post_init__(self) -> None:
         if self.max_images > self.max_queue:

@@ -23,7 +23,7 @@ class RefusedError(Exception):
 
 
 class ClientLeftError(Exception):
-    """The connection was lost before there was an answer; nobody is left to be told."""
+    """The connection was lost before there was an answer; nobody is left to receive it."""
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ MAX_SCANS = 100
 _SMOOTHING = 0.2  # of the newest batch in the running mean of seconds per image
 
 Payload: TypeAlias = bytes | np.ndarray | ImageError
-"""An image: its file, preprocessed pixels (uint8 `[S, S, 3]`), or why the request has none in its place."""
+"""An image: its file, preprocessed pixels (uint8 `[S, S, 3]`), or why the request has none."""
 T = TypeVar("T")
 
 

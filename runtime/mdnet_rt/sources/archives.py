@@ -82,7 +82,7 @@ class _Source:
     """
 
     left = _MAX_HEADER
-    """How many bytes may be read before the next member is there."""
+    """How many bytes may be read before the next member."""
     ended = False
     """Whether the end mark has been read."""
 

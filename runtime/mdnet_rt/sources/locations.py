@@ -50,19 +50,19 @@ def find_locations(patterns: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     - A file is kept whatever its suffix; a broken link or a FIFO too, to become a row that says what is wrong.
     - A folder is searched with its subfolders for `FOUND_SUFFIXES`. Linked files count (broken links too, so that a
       data set with files missing is not scored as if complete); linked folders are not entered, so there are no loops.
-      FIFOs, sockets, devices and names that begin with a dot (macOS leaves `._face.jpg` beside `face.jpg`) are skipped.
+      FIFOs, sockets, devices and names that begin with a dot (macOS adds `._face.jpg` to `face.jpg`) are skipped.
     - A pattern (`*`, `?`, `[…]`, and `**` for any depth of folders) counts only where no such file exists; each match
       is then treated as if it had been named, as when the shell expands it.
     - A URL is expanded likewise by `mdnet_rt.sources.remote`.
 
-    Every pattern is looked at before the first location is given, so that a mistake in the last is told at once.
+    Every pattern is checked before the first location is yielded: a mistake in the last one is reported at once.
 
     Returns:
         Locations in the order of the arguments, sorted within each with numbers by value (`img2` before `img10`). A
         file that several arguments reach is kept once, at its first place.
 
     Raises:
-        UsageError: nothing is there, nothing matches, no image is in a folder, or a folder can't be read (which is
+        UsageError: nothing exists there, nothing matches, no image is in a folder, or a folder can't be read (which is
             found out only when the walk comes to it).
     """
     expanded = [_expand(pattern) for pattern in patterns]

@@ -18,12 +18,12 @@ _HTTP = re.compile("https?://", re.IGNORECASE)
 
 
 def expand_url(url: str) -> Callable[[], Iterator[str]]:
-    """What a URL means: itself, the images below it where it is a folder, or what matches where it has a `*`.
+    """What a URL means: itself, the images below it if it is a folder, or its matches if it has a `*`.
 
     Over HTTP a URL is one file, since servers list no folders; a `?` begins its query.
 
     Raises:
-        UsageError: nothing is there or nothing matches.
+        UsageError: nothing exists there, or nothing matches.
         MDNetError: the package for its scheme is missing, or the other side refuses.
     """
     if _HTTP.match(url):

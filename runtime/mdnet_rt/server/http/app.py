@@ -133,7 +133,7 @@ class Service:
             except RefusedError as refused:
                 return _refusal(refused)
             except ClientLeftError:
-                return Response(status_code=_LEFT)  # to a connection that is gone
+                return Response(status_code=_LEFT)  # to a closed connection
             except Exception as error:
                 self._tell(f"error: unexpected {type(error).__name__} in {request.url.path}: {first_line(error)}")
                 return answer_json({"error": "internal error"}, 500)

@@ -96,7 +96,7 @@ def find_uploads(content_type: str, body: bytes, max_images: int) -> list[Upload
     """The images in a body, in their order.
 
     Args:
-        content_type: the request's; where it is empty the body is taken as one image file.
+        content_type: the request's; if it is empty the body is one image file.
 
     Raises:
         RefusedError: another type (415), a malformed body or one without images (400), or too many images (413).
@@ -120,7 +120,7 @@ def find_uploads(content_type: str, body: bytes, max_images: int) -> list[Upload
 def parse_json(text: bytes, most_values: int) -> Any:
     """Parse JSON as the standard has it: UTF-8, no NaN, nested 200 deep at most.
 
-    Values are counted beforehand: what Python makes of them takes many times the text's memory.
+    Values are counted first: as Python objects they take many times the text's memory.
 
     Raises:
         RefusedError: not JSON (400), or more than `most_values` values (413).

@@ -51,7 +51,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/readyz", response_model=schema.Health, responses=errors(503))
     async def readyz() -> Response:
-        """Readiness: false from the moment the server is told to stop."""
+        """Readiness: false from the moment the server gets the signal to stop."""
         return _health({"status": "ready"}, service.ready)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

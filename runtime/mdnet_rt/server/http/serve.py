@@ -1,4 +1,4 @@
-"""Run the server: open the bundle, listen, serve, and drain when told to stop.
+"""Run the server: open the bundle, listen, serve, and drain at the signal to stop.
 
 uvicorn ── Connection ── Counted ── FastAPI ── Service ── Work ── Batcher ── Scorer
  (one event loop, which never waits for decoding or the model)   (threads)
@@ -61,7 +61,7 @@ def serve(
         tell: called with one line each for the address, the end, and what goes wrong in between.
 
     Returns:
-        An exit code: 0 when everything was answered, 1 when something was not in time, 130 when told to stop twice.
+        An exit code: 0 when everything was answered, 1 when something was not in time, 130 after a second signal.
 
     Raises:
         UsageError: no bundle, or an address that can't be.
@@ -133,7 +133,7 @@ class BatchScorer(Protocol):
 
 
 async def run(scorer: BatchScorer, listener: socket.socket, settings: Settings, tell: Callable[[str], None]) -> int:
-    """Serve a scorer on a bound socket until the process is told to stop; the exit code is that of `serve`."""
+    """Serve a scorer on a bound socket until the signal to stop; the exit code is that of `serve`."""
     metrics = Metrics(max_batch=settings.max_batch)
     to_srgb = scorer.manifest.preprocessing.to_srgb
     work = Work(scorer.score_batch, scorer.image_size, settings, metrics, to_srgb=to_srgb)
