@@ -128,7 +128,7 @@ def say(message: str) -> None:
 
 
 def stdout_is_terminal() -> bool:
-    """Whether somebody watches standard output; false too where it is closed."""
+    """Whether somebody watches standard output; false also if it is closed."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 

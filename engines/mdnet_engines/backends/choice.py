@@ -4,7 +4,7 @@
 2. Else the first of `candidates`: plans for this GPU, ONNX Runtime with CUDA, then by the CPU's instruction sets.
 
 A choice that is not known on this machine (`mdnet_engines.backends.record`) scores a few of the bundle's probes first,
-in a process of its own, and the result is kept. Off its gates, `auto` goes on to the next; a backend that was named is
+in a process of its own, and the result is kept. If it fails, `auto` tries the next; a backend that was named is
 refused.
 """
 
@@ -250,7 +250,7 @@ def _auto(bundle: Bundle, threads: int) -> list[Choice]:
 
 
 def _off(bundle: Bundle, choice: Choice, threads: int) -> str:
-    """Why `choice` is off its gates here; empty where it is not. One that is not known here is tried, the result kept.
+    """Why `choice` fails its gates here; empty if it passes. An unknown one is tried, and the result kept.
 
     Raises:
         MDNetError: it can't run. That is not kept: memory or a file may be there the next time.

@@ -167,7 +167,7 @@ def _current_folder_is_in(target: Path) -> bool:
 
 
 def _holds_our_manifest(folder: Path) -> bool:
-    # Of any schema version: an outdated bundle is there to be replaced. Browser extensions have a manifest.json too.
+    # Of any schema version: an outdated bundle may be replaced. Browser extensions have a manifest.json too.
     file = folder / MANIFEST_NAME
     try:
         small = file.is_file() and file.stat().st_size <= MAX_MANIFEST_BYTES

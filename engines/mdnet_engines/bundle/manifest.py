@@ -161,7 +161,7 @@ class BackendCheck(Part):
 
 
 class Training(Part):
-    """Which images the weights learned from, as the checkpoint told; `None` where it did not."""
+    """Which images the weights were trained on, as the checkpoint records; `None` if it doesn't."""
 
     protocol: str | None = Field(default=None, max_length=40)
     """Of which protocol of SCUT-FBP5500 the training list was: `60-40` or `cv5`."""

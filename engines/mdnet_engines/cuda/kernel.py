@@ -2,8 +2,8 @@
 
     kernel = kernel_name(reverse=False, dtype="float16", states=16)     # an entry point of ptx()
 
-The PTX is committed, so nobody needs a compiler: the driver turns it into code for the GPU at hand, whichever it is
-from compute capability 8.0 on. Whoever changes `selective_scan.cu` makes it anew, with the extra
+The PTX is committed, so nobody needs a compiler: the driver turns it into code for any GPU from compute capability 8.0
+on. Whoever changes `selective_scan.cu` makes it anew, with the extra
 `mdnet[cuda-dev]`:
 
     python -m mdnet_engines.cuda.kernel
@@ -120,7 +120,7 @@ def _import_nvrtc() -> Any:
 
 
 def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
-    """The value beside an NVRTC status, which must be success."""
+    """The value that comes with an NVRTC status, which must be success."""
     status, *values = answer
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise MDNetError(f"NVRTC failed: {status.name}")

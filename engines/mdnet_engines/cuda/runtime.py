@@ -18,7 +18,7 @@ from mdnet_engines.errors import MDNetError, first_line
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call the CUDA runtime's function `name`; give its result, or None where it has none.
+    """Call the CUDA runtime's function `name`; give its result, or None if it has none.
 
     Raises:
         MDNetError: it failed, or an earlier asynchronous call did, or cuda-bindings is missing.

@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, or None where none was built.
 
     Raises:
-        MDNetError: it is there and can't be loaded (built for another machine).
+        MDNetError: it exists but can't be loaded (built for another machine).
     """
     file = custom_op_library()
     if file is None:

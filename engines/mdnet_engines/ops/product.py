@@ -10,7 +10,7 @@ Domain "mdnet", version 1, no attributes. Inputs are rounded to bfloat16, produc
 
 The last is softmax(q·k)·v, the softmax in float32 and rounded, as it is an input of a product. The axes in front count
 matrices: an input has those of the others, or only the last of them, axes of size 1 in front aside. The operators are
-for ONNX Runtime on the CPU. The native kernels are there where the processor multiplies bfloat16 (AVX-512 BF16), twice
+for ONNX Runtime on the CPU. The native kernels exist for processors that multiply bfloat16 (AVX-512 BF16), twice
 as fast as float32; elsewhere ONNX Runtime runs the function body.
 """
 

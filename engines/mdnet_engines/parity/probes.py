@@ -56,7 +56,7 @@ def read_probes(bundle: Bundle) -> Probes:
     """The probes of a bundle whose files have been checked.
 
     Raises:
-        BundleError: it has none, or they don't fit its graphs.
+        BundleError: it has no probes, or they don't fit its graphs.
     """
     if bundle.manifest.probes is None:
         raise BundleError(

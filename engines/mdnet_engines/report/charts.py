@@ -14,7 +14,7 @@ from markupsafe import Markup
 from mdnet_engines.report.numbers import number, score_text, visible
 
 MAX_POINTS = 2000
-"""Dots in a scatter: more are not told apart by eye, and they are most of a page's size."""
+"""Dots in a scatter: the eye can't distinguish more, and they are most of a page's size."""
 
 # Drawing area in SVG units (about a CSS pixel at full width); the margins hold the tick and axis labels.
 _WIDTH, _HEIGHT = 480, 466
@@ -69,7 +69,7 @@ class _Axis:
 
     @property
     def exponent(self) -> int:
-        """Power of ten (a multiple of 3) taken out of the tick labels and put beside the axis label."""
+        """Power of ten (a multiple of 3) taken out of the tick labels and put next to the axis label."""
         largest = max(abs(self.low), abs(self.high))
         return 0 if 1e-2 <= largest < 1e5 else 3 * math.floor(math.log10(largest) / 3)
 

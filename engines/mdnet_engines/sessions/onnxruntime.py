@@ -32,7 +32,7 @@ class OrtSession:
     The native kernels of the selective scan are registered with it, where the package was installed with them.
 
     Args:
-        path: the ONNX file; external weights are found beside it.
+        path: the ONNX file; external weights are found next to it.
         backend: which provider must run it. CUDA keeps CPU as the provider of what CUDA has no kernel for
             (shape arithmetic), but a session that came up without CUDA is refused: ONNX Runtime falls back silently.
         threads: intra-op threads; by default all the cores this process may use.
@@ -87,7 +87,7 @@ class OrtSession:
 
 
 def _is_large(path: Path) -> bool:
-    """Whether a graph, with the weights beside it, computes for so long that decoding is nothing next to it."""
+    """Whether a graph, with its external weights, computes for so long that decoding costs nothing in comparison."""
     weights = path.with_name(f"{path.name.partition('.')[0]}.onnx.data")  # of both its variants
     return sum(file.stat().st_size for file in (path, weights) if file.exists()) >= _LARGE
 
@@ -104,7 +104,7 @@ def _register_scan(options: Any) -> None:
 
 
 def has_cuda() -> bool:
-    """Whether ONNX Runtime has its CUDA provider and the driver has a GPU; the provider is there without one too."""
+    """Whether ONNX Runtime has its CUDA provider and the driver has a GPU; the provider exists without a GPU too."""
     try:
         ort = _import_onnxruntime()
     except MDNetError:

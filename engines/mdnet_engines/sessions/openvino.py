@@ -38,7 +38,7 @@ class OpenVINOSession:
     The compiled form of a small graph is kept in the user's cache folder (`$XDG_CACHE_HOME/mdnet`).
 
     Args:
-        path: the ONNX file; external weights are found beside it.
+        path: the ONNX file; external weights are found next to it.
         threads: by default all the cores this process may use. OpenVINO takes no more than the physical ones.
         arithmetic: of what is not int8 in the graph. It is always set: left to itself, OpenVINO computes a float32
             graph in bf16 where the CPU has it. bf16 has 8 bits of mantissa (float16 11, float32 24).
@@ -177,7 +177,7 @@ def _read(path: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def _without_links(path: Path) -> Iterator[Path]:
-    """The graph, beside weights that are no links: OpenVINO refuses those that lead out of the folder, as in the
+    """The graph, next to weights that are not links: OpenVINO refuses those that lead out of the folder, as in the
     Hugging Face cache. What is linked gets a second name (a hard link) for as long as it is read.
 
     Raises:

@@ -153,7 +153,7 @@ def serve(handlers: Mapping[str, Handler]) -> NoReturn:
     def say(key: str, value: Any, data: bytes = b"", **more: Any) -> None:
         try:
             _write(answer, {key: value, **more}, data)
-        except BrokenPipeError:  # who asked is gone
+        except BrokenPipeError:  # the caller has ended
             os._exit(1)
 
     code = 1

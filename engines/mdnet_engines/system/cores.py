@@ -31,7 +31,7 @@ def _quotas(root: Path) -> Iterator[int]:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:
-            mounts = ("", "unified")  # the latter beside v1
+            mounts = ("", "unified")  # the latter next to v1
         elif "cpu" in controllers.split(","):
             mounts = ("cpu", controllers)
         else:

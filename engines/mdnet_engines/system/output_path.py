@@ -41,7 +41,7 @@ def open_special(path: str | os.PathLike[str]) -> BinaryIO:
         OSError: there is no such open file, or it may not be written to.
     """
     descriptor = descriptor_of(path)
-    # Not by its name: that would open the file anew, at its beginning, and a socket has none.
+    # Not by its name: that would open the file again, at its beginning, and a socket has no name.
     return Path(path).open("ab") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
 
 

@@ -57,7 +57,7 @@ def probe(runtime: PlanRuntime) -> Host:
 
 
 def default_host() -> Host | None:
-    """TensorRT where it is installed and has its GPU, or None: what a bundle's build makes plans with unasked."""
+    """TensorRT if it is installed and has its GPU, else None: a bundle's build then makes plans by itself."""
     host = probe("tensorrt")
     return None if host.problem or host.gpu is None else host
 
@@ -79,8 +79,8 @@ def build_plans(
         targets: compute capabilities (`sm_89`), or `current`. By default TensorRT-RTX builds plans that run on any RTX
             GPU from Ampere on; TensorRT builds for the GPU in the machine alone.
         workspace_gib: the most device memory that one layer may use for its intermediate results; no limit by default.
-        force: build although the plans are there; otherwise they are left as they are.
-        progress: is told what the builder does, and what the user should know and is no error.
+        force: rebuild existing plans; otherwise they stay unchanged.
+        progress: receives what the builder does, and notes.
 
     Raises:
         UsageError: targets that this runtime does not build for.

@@ -107,7 +107,7 @@ def sm_number(sm: str) -> int:
 
 
 def check_plans(bundle: Bundle, engines: PlanSet) -> None:
-    """Raise `BundleError` unless every plan of the set is there, in the bundle's own folder, as the manifest says."""
+    """Raise `BundleError` unless every plan of the set exists in the bundle's own folder, as the manifest says."""
     if damage := _damage(bundle, engines):
         raise BundleError(f"{damage}; build the plans again: {rebuild_command(bundle, engines.runtime)}")
 
@@ -147,7 +147,7 @@ def usable_plans(bundle: Bundle, host: Host) -> PlanSet:
 
 @contextlib.contextmanager
 def scratch_folder(bundle: Bundle) -> Iterator[Path]:
-    """A hidden folder in `engines/` to build plans in; gone at the end. Removes those that killed builds have left."""
+    """A hidden folder in `engines/` to build plans in; deleted at the end. Removes those that killed builds left."""
     home = bundle.path / ENGINES
     if home.is_symlink() or (home.exists() and not home.is_dir()):
         raise BundleError(f"{home} is a link or a file; plans go into a folder of the bundle's own: remove it")

@@ -9,7 +9,7 @@ The plugin is built ahead of time, as those attributes ask: the kernel's PTX and
 written into the engine, and whoever runs the engine needs neither this package nor Python. A node with `aot` 0 calls
 back into `launch` instead, and the engine then needs this package, with its native library, wherever it runs.
 
-*Unverified on a GPU.* What is tested, with NVIDIA's own bindings, is that TensorRT is told the types, shapes, grid and
+*Unverified on a GPU.* What is tested, with NVIDIA's own bindings, is that TensorRT gets the types, shapes, grid and
 arguments that the kernel was written for.
 
 Whoever runs such an engine should keep an execution context to one batch size (pad the last batch, or have a context
