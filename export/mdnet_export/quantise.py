@@ -31,7 +31,7 @@ from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
 from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system.machine import lacks_vnni
-from mdnet_export.graphs.cpu_variant import open_for_cpu, write_forms
+from mdnet_export.graphs.cpu_variant import open_for_cpu, write_variants
 
 DRIFT_IMAGES = 64
 """Calibration images, at most, on which a choice of blocks is scored."""
@@ -142,7 +142,7 @@ def quantise_encoder(
         raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
     thresholds = _thresholds(proto, nodes, _digest(file), calibration, progress)
     for name in ("vim", "fusion"):
-        write_forms(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
+        write_variants(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as temporary:
         scratch = Path(temporary)
         drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
@@ -154,7 +154,7 @@ def quantise_encoder(
                 f"is {calibration.budget.max_score_drift:g}; raise --max-score-drift or take --precision fp16"
             )
         if drift_of.written != choice.nodes:
-            write_forms(to_int8(proto, thresholds, choice.nodes), scratch / file.name)
+            write_variants(to_int8(proto, thresholds, choice.nodes), scratch / file.name)
         del proto, drift_of
         progress.step("timing int8 against float")
         speed = _time(folder, scratch, calibration.images.pixels)
@@ -206,7 +206,7 @@ class _Drift:
     def __call__(self, nodes: list[str], count: int = DRIFT_IMAGES) -> Drift:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        write_forms(to_int8(proto, self.thresholds, nodes), self.scratch / "encoder.onnx")
+        write_variants(to_int8(proto, self.thresholds, nodes), self.scratch / "encoder.onnx")
         self.written = nodes
         encoder = open_for_cpu(self.scratch, "encoder")
         scores = [

@@ -69,7 +69,7 @@ def engines(
 
 
 def build_unasked(bundle: Bundle) -> None:
-    """After `mdnet-export build`: plans too, where TensorRT has its GPU. What fails is said; the bundle stands."""
+    """After `mdnet-export build`: plans too, where TensorRT has its GPU. A failure is reported; the bundle is kept."""
     from mdnet_engines.tensorrt.plan_process import build_plans, default_host
 
     if (host := default_host()) is None:

@@ -20,8 +20,8 @@ def cpu_variant(file: Path) -> Path:
     return file.with_name(f"{file.stem}.cpu.onnx")
 
 
-def write_forms(proto: onnx.ModelProto, file: Path) -> None:
-    """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels beside it."""
+def write_variants(proto: onnx.ModelProto, file: Path) -> None:
+    """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels next to it."""
     data = file.with_name(f"{file.name}.data")
     data.unlink(missing_ok=True)  # onnx appends to an existing file
     onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -29,7 +29,7 @@ from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_export.graphs.fold import fold_diffusion, fold_vim, with_shared_weights
 from mdnet_export.scan import attach_functions, translation_table
 
-EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go beside the graph; protobuf itself ends at 2 GiB
+EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go into a file of their own; protobuf itself ends at 2 GiB
 
 
 class EncoderGraph(nn.Module):
@@ -120,7 +120,7 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
 
 
 def save_graph(proto: onnx.ModelProto, file: Path) -> Path:
-    """Write a graph, its weights beside it when they are large, and check what was written."""
+    """Write a graph, large weights into a file next to it, and check the result."""
     large = proto.ByteSize() > EXTERNAL_DATA_BYTES
     onnx.save(proto, file, save_as_external_data=large, location=f"{file.name}.data", size_threshold=1024)
     scan_op.register_schemas()

@@ -23,7 +23,7 @@ from mdnet_export.triton.readme import facts
 TritonBackend = Literal["onnxruntime", "tensorrt"]
 Kind = Literal["cpu", "gpu"]
 VERSION = 1
-"""Of every model. The ensemble names it: graphs of another bundle don't fit beside these."""
+"""Of every model. The ensemble names it: graphs of different bundles don't fit together."""
 
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 

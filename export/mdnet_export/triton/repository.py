@@ -5,7 +5,7 @@
       mdnet-triton.json    the same for programs; marks a folder that may be replaced
       mdnet/               the ensemble: config.pbtxt, and a version folder with nothing to load in it
       mdnet_encoder/       config.pbtxt, 1/encoder.onnx (+ encoder.onnx.data), or 1/encoder.plan
-      mdnet_vim/           likewise (+ libmdnet_ops.so, where it is asked for)
+      mdnet_vim/           likewise (+ libmdnet_ops.so, if requested)
       mdnet_fusion/        likewise
 
 It takes the bundle's manifest and files, and no other package: no torch, no onnx, no protobuf, no Triton.
@@ -46,7 +46,7 @@ from mdnet_export.triton.readme import facts, notes_on_serving, readme
 
 MARKER = "mdnet-triton.json"
 MAX_BATCH = 16
-"""What a model takes at once unless told otherwise, as `mdnet-rt score` does; plans may take less."""
+"""A model's default batch, as for `mdnet-rt score`; plans may take less."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from mdnet_engines.sessions.onnxruntime import OrtSession
-from mdnet_export.graphs.cpu_variant import cpu_variant, open_for_cpu, write_forms
+from mdnet_export.graphs.cpu_variant import cpu_variant, open_for_cpu, write_variants
 from mdnet_export.parity_images import parity_images
 
 
@@ -20,7 +20,7 @@ def locations(file: Path) -> set[str]:
 def test_both_forms_of_vim_are_on_one_file_and_compute_the_same(float_graphs: Path, tmp_path: Path) -> None:
     file = tmp_path / "vim.onnx"
     for _ in range(2):  # the second leaves nothing of the first
-        write_forms(onnx.load(float_graphs / "vim.onnx"), file)
+        write_variants(onnx.load(float_graphs / "vim.onnx"), file)
         sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sizes.keys() == {"vim.onnx", "vim.cpu.onnx", "vim.onnx.data"}
     weights = onnx.load(float_graphs / "vim.onnx").graph.initializer
