@@ -119,7 +119,7 @@ def train(
     """Train on a training list of the protocol, evaluate on its test list, write a checkpoint.
 
     Without --data, the preset demo draws its own faces. After each epoch the run is kept in OUTPUT.state; a run that
-    was interrupted goes on with --resume.
+    was interrupted continues with --resume.
     """
     require_train()
     from mdnet.data.scut_fbp5500 import read_splits

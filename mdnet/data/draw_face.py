@@ -1,7 +1,7 @@
 """Faces drawn from known factors: the pictures that the demo model learns from, since no real data can be shipped.
 
 A face is one frozen `FaceFactors`, and its picture is a pure function of it. Three of its numbers cause the rating that
-`mdnet.data.drawn_set` gives it; everything else is there to be ignored by a good model. No picture shows a person.
+`mdnet.data.drawn_set` gives it; a good model ignores everything else. No picture shows a person.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OFF_CANON = {"eye_gap": 0.09, "eye_height": 0.10, "nose_length": 0.10, "mouth_h
 
 _SUPERSAMPLE = 3
 _MOST_SPOTS = 80
-_FACE_WIDTH = 0.76  # half of it, beside a half height of 1
+_FACE_WIDTH = 0.76  # half of it, for a half height of 1
 _SKIN_RAMP = np.array([(250, 224, 206), (238, 200, 172), (214, 166, 130), (168, 118, 86), (122, 82, 60)], float)
 _HAIR_COLOURS = {
     "A": ((28, 24, 26), (44, 32, 28), (66, 44, 32), (92, 60, 40), (120, 118, 120)),
@@ -168,7 +168,7 @@ def _place(factors: FaceFactors) -> _Geometry:
 
 
 class _Canvas:
-    """Polygons in face units on a supersampled picture, beside a mask of where bare facial skin is on top."""
+    """Polygons in face units on a supersampled picture, with a mask of visible facial skin."""
 
     def __init__(self, factors: FaceFactors, size: int) -> None:
         side = size * _SUPERSAMPLE

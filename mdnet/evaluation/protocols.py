@@ -31,7 +31,7 @@ class SplitResult:
     scores: np.ndarray  # (n,) float64, in rating points
 
     def evaluation(self, group: str = EVERY_GROUP) -> Evaluation:
-        """The figures on all test images, or on those of one group; NaN where the split has none of it."""
+        """The figures on all test images, or on those of one group; NaN if the split has none of the group."""
         rows = np.array([group in (EVERY_GROUP, of) for of in self.test.groups], dtype=bool)
         return Evaluation.of(self.test.ratings[rows], self.scores[rows])
 

@@ -1,4 +1,4 @@
-"""Published results on SCUT-FBP5500, each with its protocol and where it is from; none was measured here."""
+"""Published results on SCUT-FBP5500, each with its protocol and source; none was measured here."""
 
 from __future__ import annotations
 

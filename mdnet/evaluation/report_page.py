@@ -18,7 +18,7 @@ WORST_SHOWN = 10
 
 
 def render_report(benchmark: Benchmark, *, facts: Mapping[str, str]) -> str:
-    """The page for `benchmark`: figures per split and group beside published ones, charts, and the largest errors.
+    """The page for `benchmark`: figures per split and group next to published ones, charts, and the largest errors.
 
     Args:
         facts: what a reader needs to repeat it (command, versions); data, protocol and models are the benchmark's own.

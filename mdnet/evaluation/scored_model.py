@@ -60,7 +60,7 @@ def open_model(path: Path) -> ScoredModel:
     """Look at a checkpoint or a bundle, the latter with all its hashes, without reading weights into memory.
 
     Raises:
-        UsageError: nothing is there, or it is a folder that is no bundle.
+        UsageError: nothing exists there, or it is a folder that is not a bundle.
         MDNetError: a file that is no checkpoint of MD-Net, or a bundle that can't be trusted.
     """
     if path.is_dir():

@@ -59,7 +59,7 @@ class MDNetConfig:
 
     # Fusion and head (ours)
     fusion: str = "cross-attention"
-    """One of `FUSIONS`; see `mdnet.model.fusion`. All but the first are there to be compared with."""
+    """One of `FUSIONS`; see `mdnet.model.fusion`. All but the first are for comparison."""
     fusion_depth: Count = 2
     fusion_heads: Count = 6
     fusion_mlp: Count = 4

@@ -5,7 +5,7 @@ For channel d and state n, with dt = softplus(delta + delta_bias) and h₀ = 0 (
     h[t] = exp(dt[t]·A)·h[t−1] + dt[t]·u[t]·B[t]          y[t] = (Σₙ h[t]·C[t] + D·u[t]) · silu(z[t])
 
 The reverse scan runs t from L−1 down to 0. The state is float32 (float64 for float64 input) whatever the input is.
-On the CPU the native library runs it, on PyTorch's own threads; on CUDA mamba-ssm's kernel where it is installed
+On the CPU the native library runs it, on PyTorch's own threads; on CUDA mamba-ssm's kernel if it is installed
 (`mdnet.scan.mamba_ssm`); elsewhere `mdnet.scan.loop`.
 """
 
@@ -213,7 +213,7 @@ def _view(tensor: Tensor) -> native.Rows:
 
 @functools.cache
 def _gomp_parallel() -> int | None:
-    """The entry of the OpenMP runtime that PyTorch runs on: its threads, not a second set beside them."""
+    """The entry of the OpenMP runtime that PyTorch runs on: its threads, not a second set."""
     # A runtime that was preloaded in place of PyTorch's own is found in the process, as PyTorch finds it.
     for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
         try:

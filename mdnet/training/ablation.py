@@ -47,7 +47,7 @@ class Results:
     """The runs of a table, in a JSON file that is complete after each of them.
 
     Args:
-        file: read where it is there, so that an interrupted table goes on; None keeps nothing.
+        file: read if it exists, so that an interrupted table continues; None keeps nothing.
 
     Raises:
         MDNetError: the file is something else.

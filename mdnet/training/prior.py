@@ -47,7 +47,7 @@ class PriorConfig:
     vae_batch: int = 16
     vae_rate: float = 2e-3
     kl: float = 1e-6
-    """Weight of the latents' KL divergence, beside a mean absolute error: latent diffusion's."""
+    """Weight of the latents' KL divergence, added to a mean absolute error: latent diffusion's."""
     unet_epochs: int = 24
     unet_batch: int = 32
     unet_rate: float = 1e-3

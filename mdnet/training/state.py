@@ -1,4 +1,4 @@
-"""A training run on disk after each epoch, so that one that was killed goes on where it stopped."""
+"""A training run on disk after each epoch, so that a killed one continues where it stopped."""
 
 from __future__ import annotations
 

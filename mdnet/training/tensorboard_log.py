@@ -18,7 +18,7 @@ def training_log(folder: Path | None) -> Iterator[Callable[[Epoch], None]]:
     """Give a function to call after each epoch, which writes its figures to `folder`; without one it does nothing.
 
     Scalars over epochs: `loss/train` (mean squared error), `pearson/validation`, `learning_rate`. A run that is resumed
-    goes on in the same curves.
+    continues the same curves.
 
     Raises:
         MDNetError: the package tensorboard is missing.

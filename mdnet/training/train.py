@@ -33,7 +33,7 @@ from mdnet_engines.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class Epoch:
-    """What `on_epoch` is told: mean squared error of training, and Pearson on the validation slice."""
+    """What `on_epoch` receives: mean squared error of training, and Pearson on the validation slice."""
 
     number: int
     of: int

@@ -42,8 +42,8 @@ def import_weights(
     Args:
         sd: diffusers folder or CompVis file of Stable Diffusion 1.x.
         vim: checkpoint of hustvl/Vim.
-        preset: taken from Vim's width where it is None.
-        image_size: the preset's where it is None.
+        preset: None takes it from Vim's width.
+        image_size: None takes the preset's.
         null_prompt_file: the null prompt's embedding, in place of `sd`'s text encoder.
         seed: for the fusion, which nobody has published.
         progress: is told each step, and what is unusual about a file.

@@ -33,7 +33,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors of one or more files; `extras` is what a pickle holds beside them."""
+    """Named tensors of one or more files; `extras` is everything else in a pickle."""
 
     source: Path
     tensors: dict[str, Stored]
@@ -53,7 +53,7 @@ class _Inert:
         pass
 
 
-# hustvl's checkpoints keep their command line, CompVis' what PyTorch Lightning and NumPy noted beside the weights.
+# hustvl's checkpoints keep their command line, CompVis' what PyTorch Lightning and NumPy noted with the weights.
 ALLOWED: list[Any] = [
     argparse.Namespace,
     (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
@@ -115,7 +115,7 @@ def _states(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def unwrap(weights: Weights, telling: str) -> tuple[Weights, str]:
-    """Take away what wrappers put before the names, and what they hold beside the model.
+    """Remove what wrappers put before the names, and what they hold besides the model.
 
     Args:
         telling: the name of a tensor that the model has; without it, wrapped or not, nothing changes.

@@ -30,8 +30,8 @@ def open_vim(
     """Find out what `file` is.
 
     Args:
-        preset_name: taken from the width of the checkpoint where it is None.
-        image_size: of the model to be; the preset's where it is None.
+        preset_name: None takes it from the checkpoint's width.
+        image_size: of the new model; None takes the preset's.
         progress: is told what is unusual about the file.
 
     Returns:
@@ -96,7 +96,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     cls = positions[:, middle : middle + 1]
     places = torch.cat([positions[:, :middle], positions[:, middle + 1 :]], dim=1)
     places = places.mT.unflatten(2, (old, old))  # (1, d, g, g)
-    # In float64: float32 would place the taps of a fine grid a few 1e-6 beside.
+    # In float64: float32 would misplace the taps of a fine grid by a few 1e-6.
     places = F.interpolate(places.double(), size=(grid, grid), mode="bicubic", align_corners=False)
     places = places.flatten(2).mT.to(cls.dtype)
     return torch.cat([places[:, :new_middle], cls, places[:, new_middle:]], dim=1)
