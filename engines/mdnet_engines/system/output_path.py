@@ -50,7 +50,7 @@ def check_writable(target: Path, name: str) -> None:
     if target.is_dir():
         raise UsageError(f"{name} is a folder; give the file to write")
     if not target.parent.is_dir():
-        raise UsageError(f"{name}: there is no folder {printable(target.parent)}; make it first")
+        raise UsageError(f"{name}: the folder {printable(target.parent)} does not exist; create it first")
     # Replacing takes a writable folder only, but a read-only file was made so for a reason.
     for place in [target.parent, *([target] if target.exists() else [])]:
         if not os.access(place, os.W_OK):
