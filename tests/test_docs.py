@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shutil
@@ -71,7 +72,22 @@ def test_the_commands_on_the_page_run_and_print_what_it_shows(
                 assert matches(expected, done.stdout), f"{block}: {command}\n{done.stdout}"
 
 
-def test_output_of_another_kind_is_told_apart() -> None:
+def test_the_manifests_for_kubernetes_name_real_options_and_paths() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = {block.language: block.text for block in blocks("docs/how-to/kubernetes.md")}
+    deployment, service = yaml.safe_load_all(text["yaml"])
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    entry = json.loads(re.findall(r"^ENTRYPOINT (.+)$", text["dockerfile"], re.MULTILINE)[0])
+    assert not problem([*entry, *container["args"]])
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "runtime/mdnet_rt/server").rglob("*.py"))
+    probes = [value for name, value in container.items() if name.endswith("Probe")]
+    assert len(probes) == 3
+    assert all(f'"{probe["httpGet"]["path"]}"' in sources for probe in probes)
+    ports = {each["containerPort"] for each in container["ports"]}
+    assert {service["spec"]["ports"][0]["targetPort"], *(probe["httpGet"]["port"] for probe in probes)} == ports
+
+
+def test_output_of_another_kind_is_found() -> None:
     assert matches("8 images: 8 scored, 0.2 s\n…\nend", "9 images: 8 scored, 1.5 s\nmany\nlines\nend\n")
     assert not matches("8 images: 8 scored", "8 images: 8 failed")
 
