@@ -2,7 +2,7 @@
 
 Stages stand alone, each in a process of its own and within its time; what is missing is a row "not installed". The
 results are written after each stage, to benchmarks/results/<gpu>-<date>.json. `render` makes the tables of docs/gpu.md
-and README.md from the newest. docs/gpu.md says what each stage does and what counts as verified.
+and README's line from the newest. docs/gpu.md says what each stage does and what counts as verified.
 """
 
 from __future__ import annotations
