@@ -110,7 +110,7 @@ def test_a_state_of_another_run_is_refused_and_says_what_differs(faces: Path, tm
         return random_mdnet(preset("demo"), seed)
 
     train(model(), split.train, config, state=StateFile(file, resume=False))
-    with pytest.raises(UsageError, match="go on with --resume, or remove"):
+    with pytest.raises(UsageError, match="continue it with --resume, or remove"):
         train(model(), split.train, config, state=StateFile(file, resume=False))
     with pytest.raises(UsageError, match="batch_size was 16, is 8;"):
         train(model(), split.train, TrainConfig(epochs=1, batch_size=8), state=StateFile(file, resume=True))

@@ -324,7 +324,7 @@ def test_a_pillow_without_avif_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     data = encoded(smooth(40, 40), "AVIF")
     monkeypatch.setattr(features, "check", lambda name: False)
     monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
-    with pytest.raises(ImageError, match="AVIF image, which this Pillow was built without"):
+    with pytest.raises(ImageError, match="AVIF image, but this Pillow was built without"):
         load_image(data, SIZE)
 
 
