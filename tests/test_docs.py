@@ -41,7 +41,8 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(demo_bundle: Path, tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
     """A shell in a folder as the pages assume it: a bundle, the examples, and photos of which one is damaged."""
-    shutil.copytree(demo_bundle, tmp_path / "mdnet-bundle")
+    for name in ("mdnet-bundle", "old-bundle"):
+        shutil.copytree(demo_bundle, tmp_path / name)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     shutil.copytree(ROOT / "examples", tmp_path / "photos")
     (tmp_path / "photos" / "cut.jpg").write_bytes((ROOT / "examples" / "face-1.jpg").read_bytes()[:-48])
