@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from mdnet.model.net import MDNet
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # as long. It is read when libgomp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-settings.register_profile("any machine", deadline=None)  # by default an example may take 0.2 s
+# By default an example may take 0.2 s, and drawing examples not long either: a busy machine takes its time.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdnet_engines.bundle import files as bundle_module
@@ -438,7 +438,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder, json.loads((folder / MANIFEST_NAME).read_text())
 
 
-@settings(max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, derandomize=True)
 @given(data=st.data())
 def test_any_mutation_of_a_manifest_opens_or_is_a_bundle_error(
     data: st.DataObject, victim: tuple[Path, dict[str, Any]]
