@@ -248,8 +248,7 @@ def test_no_scores_in_time_is_504_and_images_not_begun_are_dropped(
         monkeypatch.setattr(loop, "call_later", noted)
         lab.model.go.clear()
         late = [lab.start(image) for image in images[:3]]
-        await lab.load(3)
-        await lab.until(lambda: lab.model.batches == [1])
+        await lab.until(lambda: lab.model.batches == [1] and lab.work._batcher._jobs.qsize() == 2)
         for each in give_up:  # as if the time were over
             each()
         assert [answer.status_code for answer in await asyncio.gather(*late)] == [504] * 3
