@@ -96,17 +96,18 @@ def float_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def take_graphs_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let builds of the packaged demo copy its graphs: an export takes longer than all that comes after it."""
+    """Let builds and checks of the packaged demo copy its graphs: an export takes longer than all that comes after."""
 
     def copy(model: MDNet, name: GraphName, to: Path) -> Path:
         return Path(shutil.copy(folder / f"{name}.onnx", to))
 
-    monkeypatch.setattr("mdnet_export.build.export_graph", copy)
+    for module in ("build", "verify"):
+        monkeypatch.setattr(f"mdnet_export.{module}.export_graph", copy)
 
 
 @pytest.fixture
 def exported_before(float_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds of the packaged demo in this test copy its graphs."""
+    """Builds and checks of the packaged demo in this test copy its graphs."""
     take_graphs_from(float_graphs, monkeypatch)
 
 

@@ -42,9 +42,10 @@ def test_a_bundle_is_held_against_another_bundle(bundles: dict[str, Bundle]) -> 
     assert all(pair.delta == 0 for pair in same.scores)
 
 
-def test_a_failed_gate_names_the_first_layer_that_diverges(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("exported_before")
+def test_a_failed_gate_names_the_first_layer_that_diverges(demo_bundle: Bundle, tmp_path: Path) -> None:
     layer = "unet.down_blocks.1.resnets.0.conv1"
-    broken = with_spoiled_layer(bundles["fp32"], layer, tmp_path / "broken")
+    broken = with_spoiled_layer(demo_bundle, layer, tmp_path / "broken")
     arguments = ["verify", str(broken), "--num-images", "2", "-o", str(tmp_path / "proof")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
@@ -57,14 +58,14 @@ def test_a_failed_gate_names_the_first_layer_that_diverges(bundles: dict[str, Bu
     assert layer in [part["layer"] for part in document["layers"]["encoder"]]
 
 
-def test_no_layers_are_compared_unless_asked_for(bundles: dict[str, Bundle]) -> None:
-    assert verify_bundle(bundles["fp32"].path, num_images=2).layers == {}
-    report = verify_bundle(bundles["fp32"].path, num_images=2, layers=True)
+def test_no_layers_are_compared_unless_asked_for(demo_bundle: Bundle) -> None:
+    assert verify_bundle(demo_bundle.path, num_images=2).layers == {}
+    report = verify_bundle(demo_bundle.path, num_images=2, layers=True)
     assert list(report.layers) == ["encoder", "vim", "fusion"]
     worst = min(part.parity.snr_db for parts in report.layers.values() for part in parts)
     assert np.isinf(worst)  # the same graph, exported again
 
 
-def test_what_is_neither_checkpoint_nor_bundle_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_what_is_neither_checkpoint_nor_bundle_is_refused(demo_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a checkpoint nor a bundle"):
-        verify_bundle(bundles["fp32"].path, against=tmp_path)
+        verify_bundle(demo_bundle.path, against=tmp_path)
