@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from mdnet_engines.errors import UsageError
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import ImageError, load_image
 
+RangeMethod = Literal["percentile", "minmax"]
+"""How a range follows from what `mdnet_calib.ranges` has seen of a value."""
 MIN_IMAGES = 8
 """Fewer would let one odd image decide a range."""
 _STRATA = 5  # of the ratings, within each group

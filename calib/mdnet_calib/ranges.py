@@ -14,17 +14,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from mdnet_calib.calibration_set import RangeMethod
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.onnxruntime import OrtSession
-
-RangeMethod = Literal["percentile", "minmax"]
 
 BINS = 2048  # of a histogram; a magnitude is then known to 0.1 % of the largest one, finer than the levels of int8
 PERCENTILE = 99.99

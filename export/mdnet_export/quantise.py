@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 
 from mdnet_calib.cache import histograms
-from mdnet_calib.calibration_set import CalibrationSet
+from mdnet_calib.calibration_set import CalibrationSet, RangeMethod
 from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
-from mdnet_calib.ranges import Histogram, RangeMethod, collect
+from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines.bundle.files import sha256_of
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from recorded import Recorded
 
-from mdnet_calib.ranges import BINS, Histogram, RangeMethod, collect, largest_magnitudes
+from mdnet_calib.calibration_set import RangeMethod
+from mdnet_calib.ranges import BINS, Histogram, collect, largest_magnitudes
 from mdnet_engines.errors import MDNetError
 
 RANDOM = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from mdnet_calib.ranges import RangeMethod
+from mdnet_calib.calibration_set import RangeMethod
 from mdnet_calib.sensitivity import Budget
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError

@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_only_when_it_is_flushed_is_named_too(
     def full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(plans, "finish", full)
+    monkeypatch.setattr(plans, "settle", full)
     with pytest.raises(MDNetError, match="no space left on the disk"):
         build_plans(bundle, host_of("tensorrt"))
     assert untouched(bundle)
