@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import onnx
 from onnx import NodeProto, helper
 
-from mdnet_calib.passes.graph_view import GraphView, Part, attribute, replace_parts
+from mdnet_calib.passes.graph_view import GraphView, Part, attribute, copy_of, replace_parts
 from mdnet_engines.ops.product import ATTENTION, PRODUCTS, function
 from mdnet_engines.ops.selective_scan import DOMAIN
 
@@ -23,11 +23,13 @@ MIN_WIDTH = 128
 
 
 def with_bfloat16_products(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace, in place, what this module's description fits; constants may lie outside of the file."""
+    """The graph with all replaced that this module's description fits; constants may lie outside of the file."""
+    proto = copy_of(proto)
     view = GraphView(proto)
     replace_parts(proto, [part for node in proto.graph.node if (part := _attention(view, node))], function)
     view = GraphView(proto)
-    return replace_parts(proto, [part for node in proto.graph.node if (part := _product(view, node))], function)
+    replace_parts(proto, [part for node in proto.graph.node if (part := _product(view, node))], function)
+    return proto
 
 
 def _attention(view: GraphView, softmax: NodeProto) -> Part | None:

@@ -46,7 +46,7 @@ HEADROOM = 4
 def to_fp16(
     proto: onnx.ModelProto, *, keep: Collection[str] = (), float32_values: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """Rewrite a float32 graph in place (and return it): same inputs and outputs, float16 inside.
+    """The float32 graph with float16 inside, same inputs and outputs. `proto` is used up, as in `to_int8`.
 
     Args:
         proto: the graph with its weights loaded and the types of its values in `value_info`.

@@ -28,7 +28,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from mdnet_calib.passes.graph_view import GraphView, Part, attribute, replace_parts
+from mdnet_calib.passes.graph_view import GraphView, Part, attribute, copy_of, replace_parts
 from mdnet_calib.passes.int8 import MIN_CHANNELS
 from mdnet_engines.ops import convolution as conv_op
 from mdnet_engines.ops.convolution import IMAGE_CONV
@@ -37,7 +37,8 @@ from mdnet_engines.ops.selective_scan import DOMAIN
 
 
 def fuse_between_layers(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace, in place, all that this module's description fits; constants may lie outside of the file."""
+    """The graph with all replaced that this module's description fits; constants may lie outside of the file."""
+    proto = copy_of(proto)
     graph, view = proto.graph, _View(proto)
     searches = (view.chain, view.sum, view.geglu, view.image_conv)
     parts = [part for node in graph.node for search in searches if (part := search(node))]

@@ -12,16 +12,18 @@ from __future__ import annotations
 import onnx
 from onnx import NodeProto, helper
 
-from mdnet_calib.passes.graph_view import GraphView, Part, attribute, replace_parts
+from mdnet_calib.passes.graph_view import GraphView, Part, attribute, copy_of, replace_parts
 from mdnet_engines.ops.convolution import CONV_SILU, function
 from mdnet_engines.ops.selective_scan import DOMAIN
 
 
 def fuse_vim(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace, in place, all that this module's description fits; constants may lie outside of the file."""
+    """The graph with all replaced that this module's description fits; constants may lie outside of the file."""
+    proto = copy_of(proto)
     view = GraphView(proto)
     parts = [part for node in proto.graph.node if (part := _conv_silu(view, node) or _division(view, node))]
-    return replace_parts(proto, parts, function)
+    replace_parts(proto, parts, function)
+    return proto
 
 
 def _conv_silu(view: GraphView, conv: NodeProto) -> Part | None:

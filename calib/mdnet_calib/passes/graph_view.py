@@ -73,16 +73,14 @@ class GraphView:
         return numpy_helper.to_array(tensor)
 
 
-def replace_parts(
-    proto: onnx.ModelProto, parts: Sequence[Part], function: Callable[[str], onnx.FunctionProto]
-) -> onnx.ModelProto:
+def replace_parts(proto: onnx.ModelProto, parts: Sequence[Part], function: Callable[[str], onnx.FunctionProto]) -> None:
     """Put, in place, what was made in the place of each part, and take out what nothing reads any more.
 
     Args:
         function: gives the function body of an operator of the domain "mdnet" by its name.
     """
     if not parts:
-        return proto
+        return
     graph = proto.graph
     replaced = {part.nodes[-1].output[0]: part.made for part in parts}
     nodes = [made for node in graph.node for made in replaced.get(node.output[0], [node])]
@@ -104,7 +102,13 @@ def replace_parts(
     proto.functions.extend(function(name) for name in sorted(names) if (DOMAIN, name) not in there)
     if names and DOMAIN not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
-    return proto
+
+
+def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What a pass works on, so that the graph it was given stays as it is; external weights are not read."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -31,6 +31,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from mdnet_calib.passes.graph_view import copy_of
 from mdnet_engines.errors import MDNetError, require
 
 OP_TYPES = ("Conv", "MatMul", "Gemm")
@@ -64,7 +65,7 @@ def activations(proto: onnx.ModelProto, nodes: Collection[str]) -> list[str]:
 
 
 def to_int8(proto: onnx.ModelProto, thresholds: Mapping[str, float], nodes: Collection[str]) -> onnx.ModelProto:
-    """The float32 graph with `nodes` between Q/DQ pairs; `proto` is used up.
+    """The float32 graph with `nodes` between Q/DQ pairs. `proto` is used up: full-size weights need not be there twice.
 
     Args:
         thresholds: T of the symmetric range [−T, T] for every name in `activations(proto, nodes)`.
@@ -119,7 +120,8 @@ def _scaled_alike(proto: onnx.ModelProto, thresholds: Mapping[str, float]) -> di
 
 
 def with_unsigned_activations(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Rewrite, in place, a graph of `to_int8` to uint8 activations with zero-point 128; weights stay int8."""
+    """A graph of `to_int8` with uint8 activations of zero-point 128; weights stay int8."""
+    proto = copy_of(proto)
     graph = proto.graph
     weights = {tensor.name for tensor in graph.initializer}
     points, quantised = set(), set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import onnx
 
 from mdnet_calib.passes.bfloat16 import with_bfloat16_products
@@ -9,7 +11,10 @@ from mdnet_calib.passes.fuse import fuse_between_layers
 from mdnet_calib.passes.fuse_vim import fuse_vim
 from mdnet_calib.passes.int8 import with_unsigned_activations
 
+PASSES = (with_unsigned_activations, fuse_between_layers, fuse_vim, with_bfloat16_products)
+"""Graph → graph, in this order; none changes the graph it is given."""
+
 
 def for_onnxruntime_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Rewrite a graph, int8 or float32, in place; constants may lie outside of the file, and none of them changes."""
-    return with_bfloat16_products(fuse_vim(fuse_between_layers(with_unsigned_activations(proto))))
+    """The variant of a graph, int8 or float32; constants may lie outside of the file, and none of them changes."""
+    return functools.reduce(lambda graph, rewrite: rewrite(graph), PASSES, proto)

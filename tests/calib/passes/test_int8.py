@@ -350,7 +350,7 @@ def test_the_unsigned_form_has_another_zero_point_and_nothing_else() -> None:
 def test_what_is_not_symmetric_int8_has_no_unsigned_form(form: str) -> None:
     made = quantised(small_net(), NODES)
     if form == "unsigned already":
-        with_unsigned_activations(made)
+        made = with_unsigned_activations(made)
     else:
         zero = next(t for t in made.graph.initializer if t.data_type == TensorProto.INT8 and not t.dims)
         zero.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), zero.name))

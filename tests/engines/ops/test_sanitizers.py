@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = (
-    *("test_native.py", "test_custom_op.py", "test_product_op.py"),
-    *("test_attention_op.py", "test_conv_op.py", "test_quantised_ops.py"),
+    *("test_native.py", "test_custom_op.py", "test_product.py"),
+    *("test_attention.py", "test_convolution.py", "test_quantised.py"),
 )
 PROGRAM = """
 import ctypes, numpy
@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("sanitizer", sanitized.SANITIZERS)
 def test_no_kernel_has_a_fault(sanitizer: str, built: Callable[[str], Path]) -> None:
     options = ["-m", "pytest", "-vv", "-s", "-p", "sanitized.plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    files = [f"tests/engines/{name}" for name in FILES]
+    files = [f"tests/engines/ops/{name}" for name in FILES]
     done = sanitized.run(sanitizer, built(sanitizer), [*options, *files], cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout[-30_000:]
 
