@@ -120,7 +120,7 @@ def build_bundle(
             faces by default).
         force: write the bundle although a gate failed or int8 is slower than float; the manifest records it. On a CPU
             without VNNI slower int8 is still written: it may be for another machine.
-        progress: is told each step.
+        progress: receives each step.
 
     Raises:
         ParityError: a gate failed and `force` is not set.

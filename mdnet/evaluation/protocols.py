@@ -118,7 +118,7 @@ def run_benchmark(
     Args:
         device: what runs checkpoints.
         backend: what runs bundles.
-        progress: is told each note before anything is scored, and counts images.
+        progress: receives each note before anything is scored, and counts images.
         on_result: called after each split.
 
     Raises:

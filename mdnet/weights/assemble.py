@@ -46,7 +46,7 @@ def import_weights(
         image_size: None takes the preset's.
         null_prompt_file: the null prompt's embedding, in place of `sd`'s text encoder.
         seed: for the fusion, which nobody has published.
-        progress: is told each step, and what is unusual about a file.
+        progress: receives each step, and what is unusual about a file.
 
     Returns:
         The model in evaluation mode, float32, on the CPU; notes with the sources' hashes and licences.

@@ -32,7 +32,7 @@ def open_vim(
     Args:
         preset_name: None takes it from the checkpoint's width.
         image_size: of the new model; None takes the preset's.
-        progress: is told what is unusual about the file.
+        progress: receives what is unusual about the file.
 
     Returns:
         The preset with `image_size` and the checkpoint's stride, and the checkpoint.

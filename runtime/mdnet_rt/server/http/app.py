@@ -209,7 +209,7 @@ def _endpoint(path: str) -> str:
 
 
 def answer_json(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer of JSON; NaN is refused, which JSON has not."""
+    """An answer in JSON; NaN is refused, since JSON has no NaN."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return Response(text, status, headers, media_type="application/json")
 

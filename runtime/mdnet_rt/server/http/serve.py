@@ -86,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket with the address; nobody can connect before it listens.
 
     Raises:
-        UsageError: no such host, or a port that takes rights this user has not.
+        UsageError: no such host, or a port that needs rights this user lacks.
         MDNetError: the address is in use.
     """
     try:
