@@ -5,7 +5,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 COPY . /src
 RUN python3 -m venv /opt/mdnet && \
     /opt/mdnet/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[cpu,openvino,serve]' && \
-    /opt/mdnet/bin/python -c "from mdnet_engines import native; assert native.library(), native.MISSING"
+    /opt/mdnet/bin/python -c "from mdnet_engines.ops import native; assert native.library(), native.MISSING"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/mdnet /opt/mdnet

@@ -176,14 +176,14 @@ def open_torch(preset_name: str, kind: str, threads: int) -> Callable[[np.ndarra
     """The PyTorch model: eager, compiled, under bf16 autocast, or with the scan's portable loop."""
     import torch
 
-    from mdnet import scan
     from mdnet.model.config import preset
     from mdnet.model.net import random_mdnet
+    from mdnet.scan import op
 
     torch.set_num_threads(threads)
     model: Any = random_mdnet(preset(preset_name), seed=0).to(memory_format=torch.channels_last)
     if kind == "loop":
-        scan._runs_natively = lambda u: False
+        op._runs_natively = lambda u: False
     elif kind == "compile":
         model = torch.compile(model)
 

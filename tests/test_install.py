@@ -72,7 +72,7 @@ def test_the_wheel_is_for_a_platform_and_for_any_python(wheel: Path) -> None:
 
 @compiled
 def test_the_lean_environment_has_the_native_kernel(lean: Path, tmp_path: Path) -> None:
-    program = "from mdnet_engines import native; print(native.custom_op_library()); native.library().mdnet_isa()"
+    program = "from mdnet_engines.ops import native; print(native.custom_op_library()); native.library().mdnet_isa()"
     assert must(lean / "python", "-c", program, cwd=tmp_path).strip().endswith(LIBRARY)
 
 

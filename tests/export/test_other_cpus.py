@@ -76,5 +76,5 @@ print(json.dumps([product(64), product(-64), product(127)]))
 @pytest.mark.skipif(native.custom_op_library() is None, reason="no native library")
 @pytest.mark.parametrize(("cpu", "isa"), [("Haswell", "avx2"), ("Nehalem", "portable")])
 def test_the_native_library_takes_the_build_that_the_processor_has(cpu: str, isa: str) -> None:
-    program = "import json; from mdnet_engines import native; print(json.dumps(native.best_isa()))"
+    program = "import json; from mdnet_engines.ops import native; print(json.dumps(native.best_isa()))"
     assert emulate(cpu, program) == isa

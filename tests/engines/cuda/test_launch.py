@@ -96,7 +96,7 @@ def test_what_can_not_be_launched_is_one_line(change: dict[str, Any], says: str,
 
 
 def test_no_driver_is_one_line() -> None:
-    program = "from mdnet_engines import native; native.run_cuda(native.Scan(1, 1, 1, 1, 0, 0, 0), 0)"
+    program = "from mdnet_engines.ops import native; native.run_cuda(native.Scan(1, 1, 1, 1, 0, 0, 0), 0)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     if "libcuda.so.1" not in result.stderr:
         pytest.skip("there is a CUDA driver here")
