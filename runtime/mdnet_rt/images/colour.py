@@ -24,7 +24,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _with_key_of_8_bits(image).convert("RGBA")
         if image.getchannel("A").getextrema() != (0, 0):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -38,4 +38,18 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     bits, white_is_zero = grey_of(image)
     # The high byte is what Pillow keeps of 16-bit RGB: a grey image scores the same saved either way.
     grey = (pixels >> (bits - 8)).astype(np.uint8)
-    return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
+    grey = 255 - grey if white_is_zero else grey
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[pixels == key] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _with_key_of_8_bits(image: Image.Image) -> Image.Image:
+    """Of a PNG of 16-bit RGB Pillow keeps the pixels' high bytes, but both bytes of the colour that is transparent."""
+    key = image.info.get("transparency")
+    if image.mode != "RGB" or not isinstance(key, tuple) or max(key) <= 0xFF:
+        return image
+    image = image.copy()
+    image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image

@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from pngs import chunk
 
 from mdnet_rt.images.png import MAX_CHUNKS, without_baggage
 from mdnet_rt.images.preprocess import ImageError, load_image, preprocess
@@ -18,11 +19,6 @@ from mdnet_rt.images.preprocess import ImageError, load_image, preprocess
 SIZE = 32
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
 RESERVE = 16 * 2**20
-
-
-def chunk(kind: bytes, body: bytes, checksum: bytes | None = None) -> bytes:
-    right = struct.pack(">I", zlib.crc32(kind + body))
-    return struct.pack(">I", len(body)) + kind + body + (right if checksum is None else checksum)
 
 
 def png(*chunks: bytes, behind: bool = False, **options: object) -> bytes:

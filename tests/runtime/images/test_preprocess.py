@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import AvifImagePlugin, Image, ImageOps, features
+from pngs import png, transparent
 
 from mdnet_rt.images import decode as image_files
 from mdnet_rt.images import preprocess as module
@@ -212,6 +213,21 @@ def test_a_palettes_transparent_colour_becomes_white(format: str) -> None:
     pixels = load_image(encoded(image, format, transparency=0), SIZE)
     np.testing.assert_array_equal(pixels[:, :12], 255)
     np.testing.assert_array_equal(pixels[:, 20:], np.broadcast_to([0, 0, 255], (SIZE, 12, 3)))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("key", [(0x20,), (0x20, 0x40, 0x60)], ids=["grey", "rgb"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_transparent_colour_of_a_png_becomes_white(kind: type, key: tuple[int, ...], in_memory: bool) -> None:
+    pixels = np.full((SIZE, SIZE, len(key)), 0x80, kind)
+    pixels[: SIZE // 2] = key
+    if kind is np.uint16:
+        pixels, key = pixels * 256 + 7, tuple(256 * value + 7 for value in key)
+    data = png(pixels, transparent(*key))
+    with Image.open(io.BytesIO(data)) as image:
+        found = preprocess(image, SIZE) if in_memory else load_image(data, SIZE)
+    assert (found[: SIZE // 2] == 255).all()
+    assert (found[SIZE // 2 :] == 0x80).all()
 
 
 def test_partly_transparent_palette_is_blended() -> None:
