@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 MAX_PROFILE = 4 * 2**20
 """Bytes; those of printers, the largest in use, have about two million."""
@@ -30,7 +30,7 @@ class Profile:
     def __init__(self, image: Image.Image):
         found = image.info.get(KEY)
         self._transform = _transform(found) if isinstance(found, bytes) and len(found) <= MAX_PROFILE else None
-        if self._transform and not _fits(self._transform.input_mode, image.mode):
+        if self._transform and not _fits(self._transform.input_mode, image):
             self._transform = None
         self.warning = UNUSABLE if KEY in image.info and self._transform is None else None
         """The remark about the image's colours."""
@@ -49,9 +49,17 @@ class Profile:
         return self._transform.apply(image)
 
 
-def _fits(profile: str, image: str) -> bool:
+def _fits(profile: str, image: Image.Image) -> bool:
     """Whether a profile for one mode can be that of an image of another: grey ones often keep their RGB profile."""
-    return {"L": image in _GREY, "CMYK": image == "CMYK", "RGB": image != "CMYK"}[profile]
+    if profile == "L":
+        return image.mode in _GREY or (image.mode == "RGBA" and _is_grey(image))
+    return (image.mode == "CMYK") == (profile == "CMYK")
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether red, green and blue are the same: Pillow opens a PNG of grey and alpha, 16 bits each, as RGBA."""
+    red, green, blue, _ = image.split()
+    return not any(ImageChops.difference(red, other).getbbox() for other in (green, blue))
 
 
 @functools.lru_cache(maxsize=8)

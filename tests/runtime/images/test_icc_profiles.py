@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from icc import SPACES, cmyk_profile, from_srgb, grey_from_srgb, grey_profile, rgb_profile
 from PIL import Image, ImageCms
+from pngs import png, profile
 
 from mdnet_rt.images.icc_profiles import MAX_PROFILE, UNUSABLE, Profile
 from mdnet_rt.images.preprocess import decode, load_image, preprocess
@@ -69,6 +70,22 @@ def test_grey_with_a_curve_becomes_srgb(exponent: float) -> None:
     wanted = inside(preprocess(np.dstack([grey] * 3), SIZE))
     # 3 levels: in the dark, steps of these curves are up to 3 of sRGB's.
     assert np.abs(inside(load_image(data, SIZE)) - wanted).max() <= 3
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_grey_with_alpha_has_its_grey_profile(kind: type) -> None:
+    grey = blocks()[:, :, 0]
+    opaque = np.dstack([grey_from_srgb(grey, 1.8), np.full_like(grey, 255)]).astype(kind)
+    pixels = opaque if kind is np.uint8 else opaque * 257
+    decoded = decode(png(pixels, profile(grey_profile(1.8))), SIZE)
+    assert decoded.warning is None
+    # 3 levels: as above.
+    assert np.abs(inside(decoded.pixels) - inside(preprocess(np.dstack([grey] * 3), SIZE))).max() <= 3
+
+
+def test_colours_with_alpha_and_a_grey_profile_have_a_warning() -> None:
+    image = np.dstack([blocks(), np.full((128, 128), 255, np.uint8)])
+    assert decode(encoded(image, "PNG", grey_profile(1.8)), SIZE).warning == UNUSABLE
 
 
 def test_grey_with_an_rgb_profile_is_read_by_it() -> None:
