@@ -75,10 +75,12 @@ def test_the_commands_on_the_page_run_and_print_what_it_shows(
 
 def test_the_manifests_for_kubernetes_name_real_options_and_paths() -> None:
     yaml = pytest.importorskip("yaml")
-    text = {block.language: block.text for block in blocks("docs/how-to/kubernetes.md")}
-    deployment, service = yaml.safe_load_all(text["yaml"])
+    manifests, dockerfile = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("deploy/kubernetes.yaml", "Dockerfile")
+    )
+    deployment, service = yaml.safe_load_all(manifests)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    entry = json.loads(re.findall(r"^ENTRYPOINT (.+)$", text["dockerfile"], re.MULTILINE)[0])
+    entry = json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[0])
     assert not problem([*entry, *container["args"]])
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "runtime/mdnet_rt/server").rglob("*.py"))
     probes = [value for name, value in container.items() if name.endswith("Probe")]

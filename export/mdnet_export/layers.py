@@ -15,19 +15,18 @@ import onnx
 from onnx import TensorProto
 
 from mdnet_engines.errors import MDNetError, require
-from mdnet_engines.parity.gates import TensorParity
-from mdnet_engines.parity.report import LayerParity
+from mdnet_engines.parity.report import LayerParity, TensorParity
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def compare_layers(reference: Path, graph: Path, feed: Mapping[str, np.ndarray]) -> list[LayerParity]:
-    """Run two forms of one graph on `feed` and compare them layer by layer, in the order of computation.
+    """Run two variants of one graph on `feed` and compare them layer by layer, in the order of computation.
 
     Args:
         reference: the float32 ONNX file.
-        graph: its rewritten form.
+        graph: its rewritten variant.
         feed: the graph's inputs, one image.
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from mdnet_engines.errors import UsageError, printable
-from mdnet_rt.sources.locations import archive_kind
+from mdnet_rt.sources.entry import archive_kind
 
 
 class Shard(NamedTuple):

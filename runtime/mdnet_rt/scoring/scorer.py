@@ -27,7 +27,7 @@ from mdnet_rt.images.preprocess import Decoded, FindBox, ImageError, decode, dec
 from mdnet_rt.rows.result import Result
 from mdnet_rt.scoring import forked
 from mdnet_rt.scoring.pipeline import Pipeline, Task
-from mdnet_rt.sources.locations import Entry
+from mdnet_rt.sources.entry import Entry
 
 Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Entry
 """An image: its path, its file's bytes, a PIL image, uint8 `[H, W, 3]` RGB, or an entry of `mdnet_rt.sources.entry`."""

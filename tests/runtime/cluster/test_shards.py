@@ -10,7 +10,7 @@ import pytest
 from mdnet_engines.errors import UsageError
 from mdnet_rt.cluster.shards import split
 from mdnet_rt.scoring.run import unfinished
-from mdnet_rt.sources.locations import Entry, archive_kind
+from mdnet_rt.sources.entry import Entry, archive_kind
 
 Members = dict[str, list[str]]
 

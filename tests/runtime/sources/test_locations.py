@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mdnet_engines.errors import UsageError
+from mdnet_engines.errors import UsageError, printable
 from mdnet_rt.sources.entry import Entry, archive_kind, is_url, natural_key
-from mdnet_rt.sources.locations import find_images, find_locations, printable, read_list, read_locations
+from mdnet_rt.sources.locations import find_images, find_locations, read_list, read_locations
 
 
 @pytest.fixture
