@@ -10,7 +10,7 @@ written into the engine, and whoever runs the engine needs neither this package 
 back into `launch` instead, and the engine then needs this package, with its native library, wherever it runs.
 
 *Unverified on a GPU.* What is tested, with NVIDIA's own bindings, is that TensorRT gets the types, shapes, grid and
-arguments that the kernel was written for.
+arguments that the kernel was written for, and that its PTX, executed on the CPU with them, gives the right result.
 
 Whoever runs such an engine should keep an execution context to one batch size (pad the last batch, or have a context
 for each size): with every change TensorRT 11.2 is reported to leak the plugins' CUDA modules (NVIDIA/TensorRT#4849).

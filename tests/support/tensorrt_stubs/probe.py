@@ -9,6 +9,7 @@ put the answers. The CUDA driver is the stub of tests/support/cuda_stub.
     describe  {name, dtype, sizes, batches}       output types and shapes, the combinations of types and layouts
     misfit    {name, dtype, sizes, tensor}        the refusal of a node, one of whose tensors has other sizes
     aot       {name, dtype, sizes, batches}       kernel, PTX, and for each batch its grid, block and scalars
+    aot_of_each {nodes}                           the same for many nodes, each {name, dtype, sizes, batches}
     jit       {name, dtype, sizes, stream}        what the CUDA driver is called with
 
 `sizes` has batch (−1 where it is symbolic), channels, length and states.
@@ -194,6 +195,10 @@ def aot(name: str, dtype: str, sizes: dict[str, int], batches: list[int]) -> Any
     }
 
 
+def aot_of_each(nodes: list[dict[str, Any]]) -> Any:
+    return [aot(**node) for node in nodes]
+
+
 def jit(name: str, dtype: str, sizes: dict[str, int], stream: int) -> Any:
     made = plugin(name, trt.QuickPluginCreationRequest.STRICT_JIT)
     descriptions = [static_description(tensor, dtype, sizes) for tensor in (*INPUTS, "y")]
@@ -208,5 +213,7 @@ if __name__ == "__main__":
     # the expression itself.
     trt.DimsExprs = lambda length: [None] * length
     sys.modules[trtp.SymInt32.__module__].SymExprImpl = lambda symbol: symbol
-    questions = {question.__name__: question for question in (registry, undecided, describe, misfit, aot, jit)}
+    questions = {
+        question.__name__: question for question in (registry, undecided, describe, misfit, aot, aot_of_each, jit)
+    }
     print(json.dumps(questions[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,0 +1,161 @@
+"""The committed PTX, executed on the CPU as TensorRT and ONNX Runtime launch it.
+
+What only a GPU can show is not here: what ptxas makes of the PTX, speed, the error of the hardware's own exponential.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import cuda_stub
+import ptx_launches
+import pytest
+import tensorrt_stubs
+from ptx_launches import Launch
+from ptx_on_cpu import PtxError
+from scan_cases import EVERY_CASE, ScanCase, assert_close, make_inputs, reference_scan
+
+from mdnet_engines.ops import native
+
+IN_EVERY_RUN = (
+    *("one_of_everything", "one_state_reverse", "odd_sizes", "vim_tokens", "vim_batch_reverse", "wide_batch"),
+    *("delta_of_both_extremes_reverse", "views", "two_steps_reverse_float16", "odd_sizes_bfloat16"),
+    *("vim_tokens_float16", "views_reverse_bfloat16"),
+)
+CASES = [
+    pytest.param(i, id=case.name, marks=() if case.name in IN_EVERY_RUN else pytest.mark.slow)
+    for i, case in enumerate(EVERY_CASE)
+]
+
+
+@pytest.fixture(scope="module")
+def by_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
+    if reason := tensorrt_stubs.missing():
+        pytest.skip(reason)
+    return ptx_launches.by_tensorrt(EVERY_CASE, tmp_path_factory.mktemp("tensorrt"))
+
+
+@pytest.fixture(scope="module")
+def by_library(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
+    if native.custom_op_library() is None or cuda_stub.COMPILER is None:
+        pytest.skip("needs the native library and a C compiler")
+    return ptx_launches.by_library(EVERY_CASE, tmp_path_factory.mktemp("cuda"))
+
+
+def check(launch: Launch, case: ScanCase) -> None:
+    inputs = make_inputs(case)
+    assert_close(ptx_launches.run(launch, inputs), reference_scan(**inputs, reverse=case.reverse), case.dtype)
+
+
+def test_the_cases_of_every_run_exist() -> None:
+    assert set(IN_EVERY_RUN) <= {case.name for case in EVERY_CASE}
+
+
+@pytest.mark.parametrize("place", CASES)
+def test_as_tensorrt_launches_it_the_ptx_agrees_with_the_reference(place: int, by_tensorrt: list[Launch]) -> None:
+    check(by_tensorrt[place], EVERY_CASE[place])
+
+
+@pytest.mark.parametrize("place", CASES)
+def test_as_onnxruntime_launches_it_the_ptx_agrees_with_the_reference(place: int, by_library: list[Launch]) -> None:
+    check(by_library[place], EVERY_CASE[place])
+
+
+# Faults that are planted in the PTX, or in its launch.
+
+SMALL = ScanCase("small", batch=2, channels=19, length=35, states=13, reverse=False, dtype="float16")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """A launch in which channels, length and states end within a block, a tile, a lane."""
+    if native.custom_op_library() is None or cuda_stub.COMPILER is None:
+        pytest.skip("needs the native library and a C compiler")
+    (launch,) = ptx_launches.by_library([SMALL], tmp_path_factory.mktemp("cuda"))
+    return launch
+
+
+def planted(launch: Launch, pattern: str, into: str, place: int = 0) -> Launch:
+    """The launch with the `place`-th match of the pattern in its kernel replaced."""
+    start = launch.ptx.index(f".entry {launch.kernel}(")
+    end = launch.ptx.index("\n}\n", start)
+    found = list(re.finditer(pattern, launch.ptx[start:end]))[place]
+    first, last = start + found.start(), start + found.end()
+    return replace(launch, ptx=launch.ptx[:first] + found.expand(into) + launch.ptx[last:])
+
+
+DIFFERS = "off by up to"
+FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
+    "a wrong offset in shared memory": ((r"(ld\.shared\.v4\.f32 .*\[%rd\d+)\+2560\]", r"\1+2576]"), DIFFERS),
+    "one that is not aligned": ((r"(ld\.shared\.v4\.f32 .*\[%rd\d+)\+2560\]", r"\1+2564]"), "no multiple of 16"),
+    "one past the end": ((r"(st\.shared\.f32 .*\[%rd\d+)\+7680\]", r"\1+12800]"), "outside of shared memory"),
+    "a wrong offset of an input": ((r"(ld\.global\.u16 .*\[%rd\d+)\+16\]", r"\1+18]"), "outside of all|off by"),
+    "a wrong offset of the output": ((r"(st\.global\.u16 .*\[%rd\d+)\+16\]", r"\1+14]"), "second time"),
+    "no barrier before the scan": ((r"bar\.sync\s+0;", ""), "shared memory that"),
+    "no barrier after the scan": ((r"bar\.sync\s+0;", "", 1), "without a barrier between"),
+    "swapped operands of a sum": (
+        (r"sub\.s32 (.*), (%r\d+), (%r\d+);", r"sub.s32 \1, \3, \2;"),
+        "outside of|off by|no thread writes",
+    ),
+    "swapped factor and term": ((r"fma\.rn\.f32 (.*), (%f\d+), (%f\d+);", r"fma.rn.f32 \1, \3, \2;", 40), DIFFERS),
+    "swapped choices": ((r"selp\.f32 (.*), (%f\d+), (%f\d+), ", r"selp.f32 \1, \3, \2, "), DIFFERS),
+    "a predicate the other way round": ((r"@(%p\d+) bra", r"@!\1 bra", 3), "outside of all|off by"),
+    "a bound that lets one too many in": ((r"setp\.ge\.s32", "setp.gt.s32", 0), "outside of all"),
+    "a shuffle of other lanes": ((r"mov\.u32 (\s*%r\d+), 2;", r"mov.u32 \1, 4;"), DIFFERS),
+    "an exponential of the wrong state": ((r"(ex2\.approx\.ftz\.f32 %f\d+), (%f\d+);", r"\1, %f1;", 20), DIFFERS),
+    "a loop that ends early": ((r"setp\.lt\.s32 ", "setp.gt.s32 ", -1), "no thread writes"),
+    "an instruction that is not known": ((r"rcp\.approx\.ftz", "rsqrt.approx.ftz"), "rsqrt.* is not known here"),
+}
+
+
+@pytest.mark.parametrize(("fault", "says"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_found(fault: tuple[str, str, int], says: str, small: Launch) -> None:
+    check(small, SMALL)
+    with pytest.raises((PtxError, AssertionError), match=says) as caught:
+        check(planted(small, *fault), SMALL)
+    if caught.type is PtxError and "no thread writes" not in str(caught.value):
+        assert re.match(r"line \d+: ", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"grid": (1, 1, 1)}, "no thread writes"),
+        ({"grid": (3, 1, 1)}, "outside of all tensors"),
+        ({"block": (256, 1, 1)}, "at most 128 threads"),
+        ({"block": (96, 1, 1)}, "never written"),
+    ],
+)
+def test_a_wrong_launch_is_found(change: dict[str, tuple[int, ...]], says: str, small: Launch) -> None:
+    with pytest.raises(PtxError, match=says):
+        check(replace(small, **change), SMALL)
+
+
+def test_swapped_arguments_are_found(small: Launch) -> None:
+    for first, second in ((0, 1), (3, 4), (8, 9), (8, 11), (0, 11)):
+        swapped = list(small.arguments)
+        swapped[first], swapped[second] = swapped[second], swapped[first]
+        with pytest.raises((PtxError, AssertionError)):
+            check(replace(small, arguments=tuple(swapped)), SMALL)
+    with pytest.raises(PtxError, match="takes 12 arguments, not 11"):
+        check(replace(small, arguments=small.arguments[:-1]), SMALL)
+
+
+@pytest.mark.slow
+def test_nearly_every_instruction_that_is_left_out_is_missed(small: Launch) -> None:
+    """The rest can be spared: zeros for channels that no one stores, branches around what has bounds of its own."""
+    lines = small.ptx.splitlines()
+    start = next(i for i, line in enumerate(lines) if f".entry {small.kernel}(" in line)
+    body = range(start, lines.index("}", start))
+    instructions = [i for i in body if re.match(r"\t(@|[a-z]).*;$", lines[i])][::4]
+    spared = []
+    for i in instructions:
+        without = "\n".join([*lines[:i], "", *lines[i + 1 :]])
+        try:
+            check(replace(small, ptx=without), SMALL)
+        except (PtxError, AssertionError):
+            continue
+        spared.append(f"{i + 1}: {lines[i].strip()}")
+    assert len(instructions) > 200
+    assert len(spared) < 0.05 * len(instructions), spared

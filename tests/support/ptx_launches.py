@@ -1,0 +1,108 @@
+"""Launches of the scan's PTX as its two callers make them, and their result by `ptx_on_cpu`.
+
+by_tensorrt(cases, folder)   # what the TensorRT plugin hands out, asked through NVIDIA's own plugin classes
+by_library(cases, folder)    # what the native library gives the CUDA driver, for ONNX Runtime
+y = run(launch, inputs)
+
+Both ask in a process of their own, once for all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_stub
+import numpy as np
+import ptx_on_cpu
+import tensorrt_stubs
+from scan_cases import ScanCase
+
+from mdnet_engines.cuda import kernel as cuda_kernel
+from mdnet_engines.ops import selective_scan as scan_op
+
+_PROBE = Path(__file__).with_name("tensorrt_stubs") / "probe.py"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`arguments` are the kernel's, in order: names of tensors, and numbers."""
+
+    ptx: str
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    arguments: tuple[str | int, ...]
+
+
+def by_tensorrt(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:
+    """The plugin's launches, its symbolic grid worked out for each case's batch.
+
+    TensorRT passes the inputs, then the plugin's scalars, then the output.
+    """
+    environment = cuda_stub.environment(folder, tensorrt_stubs.environment(folder))
+    nodes = [
+        {
+            "name": scan_op.REVERSE if case.reverse else scan_op.FORWARD,
+            "dtype": case.dtype,
+            "sizes": {"batch": -1, "channels": case.channels, "length": case.length, "states": case.states},
+            "batches": [case.batch],
+        }
+        for case in cases
+    ]
+    answers = _answer([str(_PROBE), "aot_of_each", json.dumps({"nodes": nodes})], environment)
+    made = []
+    for case, answer in zip(cases, answers, strict=True):
+        grid, block, scalars, shared = (answer[key][str(case.batch)] for key in ("grid", "block", "scalars", "shared"))
+        assert shared == [0]
+        made.append(
+            Launch(answer["ptx"], answer["kernel"], tuple(grid), tuple(block), (*scan_op.INPUTS, *scalars, "y"))
+        )
+    return made
+
+
+def by_library(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:
+    """What the native library gives to cuLaunchKernel, with the module that it loaded."""
+    sizes = ("batch", "channels", "length", "states", "dtype", "reverse")
+    calls = [{"stream": 0, **{name: getattr(case, name) for name in sizes}} for case in cases]
+    answer = _answer(["-m", "cuda_stub.probe", json.dumps(calls)], cuda_stub.environment(folder))
+    assert not any(answer["said"])
+    tensors = {4096 * (i + 1): name for i, name in enumerate(cuda_kernel.ARGUMENTS)}  # where the probe has them
+    made = [call for call in answer["calls"] if "kernel" in call]
+    return [
+        Launch(
+            answer["image"],
+            call["kernel"],
+            tuple(call["grid"]),
+            tuple(call["block"]),
+            tuple(tensors.get(value, value) for value in call["values"]),
+        )
+        for call in made
+    ]
+
+
+def run(launch: Launch, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Execute the PTX; gives y in the type of u.
+
+    Raises:
+        PtxError: an access is wrong; see `ptx_on_cpu`.
+    """
+    u, memory = inputs["u"], ptx_on_cpu.Global()
+    address = {name: memory.input(name, values) for name, values in inputs.items()}
+    address["y"] = memory.output("y", u.nbytes)
+    arguments = [address[value] if isinstance(value, str) else value for value in launch.arguments]
+    ptx_on_cpu.launch(launch.ptx, launch.kernel, launch.grid, launch.block, arguments, memory)
+    return memory.result("y").view(u.dtype).reshape(u.shape)
+
+
+def _answer(command: list[str], environment: dict[str, str]) -> Any:
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
