@@ -34,7 +34,8 @@ BATCH = 16
 _SLOW = 0.1  # seconds an image, from which single images are timed: a batch would keep the user waiting
 _ROUNDS = 5  # at least
 _MOST_DB = 200.0  # for outputs that are equal, whose ratio is infinite
-_WHOLE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")  # all graphs on one device: timed one after the other
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+"""All graphs of a choice are on one of them: timed one after the other."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _time(request: dict[str, Any], say: Say) -> dict[str, Any]:
     choices = [Choice(graphs) for graphs in request["choices"]]
     pixels = read_probes(bundle).images.pixels
     pixels = pixels[np.arange(BATCH) % len(pixels)]
-    apart = [choice for choice in choices if not set(choice.graphs.values()) & set(_WHOLE)]
+    apart = [choice for choice in choices if not set(choice.graphs.values()) & set(GPU_BACKENDS)]
     whole: dict[str, float] = {}
     values: dict[str, np.ndarray] = {"image": pixels}
     by_graph: dict[str, dict[str, float]] = {}

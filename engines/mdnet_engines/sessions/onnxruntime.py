@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mdnet_engines.errors import MDNetError, UsageError, first_line
 from mdnet_engines.ops import native
+from mdnet_engines.sessions import cuda_provider
 from mdnet_engines.system.cores import available_cores
-from mdnet_engines.system.gpu import visible_gpu
-
-if TYPE_CHECKING:
-    pass
 
 OrtBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
 PROVIDERS: dict[OrtBackend, str] = {
     "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-cuda": cuda_provider.NAME,
 }
+OrtValue = Any
+"""`onnxruntime.OrtValue`: a tensor where the provider has it, on the GPU or on the host."""
 _LARGE = 8 << 20  # bytes: the demo's graphs have up to 3 MB, the full size's 25 to 1,440
 _QUIET = 4  # ONNX Runtime's "fatal" severity: what fails is raised, and need not be in its log as well
 
@@ -36,38 +35,55 @@ class OrtSession:
         backend: which provider must run it. CUDA keeps CPU as the provider of what CUDA has no kernel for
             (shape arithmetic), but a session that came up without CUDA is refused: ONNX Runtime falls back silently.
         threads: intra-op threads; by default all the cores this process may use.
+        tf32: let CUDA round the factors of float32 products and convolutions to ten bits; has no effect on the CPU.
+        profile: a folder for a profile of its runs, which `end_profile` ends.
 
     Raises:
-        MDNetError: ONNX Runtime is missing, lacks the provider, or can't load the file.
+        MDNetError: ONNX Runtime is missing, lacks the provider or what that needs, or can't load the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, backend: OrtBackend = "onnxruntime-cpu", threads: int = 0):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backend: OrtBackend = "onnxruntime-cpu",
+        threads: int = 0,
+        tf32: bool = False,
+        profile: Path | None = None,
+    ):
         if backend not in PROVIDERS:
             raise UsageError(f"unknown backend {backend!r}; known: {', '.join(PROVIDERS)}")
-        ort = _import_onnxruntime()
+        self._ort = ort = _import_onnxruntime()
         provider = PROVIDERS[backend]
-        if provider not in ort.get_available_providers():
-            raise MDNetError(
-                f"{backend} needs {provider}; this ONNX Runtime has {', '.join(ort.get_available_providers())}. "
-                "pip uninstall onnxruntime, then install mdnet[cuda]"
-            )
+        on_gpu = provider == cuda_provider.NAME
+        if on_gpu and (problem := cuda_provider.problem(ort)):
+            raise MDNetError(problem)
         options = ort.SessionOptions()
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / Path(path).stem)
         options.log_severity_level = _QUIET
         options.intra_op_num_threads = threads or available_cores()
         # Threads that spin take the cores from those that decode, or run the next graph: none between runs. Within a
         # run of a large graph they save time, since to wake one takes as long as some of its nodes.
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(_is_large(Path(path)))))
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        providers: list[Any] = [PROVIDERS["onnxruntime-cpu"]]
+        if on_gpu:
+            providers.insert(0, (provider, cuda_provider.options(tf32=tf32)))
+            ort.set_default_logger_severity(_QUIET)  # CUDA's failures go to the log of the process, not the session's
         _register_scan(options)
         try:
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+            # Its fallback would print why CUDA failed to stdout, and go on without it.
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {first_line(error)}") from error
+            words = cuda_provider.in_words(error)
+            raise MDNetError(f"ONNX Runtime can't load {Path(path).name}: {words}") from error
         if (running := self.session.get_providers()[0]) != provider:
             raise MDNetError(
                 f"asked for {provider}, ONNX Runtime came up with {running}: is the CUDA install complete?"
             )
+        self._device = "cuda" if on_gpu else "cpu"  # as `OrtValue` and `IOBinding` name it
         self.inputs: tuple[str, ...] = tuple(value.name for value in self.session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(value.name for value in self.session.get_outputs())
 
@@ -77,19 +93,63 @@ class OrtSession:
         Raises:
             MDNetError: a feed is missing, or has a shape or type that the graph does not take.
         """
+        given = self._given(feeds)
         try:
-            values = self.session.run(None, {name: feeds[name] for name in self.inputs})
+            values = self.session.run(None, given)
+        except Exception as error:
+            raise _failed(error) from error
+        return dict(zip(self.outputs, values, strict=True))
+
+    def upload(self, rows: np.ndarray) -> OrtValue:
+        """Copy `rows` to the session's device, for `run_there`; on the CPU it is the array itself.
+
+        Raises:
+            MDNetError: the device has no memory for it, or is gone.
+        """
+        try:
+            return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows), self._device, 0)
+        except Exception as error:
+            raise _failed(error) from error
+
+    def run_there(
+        self, feeds: Mapping[str, OrtValue], outputs: Iterable[str], *, to_host: bool = False
+    ) -> dict[str, OrtValue]:
+        """Run the graph on values that are on its device; give `outputs`, which stay there, or come to the host.
+
+        Raises:
+            MDNetError: as `run`.
+        """
+        given, wanted = self._given(feeds), list(outputs)
+        try:
+            binding = self.session.io_binding()
+            for name, value in given.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in wanted:
+                binding.bind_output(name, "cpu" if to_host else self._device, 0)
+            self.session.run_with_iobinding(binding)
+            return dict(zip(wanted, binding.get_outputs(), strict=True))
+        except Exception as error:
+            raise _failed(error) from error
+
+    def end_profile(self) -> Path:
+        """End the profile; give its file."""
+        return Path(self.session.end_profiling())
+
+    def _given(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {name: feeds[name] for name in self.inputs}
         except KeyError as error:
             raise MDNetError(f"the graph needs the input {error}; it was given {', '.join(feeds)}") from None
-        except Exception as error:
-            raise MDNetError(f"ONNX Runtime failed: {first_line(error)}") from error
-        return dict(zip(self.outputs, values, strict=True))
 
 
 def _is_large(path: Path) -> bool:
     """Whether a graph, with its external weights, computes for so long that decoding costs nothing in comparison."""
     weights = path.with_name(f"{path.name.partition('.')[0]}.onnx.data")  # of both its variants
     return sum(file.stat().st_size for file in (path, weights) if file.exists()) >= _LARGE
+
+
+def _failed(error: Exception) -> MDNetError:
+    return MDNetError(f"ONNX Runtime failed: {cuda_provider.in_words(error)}")
 
 
 def _register_scan(options: Any) -> None:
@@ -104,12 +164,24 @@ def _register_scan(options: Any) -> None:
 
 
 def has_cuda() -> bool:
-    """Whether ONNX Runtime has its CUDA provider and the driver has a GPU; the provider exists without a GPU too."""
+    """Whether ONNX Runtime's CUDA provider can be used in this process."""
+    return not cuda_problem()
+
+
+def cuda_problem() -> str:
+    """Why ONNX Runtime's CUDA provider can't be used in this process, on one line; empty where it can."""
     try:
-        ort = _import_onnxruntime()
+        return cuda_provider.problem(_import_onnxruntime())
+    except MDNetError as error:
+        return str(error)
+
+
+def cuda_is_installed() -> bool:
+    """Whether the ONNX Runtime here is one for CUDA, whatever the machine has."""
+    try:
+        return cuda_provider.is_installed(_import_onnxruntime())
     except MDNetError:
         return False
-    return PROVIDERS["onnxruntime-cuda"] in ort.get_available_providers() and visible_gpu() is not None
 
 
 def _import_onnxruntime() -> Any:

@@ -21,6 +21,7 @@ from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.errors import BundleError, MDNetError
 from mdnet_engines.parity.probes import PROBES_NAME
 from mdnet_engines.parity.report import Gate, ParityReport, ScorePair
+from mdnet_engines.sessions import cuda_provider
 from mdnet_engines.system import machine
 from mdnet_engines.system.child_process import CrashError
 
@@ -110,6 +111,33 @@ def test_auto_passes_over_what_is_off_its_gates_and_says_so(
     assert choose(bundle).graphs == ORT
     assert caplog.messages == []  # known by now: it is not even tried
     assert len(here.measured) == 2
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_auto_goes_on_without_a_cuda_provider_that_does_not_load_and_says_why_once(
+    installed: bool, bundle: Bundle, here: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With check=False nothing is tried: what can't run must not be a candidate."""
+    reason = "onnxruntime-cuda can't load its libraries for CUDA 13 (libcublasLt.so.13: cannot open shared object file)"
+    monkeypatch.setattr(backends.session, "cuda_is_installed", lambda: installed)
+    monkeypatch.setattr(backends.session, "cuda_problem", lambda: reason)
+    for opens in (lambda: choose(bundle), lambda: choose(bundle, check=False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert opens().graphs == OPENVINO
+        assert caplog.messages == ([f"note: passed over: {reason}"] if installed else [])
+
+
+def test_a_named_cuda_backend_that_does_not_load_is_one_line_with_the_next_step(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = (
+        "onnxruntime-cuda can't load its libraries for CUDA 13 (libx.so.13: cannot open); they come with: pip install"
+    )
+    monkeypatch.setattr(cuda_provider, "problem", lambda _: reason)
+    with pytest.raises(MDNetError) as error:
+        open_graphs(bundle, backend="onnxruntime-cuda", check=False)
+    assert str(error.value) == reason
 
 
 def test_a_named_backend_off_its_gates_is_refused_with_figures_and_what_holds(bundle: Bundle, here: Machine) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.sessions.onnxruntime import OrtSession, has_cuda
+from mdnet_engines.sessions import cuda_provider
+from mdnet_engines.sessions.onnxruntime import OrtSession, cuda_is_installed, cuda_problem, has_cuda
 from mdnet_engines.system.gpu import Gpu
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -88,13 +90,21 @@ class Recorder:
 
     def __init__(self) -> None:
         self.providers: list[str] = []
+        self.provider_options: list[dict[str, str]] = []
         self.threads = 0
+        self.settings: dict[str, Any] = {}
         self._make = onnxruntime.InferenceSession
 
     def __call__(
-        self, path: str, options: onnxruntime.SessionOptions, providers: list[str]
+        self,
+        path: str,
+        options: onnxruntime.SessionOptions,
+        providers: list[str | tuple[str, dict[str, str]]],
+        **settings: Any,
     ) -> onnxruntime.InferenceSession:
-        self.providers, self.threads = providers, options.intra_op_num_threads
+        pairs = [(each, {}) if isinstance(each, str) else each for each in providers]
+        self.providers, self.provider_options = [name for name, _ in pairs], [given for _, given in pairs]
+        self.threads, self.settings = options.intra_op_num_threads, settings
         return self._make(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -110,17 +120,72 @@ def test_the_cpu_backend_asks_for_the_cpu_alone(file: Path, recorder: Recorder) 
     assert recorder.providers == ["CPUExecutionProvider"]
 
 
-def test_a_silent_fallback_to_the_cpu_is_refused(
-    file: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ONNX Runtime comes up without CUDA, and says nothing, when a CUDA library is missing."""
-    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has all that the CUDA provider needs, as far as can be seen before a session is made."""
+    monkeypatch.setattr(cuda_provider, "problem", lambda _: "")
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda _: None)  # it is the process's
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_silent_fallback_to_the_cpu_is_refused(file: Path, recorder: Recorder) -> None:
+    """ONNX Runtime comes up without CUDA, and raises nothing, when it can't load its provider."""
     with pytest.raises(MDNetError) as error:
         OrtSession(file, backend="onnxruntime-cuda")
-    assert recorder.providers == known  # CUDA first
+    assert recorder.providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]  # CUDA first
     assert "CUDAExecutionProvider" in one_line(error)
     assert "CPUExecutionProvider" in one_line(error)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_cuda_does_not_tune_for_each_batch_size_and_rounds_no_factor_unasked(
+    tf32: bool, file: Path, recorder: Recorder
+) -> None:
+    with pytest.raises(MDNetError):
+        OrtSession(file, backend="onnxruntime-cuda", **({"tf32": True} if tf32 else {}))
+    expected = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1" if tf32 else "0"}
+    assert recorder.provider_options == [expected, {}]
+
+
+@pytest.mark.usefixtures("cuda")
+def test_onnxruntime_is_not_left_to_fall_back_by_itself(file: Path, recorder: Recorder) -> None:
+    """It would print what failed on CUDA to stdout, among the rows of scores."""
+    with pytest.raises(MDNetError):
+        OrtSession(file, backend="onnxruntime-cuda")
+    assert recorder.settings == {"enable_fallback": 0}
+
+
+@pytest.mark.usefixtures("cuda")
+def test_what_cuda_says_when_a_session_is_made_is_the_error(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("a.cc:1 f() CUDA failure 100: no CUDA-capable device is detected ; GPU=-1 ; hostname=h ; f")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(MDNetError, match=r"can't load tiny\.onnx: CUDA failure 100: no CUDA-capable device") as error:
+        OrtSession(file, backend="onnxruntime-cuda")
+    assert "see nvidia-smi" in one_line(error)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_gpu_that_goes_away_during_a_run_is_one_line_with_the_next_step(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = OrtSession(file)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("b.cc:9 CUDA failure 999: unknown error ; GPU=0 ; hostname=h ; file=b.cc ; line=9 ; expr=x")
+
+    monkeypatch.setattr(session.session, "run", fail)
+    monkeypatch.setattr(session.session, "run_with_iobinding", fail)
+    given = {name: session.upload(value) for name, value in feeds().items()}
+    for run in (lambda: session.run(feeds()), lambda: session.run_there(given, session.outputs)):
+        with pytest.raises(MDNetError) as error:
+            run()
+        words = "CUDA failure 999: unknown error; see nvidia-smi, and start again when it lists the GPU"
+        assert one_line(error) == f"ONNX Runtime failed: {words}"
 
 
 def test_cuda_on_a_cpu_only_onnxruntime_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +199,17 @@ def test_cuda_on_a_cpu_only_onnxruntime_says_what_to_install(file: Path, monkeyp
 @pytest.mark.parametrize("gpu", [None, Gpu("H100", "sm_90", "13.0")])
 @pytest.mark.parametrize("provider", [False, True])
 def test_cuda_takes_the_provider_and_a_gpu(provider: bool, gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The provider alone is there wherever onnxruntime-gpu is installed."""
+    """The provider alone is there wherever onnxruntime-gpu is installed. Libraries: test_cuda_provider.py."""
     known = [*(["CUDAExecutionProvider"] if provider else []), "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
-    monkeypatch.setattr("mdnet_engines.sessions.onnxruntime.visible_gpu", lambda: gpu)
+    monkeypatch.setattr(cuda_provider, "visible_gpu", lambda: gpu)
     assert has_cuda() == (provider and gpu is not None)
+    assert has_cuda() == (not cuda_problem())
+    assert cuda_is_installed() == provider
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert not has_cuda()
+    assert not cuda_is_installed()
+    assert "install mdnet[cpu]" in cuda_problem()
 
 
 def test_no_onnxruntime_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +339,30 @@ def test_one_session_serves_several_threads(file: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(run, range(400)))
+
+
+def test_a_run_on_the_device_gives_what_a_run_gives_and_takes_back_what_it_gave(file: Path) -> None:
+    session = OrtSession(file)
+    given = feeds(5)
+    there = {name: session.upload(value) for name, value in given.items()}
+    outputs = session.run_there(there, ["total", "product"])
+    assert list(outputs) == ["total", "product"]
+    expected = session.run(given)
+    for name, value in outputs.items():
+        np.testing.assert_array_equal(value.numpy(), expected[name])
+    again = session.run_there({"x": outputs["total"], "a": there["a"]}, ["total"], to_host=True)
+    np.testing.assert_array_equal(again["total"].numpy(), given["x"] + given["a"] + given["a"])
+
+
+def test_a_run_on_the_device_names_a_missing_feed_and_refuses_another_shape(file: Path) -> None:
+    session = OrtSession(file)
+    given = {name: session.upload(value) for name, value in feeds().items()}
+    with pytest.raises(MDNetError) as error:
+        session.run_there({"x": given["x"]}, ["total"])
+    assert "'a'" in one_line(error)
+    with pytest.raises(MDNetError) as error:
+        session.run_there({**given, "x": session.upload(WRONG["size"])}, ["total"])
+    assert "x" in one_line(error)
 
 
 @pytest.fixture
