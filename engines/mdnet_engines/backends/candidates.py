@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphBackend, PlanRuntime
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.sessions import device_chain
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions import openvino as openvino_session
 from mdnet_engines.sessions.onnxruntime import OrtSession
@@ -34,6 +35,8 @@ from mdnet_engines.tensorrt.plans import plan_path, usable_plans
 from mdnet_engines.tensorrt.session import TensorRTSessions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mdnet_engines.bundle.files import Bundle
     from mdnet_engines.bundle.manifest import GraphName, PlanSet
 
@@ -55,6 +58,13 @@ class Graphs(dict["GraphName", Session]):
     def close(self) -> None:
         """Free the graphs. Closing again does nothing."""
         self.clear()
+
+
+class _OnCuda(Graphs):
+    """Graphs on ONNX Runtime's CUDA provider: what passes between them stays on the GPU."""
+
+    def score(self, images: np.ndarray) -> np.ndarray:
+        return device_chain.score(cast("Mapping[GraphName, OrtSession]", self), images)
 
 
 class _Plans(Graphs):
@@ -119,11 +129,12 @@ def candidates(bundle: Bundle) -> list[Choice]:
     return found + [named(bundle, backend) for backend in on_cpu]
 
 
-def open_choice(bundle: Bundle, choice: Choice, *, threads: int = 0) -> Graphs:
+def open_choice(bundle: Bundle, choice: Choice, *, threads: int = 0, profile: Path | None = None) -> Graphs:
     """Open every graph of `bundle` on its backend.
 
     Args:
         threads: threads per graph on the CPU; 0 takes all the cores this process may use.
+        profile: a folder for profiles of the graphs that ONNX Runtime runs.
 
     Raises:
         MDNetError: a backend is missing or can't load a graph.
@@ -133,11 +144,17 @@ def open_choice(bundle: Bundle, choice: Choice, *, threads: int = 0) -> Graphs:
         if runtime in choice.graphs.values():
             return _open_plans(bundle, choice.plans or usable_plans(bundle, plan_process.probe(runtime)))
     with ThreadPoolExecutor(len(choice.graphs)) as pool:  # optimising one graph takes one core
-        opening = {name: pool.submit(open_graph, bundle, name, each, threads) for name, each in choice.graphs.items()}
-    return Graphs({name: each.result() for name, each in opening.items()})
+        opening = {
+            name: pool.submit(open_graph, bundle, name, backend, threads, profile)
+            for name, backend in choice.graphs.items()
+        }
+    graphs = {name: each.result() for name, each in opening.items()}
+    return _OnCuda(graphs) if set(choice.graphs.values()) == {"onnxruntime-cuda"} else Graphs(graphs)
 
 
-def open_graph(bundle: Bundle, graph: GraphName, backend: GraphBackend, threads: int = 0) -> Session:
+def open_graph(
+    bundle: Bundle, graph: GraphName, backend: GraphBackend, threads: int = 0, profile: Path | None = None
+) -> Session:
     """Open one graph on a backend that runs ONNX files; raises as `open_choice`."""
     path = bundle.graph_path(graph, cpu=backend == "onnxruntime-cpu")
     if backend == "openvino":
@@ -146,7 +163,9 @@ def open_graph(bundle: Bundle, graph: GraphName, backend: GraphBackend, threads:
         return OpenVINOSession(path, threads=threads, arithmetic="bf16")
     if backend == "tensorrt" or backend == "tensorrt-rtx":
         raise UsageError(f"plans of {backend} are opened all together")
-    return OrtSession(path, backend=backend, threads=threads)
+    # An fp32 bundle is the reference, which TF32 would round; its plans are built without it too.
+    tf32 = backend == "onnxruntime-cuda" and bundle.manifest.precision != "fp32"
+    return OrtSession(path, backend=backend, threads=threads, tf32=tf32, profile=profile)
 
 
 def _find_plans(bundle: Bundle, runtime: PlanRuntime) -> Choice | None:

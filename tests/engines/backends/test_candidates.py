@@ -162,14 +162,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("opened")
 def test_sessions_are_opened_as_the_choice_says(tmp_path: Path) -> None:
     bundle = Bundle.open(write_small_bundle(tmp_path / "fp16", precision="fp16"))
-    ort = {"backend": "onnxruntime-cpu", "threads": 3}
+    ort = {"backend": "onnxruntime-cpu", "threads": 3, "tf32": False, "profile": None}
+    cuda = {**ort, "backend": "onnxruntime-cuda", "tf32": True}
     calls = {
         backend: {name: graph.call for name, graph in open_choice(bundle, named(bundle, backend), threads=3).items()}  # type: ignore[attr-defined]
         for backend in ONNX_BACKENDS
     }
     assert calls == {
         "onnxruntime-cpu": {name: (f"{name}.onnx", ort) for name in ORT},
-        "onnxruntime-cuda": {name: (f"{name}.onnx", {**ort, "backend": "onnxruntime-cuda"}) for name in ORT},
+        "onnxruntime-cuda": {name: (f"{name}.onnx", cuda) for name in ORT},
         "openvino": {
             "encoder": ("encoder.onnx", {"threads": 3}),
             "vim": ("vim.onnx", ort),
@@ -181,6 +182,21 @@ def test_sessions_are_opened_as_the_choice_says(tmp_path: Path) -> None:
             "fusion": ("fusion.onnx", {"threads": 3, "arithmetic": "bf16"}),
         },
     }
+
+
+@pytest.mark.usefixtures("opened")
+def test_only_bundles_that_are_not_the_reference_may_round_to_tf32(bundle: Bundle) -> None:
+    options = [graph.call[1] for graph in open_choice(bundle, named(bundle, "onnxruntime-cuda")).values()]  # type: ignore[attr-defined]
+    assert [each["tf32"] for each in options] == [bundle.manifest.precision != "fp32"] * 3
+
+
+def test_on_cuda_scores_come_from_the_chain_on_the_device(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened on the CPU provider in place of CUDA's."""
+    monkeypatch.setattr(backends, "OrtSession", lambda path, **_: OrtSession(path))
+    monkeypatch.setattr(OrtSession, "run", None)
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    scores = open_choice(fp32, named(fp32, "onnxruntime-cuda")).score(images)
+    assert scores.shape == (3,)
 
 
 @pytest.mark.usefixtures("opened")
