@@ -78,7 +78,7 @@ def check_mamba(context: Context) -> dict[str, Figure]:
     sizes, device = context.sizes.large_scans[-1], context.device
     given = random_tensors(sizes, torch.float32, device, secrets.randbelow(2**31))
     if not scan_mamba.available(given["u"], given["A"]):
-        raise NotInstalled("mamba-ssm")
+        raise NotInstalled(scan_mamba.problem(given["u"].device) if device.is_cuda else "mamba-ssm, which needs CUDA")
     inputs, wide = ([each[name] for name in INPUTS] for each in (given, double(given)))
     grad = torch.randn_like(given["u"])
     largest = 0.0

@@ -64,7 +64,7 @@ def _other(
     context: Context, name: str, scan: Callable[..., Tensor], inputs: list[Tensor], own: dict[str, Figure] | None
 ) -> dict[str, Figure]:
     if name == "mamba-ssm" and not scan_mamba.available(inputs[0], inputs[2]):
-        raise NotInstalled(name)
+        raise NotInstalled(scan_mamba.problem(inputs[0].device) if inputs[0].is_cuda else f"{name}, which needs CUDA")
     seconds = context.device.measure(
         lambda: scan(*inputs, reverse=False), seconds=context.sizes.seconds / 4, flush=True
     )

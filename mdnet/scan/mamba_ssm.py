@@ -8,12 +8,16 @@ The kernel knows one direction: a reverse scan is a scan of the flipped sequence
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdnet.scan import loop as scan_loop
 from mdnet.scan.loop import Gradients
+from mdnet_engines.errors import first_line
 
 MAX_STATES = 256
 """What the kernel is compiled for; with more, `mdnet.scan.loop` runs."""
@@ -21,9 +25,31 @@ _STEPS = (0, 1, 3, 4, 6)  # u, delta, B, C, z: those with the sequence as last a
 
 
 def available(u: Tensor, A: Tensor) -> bool:
-    """Whether the kernel is installed and takes a scan of `u` with the states of `A`."""
+    """Whether the kernel runs on the device of `u`, and takes a scan of `u` with the states of `A`."""
     types = (torch.float32, torch.float16, torch.bfloat16)
-    return u.is_cuda and u.dtype in types and A.shape[1] <= MAX_STATES and _kernel() is not None
+    return u.is_cuda and u.dtype in types and A.shape[1] <= MAX_STATES and not problem(u.device)
+
+
+@functools.cache
+def problem(device: torch.device) -> str:
+    """Why the kernel does not run on `device`; empty if a scan of two steps, tried once, is right.
+
+    An import proves nothing: since its #977 the package imports without its CUDA extension too, and an extension may
+    have no code for this GPU.
+    """
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba-ssm is not installed"
+    shapes = ((1, 2, 2), (1, 2, 2), (2, 1), (1, 1, 2), (1, 1, 2), (2,), (1, 2, 2), (2,))
+    inputs = [torch.full(shape, 0.5, device=device) for shape in shapes]
+    try:
+        y = scan(*inputs, reverse=False)
+        if torch.allclose(y, scan_loop.scan(*inputs, reverse=False), rtol=1e-3):
+            return ""
+        why = "its result is wrong"
+    except Exception as error:  # whatever another project's import or kernel raises
+        why = first_line(error)
+    warnings.warn(f"mamba-ssm is installed, but its selective scan does not run: {why}", stacklevel=2)
+    return f"mamba-ssm's selective scan does not run: {why}"
 
 
 def scan(*inputs: Tensor, reverse: bool) -> Tensor:
@@ -65,8 +91,6 @@ def _forward(context: _Context, inputs: tuple[Tensor, ...], reverse: bool) -> Te
 
 @functools.cache
 def _kernel() -> Any:
-    try:
-        from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
-    except ImportError:  # not there, or built for another PyTorch
-        return None
+    from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
+
     return SelectiveScanFn

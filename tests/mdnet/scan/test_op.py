@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,15 +98,79 @@ def test_mamba_ssm_is_used_on_cuda_alone_and_only_for_what_it_takes(monkeypatch:
     class Cuda(NamedTuple):
         dtype: torch.dtype
         is_cuda: bool = True
+        device: torch.device = torch.device("cuda")
 
     states = torch.zeros(3, 16)
     assert not scan_mamba.available(Cuda(torch.float32), states)  # type: ignore[arg-type] # not installed here
-    monkeypatch.setattr(scan_mamba, "_kernel", lambda: MambaKernel)
+    monkeypatch.setattr(scan_mamba, "problem", lambda _: "")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert scan_mamba.available(Cuda(dtype), states)  # type: ignore[arg-type]
     assert not scan_mamba.available(Cuda(torch.float64), states)  # type: ignore[arg-type]
     assert not scan_mamba.available(Cuda(torch.float32), torch.zeros(3, 257))  # type: ignore[arg-type]
     assert not scan_mamba.available(torch.zeros(1, 3, 5), states)
+
+
+INTERFACE = """
+import torch
+
+{imported}
+
+class SelectiveScanFn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+        {checked}
+        out, x, *rest = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return rest[0]
+"""
+HARD = INTERFACE.format(imported="import selective_scan_cuda", checked="")
+SOFT = INTERFACE.format(
+    imported="try:\n    import selective_scan_cuda\nexcept ImportError:\n    selective_scan_cuda = None",
+    checked="if selective_scan_cuda is None: raise RuntimeError('selective_scan_cuda is not installed.\\nReinstall')",
+)
+EXTENSION = """
+from mdnet.scan import loop
+def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    assert delta_softplus
+    return None, None, {result}
+"""
+GOOD = EXTENSION.format(result="loop.scan(u, delta, A, B, C, D, z, delta_bias, reverse=False)")
+
+
+@pytest.mark.parametrize("interface", [HARD, SOFT], ids=["hard import", "soft import"])
+@pytest.mark.parametrize(
+    ("extension", "says"),
+    [
+        (GOOD, ""),
+        (None, "selective_scan_cuda"),
+        ("def fwd(*_): raise RuntimeError('CUDA error: no kernel image\\nmore')", "no kernel image"),
+        (EXTENSION.format(result="u.new_full(u.shape, float('nan'))"), "its result is wrong"),
+        ("raise ImportError('undefined symbol: x')", "symbol"),
+    ],
+    ids=["whole", "not built", "for another GPU", "wrong", "for another PyTorch"],
+)
+def test_mamba_ssm_is_available_where_its_kernel_runs_alone(
+    interface: str, extension: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mamba_ssm" / "ops"
+    package.mkdir(parents=True)
+    (package / "selective_scan_interface.py").write_text(interface)
+    if extension is not None:
+        (tmp_path / "selective_scan_cuda.py").write_text(extension)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(scan_mamba, "_kernel", scan_mamba._kernel.__wrapped__)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            why = scan_mamba.problem.__wrapped__(torch.device("cpu"))
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", "selective_scan_cuda")]:
+            del sys.modules[name]
+    assert bool(why) == bool(says)
+    assert [str(each.message).partition(": ")[2] for each in told] == ([why.partition(": ")[2]] if why else [])
+    if interface == SOFT and says == "symbol":
+        says = "selective_scan_cuda is not installed"
+    assert says in why
+    assert "\n" not in why
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
