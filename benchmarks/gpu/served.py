@@ -7,9 +7,11 @@ builds its plans. Images come from the host and scores return to it in every run
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +27,8 @@ from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import native
 from mdnet_engines.parity.measure import measure
 from mdnet_engines.sessions import onnxruntime as session
+from mdnet_engines.sessions.placement import end_profiles
+from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.tensorrt import plan_process
 from mdnet_engines.tensorrt.plans import usable_plans
 
@@ -55,12 +59,35 @@ def tensorrt_rtx(context: Context) -> None:
 
 
 def _open_ort(context: Context, backend: Backend, variant: str) -> Graphs:
-    if backend == "onnxruntime-cuda" and not session.has_cuda():
-        raise NotInstalled("onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
+    if backend == "onnxruntime-cuda" and (problem := session.cuda_problem()):
+        raise NotInstalled(problem)
     if variant == OWN_OP and native.custom_op_library() is None:
         raise NotInstalled("mdnet's native library, which has the operator: it comes with an install")
     bundle = open_bundle(context, "fp16")
-    return open_choice(bundle, named(bundle, backend))
+    if variant != OWN_OP:
+        return open_choice(bundle, named(bundle, backend))
+    with TemporaryDirectory() as folder:
+        graphs = open_choice(bundle, named(bundle, backend), profile=Path(folder))
+        provider = session.PROVIDERS[backend]
+        context.attempt(f"fp16, {variant}, nodes", functools.partial(_nodes, context, graphs, provider))
+    return graphs
+
+
+def _nodes(context: Context, graphs: Mapping[str, Any], provider: str) -> dict[str, Figure]:
+    """One image, profiled: every scan must run as our operator on `provider`; what runs elsewhere is named."""
+    config = context.sizes.config()
+    run_graphs(graphs, np.zeros((1, config.image_size, config.image_size, 3), np.uint8))
+    placement = end_profiles(graphs.values())
+    elsewhere = placement.elsewhere(provider)
+    figures: dict[str, Figure] = {
+        "selective scans": placement.scans(provider),
+        "nodes on another provider": sum(elsewhere.values()),
+    }
+    if elsewhere:
+        figures["of them"] = ", ".join(f"{count} {operator}" for operator, count in elsewhere.items())
+    if problem := placement.scan_problem(provider, 2 * config.vim_depth):  # one for each direction
+        raise CheckFailed(problem, figures)
+    return figures
 
 
 def _plans(context: Context, runtime: PlanRuntime, precisions: tuple[str, ...]) -> None:

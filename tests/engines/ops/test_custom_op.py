@@ -28,7 +28,7 @@ from scan_model import model, operator_of, run
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import native
 from mdnet_engines.ops import selective_scan as scan_op
-from mdnet_engines.sessions.onnxruntime import OrtSession
+from mdnet_engines.sessions.onnxruntime import OrtSession, cuda_problem
 
 pytestmark = pytest.mark.skipif(
     native.custom_op_library() is None, reason="mdnet was installed without its native library"
@@ -158,6 +158,7 @@ def test_a_foreign_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
 def test_agrees_with_the_reference_on_cuda(case: ScanCase, tmp_path: Path) -> None:
+    assert cuda_problem() == ""  # which also loads CUDA's libraries
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     name, inputs = operator_of(case), make_inputs(case)
     on_gpu = session(model(name, case.dtype), profile=tmp_path, providers=providers)
