@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import json
 import platform
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -18,17 +17,15 @@ from onnx import TensorProto
 
 from mdnet.model.net import MDNet
 from mdnet_calib.calibration_set import refuse_overlap
-from mdnet_calib.passes.fp16 import near_overflow, to_fp16
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import Trial, explain, try_candidates, tune
-from mdnet_engines.backends.trial import Measured, measure_apart
+from mdnet_engines.backends.trial import Measured, measure_apart, measure_gpu_graphs
 from mdnet_engines.bundle.files import Bundle, check_replaceable, file_entry, write_bundle
 from mdnet_engines.bundle.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
-    CalibrationFacts,
+    GpuGraph,
     GraphEntry,
-    GraphName,
     Manifest,
     ParitySummary,
     Precision,
@@ -43,42 +40,23 @@ from mdnet_engines.parity.probes import PROBES_NAME, write_probes
 from mdnet_engines.parity.report import ParityReport
 from mdnet_engines.parity.report_json import to_json
 from mdnet_engines.progress import SILENT, Progress
-from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.system.machine import lacks_vnni, this_machine
 from mdnet_export.graphs.cpu_variant import cpu_variant
-from mdnet_export.graphs.export import export_graph, save_graph
+from mdnet_export.graphs.export import export_graph
+from mdnet_export.graphs.gpu_variant import gpu_variant
 from mdnet_export.model_source import Weights
 from mdnet_export.parity_images import probe_pixels
 from mdnet_export.parity_page import render_html
-from mdnet_export.quantise import Calibration, Int8Result, quantise_encoder
+from mdnet_export.quantise import Calibration, Int8Result
+from mdnet_export.rewrite import PrecisionFacts, graph_precision, rewrite
 
-FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision
 _PACKAGES = ("mdnet", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+_FORCE = "Nothing was written; --force writes it anyway"
 _DTYPES: dict[int, Literal["uint8", "float32", "float16"]] = {
     TensorProto.UINT8: "uint8",
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
 }
-
-
-@dataclass(frozen=True)
-class PrecisionFacts:
-    """What the manifest and the report say of how a precision came about."""
-
-    calibration: CalibrationFacts | None = None
-    int8: Int8Result | None = None
-    float32_values: dict[GraphName, list[str]] = field(default_factory=dict)
-
-    def for_people(self) -> dict[str, str]:
-        """For the report's list of facts."""
-        facts = {}
-        if self.calibration is not None:
-            facts["calibration"] = str(self.calibration)
-        if self.int8 is not None:
-            facts |= self.int8.for_people()
-        for graph, values in self.float32_values.items():
-            facts[f"kept in float32, {graph}"] = ", ".join(values)
-        return facts
 
 
 class SlowerError(MDNetError):
@@ -89,7 +67,7 @@ class SlowerError(MDNetError):
         speed = int8.speed
         super().__init__(
             f"int8 is slower than float: {speed.int8_seconds * 1e3:.3g} ms against {speed.float_seconds * 1e3:.3g} ms "
-            f"in the encoder ({speed.backend}, batch {speed.batch}). Nothing was written; --force writes it anyway"
+            f"in the encoder ({speed.backend}, batch {speed.batch}). {_FORCE}"
         )
 
 
@@ -144,14 +122,10 @@ def build_bundle(
             export_graph(model, name, folder)
         del model
         gc.collect()
-        facts = PrecisionFacts(calibration.facts(precision) if calibration else None)
-        if precision == "fp16":
-            facts = dataclasses.replace(facts, float32_values=rewrite_fp16(folder, calibration, progress=progress))
-        elif calibration is not None and precision == "int8":
-            int8 = quantise_encoder(folder, calibration, progress=progress)
-            if int8.speed.slower and not force and not lacks_vnni():  # without it a small model gains only elsewhere
-                raise SlowerError(int8)
-            facts = dataclasses.replace(facts, int8=int8)
+        facts = rewrite(folder, precision, calibration, progress=progress)
+        # Without VNNI a small model gains only elsewhere.
+        if facts.int8 and facts.int8.speed.slower and not force and not lacks_vnni():
+            raise SlowerError(facts.int8)
         write_probes(folder / PROBES_NAME, probes, reference_of_probes)
         draft = _write_draft(folder, weights, precision, facts, command)
         trials, report = _prove(draft, images, reference, force=force, progress=progress)
@@ -176,7 +150,7 @@ def _prove(
 ) -> tuple[list[Trial], ParityReport]:
     """Hold every backend that `auto` may take here to the gates, and find the fastest.
 
-    Gives all trials, and the report of what `auto` takes from now on.
+    Gives all trials, and the report of what `auto` takes from now on, with the gates of the graphs that GPUs get.
     """
 
     def measure(choice: Choice) -> Measured:
@@ -187,13 +161,19 @@ def _prove(
         tuning = tune(bundle, trials=trials, measure=measure, progress=progress)
         chosen = next(trial for trial in tuning.trials if trial.choice == tuning.choice)
         assert chosen.report is not None
-        return tuning.trials, chosen.report
+        held = chosen.report
+        if bundle.on_gpus() != bundle:
+            progress.step("gates of the graphs for GPUs")
+            held = held.with_gates_of_gpu_graphs(measure_gpu_graphs(bundle, (images, reference), progress=progress))
+        if not held.passed and not force:
+            raise ParityError(f"parity with PyTorch failed: {held.failures()}. {_FORCE}", held)
+        return tuning.trials, dataclasses.replace(held, forced=not held.passed)
     report = next((trial.report for trial in trials if trial.report is not None), None)
     if report is None:
         raise MDNetError(f"no backend can run the graphs: {explain(trials)}")
     if not force:
         reasons = f"parity with PyTorch failed: {explain(trials)}"
-        raise ParityError(f"{reasons}. Nothing was written; --force writes it anyway", report)
+        raise ParityError(f"{reasons}. {_FORCE}", report)
     return trials, dataclasses.replace(report, forced=True)
 
 
@@ -207,36 +187,6 @@ def reference_outputs(model: MDNet, pixels: np.ndarray) -> Outputs:
             tensors = {**features, "tokens": tokens, "score": model.fusion(features, tokens)}
             rows.append({name: tensor.numpy() for name, tensor in tensors.items()})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def rewrite_fp16(
-    folder: Path, calibration: Calibration | None = None, *, progress: Progress = SILENT
-) -> dict[GraphName, list[str]]:
-    """Rewrite a folder's float32 graphs to float16 where they stand; give the values that must not be, by graph."""
-    feeds = [] if calibration is None else _feeds(folder, calibration, progress)
-    large: dict[GraphName, list[str]] = {}
-    for name in GRAPH_NAMES:
-        file = folder / f"{name}.onnx"
-        proto = onnx.load(file)
-        if feeds:
-            progress.step(f"looking for values of {name} that overflow float16")
-            large[name] = near_overflow(proto, feeds, keep=FLOAT32_MODULES)
-        progress.step(f"rewriting {name} to fp16")
-        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-        save_graph(to_fp16(proto, keep=FLOAT32_MODULES, float32_values=large.get(name, ())), file)
-    return {name: values for name, values in large.items() if values}
-
-
-def _feeds(folder: Path, calibration: Calibration, progress: Progress) -> list[Outputs]:
-    """What goes into any of the graphs, for one calibration image at a time."""
-    graphs = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
-    pixels, rows = calibration.images.pixels, []
-    advance = progress.count("calibration images through the graphs", len(pixels))
-    for i in range(len(pixels)):
-        image = {"image": pixels[i : i + 1]}
-        rows.append({**image, **graphs["encoder"].run(image), **graphs["vim"].run(image)})
-        advance(1)
-    return rows
 
 
 def write_reports(folder: Path, report: ParityReport, facts: dict[str, str], images: Images) -> list[Path]:
@@ -319,20 +269,19 @@ def _write(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def graph_precision(name: GraphName, precision: Precision) -> Precision:
-    """The precision of one graph in a bundle of `precision`: only the encoder becomes int8."""
-    return "fp32" if precision == "int8" and name != "encoder" else precision
-
-
 def graph_entry(file: Path, precision: Precision) -> GraphEntry:
     """Describe an ONNX file for the manifest."""
     graph = onnx.load(file, load_external_data=False).graph
     data = file.with_name(f"{file.name}.data")
-    cpu = cpu_variant(file)
+    cpu, gpu = cpu_variant(file), gpu_variant(file)
+    gpu_data = gpu.with_name(f"{gpu.name}.data")
     return GraphEntry(
         file=file_entry(file),
         data=[file_entry(data)] if data.exists() else [],
         cpu=file_entry(cpu) if cpu.exists() else None,
+        gpu=GpuGraph(file=file_entry(gpu), data=[file_entry(gpu_data)] if gpu_data.exists() else [])
+        if gpu.exists()
+        else None,
         precision=precision,
         inputs=[_tensor_spec(value) for value in graph.input],
         outputs=[_tensor_spec(value) for value in graph.output],

@@ -70,6 +70,8 @@ def _why(bundle: Bundle) -> str:
 def _precision(manifest: Manifest) -> dict[str, str]:
     """How the precision came about, where there is anything to say."""
     facts = {}
+    if variants := [graph.gpu.file.name for graph in manifest.graphs.values() if graph.gpu]:
+        facts["for GPUs"] = f"{', '.join(variants)}: int8 in the same blocks, the rest float16"
     if calibration := manifest.calibration:
         facts["calibration"] = str(calibration)
     if int8 := manifest.int8:

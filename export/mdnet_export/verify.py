@@ -77,7 +77,8 @@ def verify_bundle(
     """Measure the bundle at `path` against the PyTorch model it was built from, or against another bundle.
 
     Args:
-        backend: by default what `mdnet-rt score` takes; one that is named is measured whatever its gates say.
+        backend: by default what `mdnet-rt score` takes, and, where that is no GPU, the graphs that GPUs get as well, on
+            the CPU. One that is named is measured alone, whatever its gates say.
         against: a checkpoint or a bundle; not needed where the bundle was built from the demo or from random weights.
         layers: compare the graphs layer by layer too. Where a gate fails this is done anyway.
         output: folder for `parity.json` and `parity.html`; made if missing.
@@ -97,6 +98,14 @@ def verify_bundle(
     graphs = open_choice(bundle, choice)
     report = measure(graphs, expected, images, precision=manifest.precision, backend=runtimes)
     del graphs
+    gpus = bundle.on_gpus()
+    if backend == "auto" and gpus != bundle and not choice.on_gpu:
+        on_cpu = named(bundle, "onnxruntime-cpu")
+        progress.step(f"the graphs for GPUs on {on_cpu}")
+        graphs = open_choice(gpus, on_cpu)
+        others = measure(graphs, expected, images, precision=manifest.precision, backend=str(on_cpu))
+        report = report.with_gates_of_gpu_graphs(others)
+        del graphs
     if layers or not report.passed:
         progress.step("layer by layer")
         report = dataclasses.replace(report, layers=_layers(bundle, reference, expected, images))

@@ -56,10 +56,17 @@ def test_the_bundle_scores_as_the_manifest_says(bundle: Bundle) -> None:
 
 
 def test_fp16_halves_the_weights_and_int8_more(bundle: Bundle) -> None:
-    """Of int8, Vim and fusion stay in float and the encoder has two forms, each half as large as its weights."""
-    size = sum(file.size for graph in bundle.manifest.graphs.values() for file in graph.files())
+    """Of int8, Vim and fusion stay in float and the encoder has three forms, each half as large as its weights.
+
+    What GPUs get takes a quarter of what the rest takes.
+    """
+    graphs = bundle.manifest.graphs.values()
+    for_gpus = sum(file.size for graph in graphs if graph.gpu for file in [graph.gpu.file, *graph.gpu.data])
+    size = sum(file.size for graph in graphs for file in graph.files()) - for_gpus
     low, high = {"fp32": (0.9, 1.1), "fp16": (0.4, 0.65), "int8": (0.4, 0.6)}[bundle.manifest.precision]
     assert low < size / demo_checkpoint().stat().st_size < high
+    assert for_gpus < 0.4 * size
+    assert (for_gpus > 0) is (bundle.manifest.precision == "int8")
 
 
 def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -> None:
@@ -67,6 +74,36 @@ def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -
     assert report.passed
     assert len(report.scores) == 3
     assert "<svg" in (tmp_path / "report" / "parity.html").read_text()
+
+
+def test_graphs_for_gpus_meet_gates_of_their_own(bundle: Bundle) -> None:
+    """On ONNX Runtime's CPU, in the build's report and in that of verify. A backend that is named is measured alone."""
+    built = from_json(json.loads((bundle.path / "parity.json").read_text()))
+    reports = [built, verify_bundle(bundle.path, num_images=6)]
+    for report in reports:
+        names = [gate.name for gate in report.gates if gate.name.startswith("graphs for GPUs, on onnxruntime-cpu: ")]
+        assert ("graphs for GPUs, on onnxruntime-cpu: score max |Δ|" in names) is (bundle.manifest.precision == "int8")
+        assert report.passed
+    alone = verify_bundle(bundle.path, num_images=2, backend="onnxruntime-cpu")
+    assert not any("GPU" in gate.name for gate in alone.gates)
+
+
+def test_a_graph_for_gpus_that_is_off_the_gates_is_found(bundles: dict[Precision, Bundle], tmp_path: Path) -> None:
+    """The largest of its weights in float16 is negated; what runs on the CPU does not change."""
+    folder = Path(shutil.copytree(bundles["int8"].path, tmp_path / "bundle"))
+    file = folder / "vim.gpu.onnx"
+    model = onnx.load(file)
+    halves = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    largest = max(halves, key=lambda tensor: math.prod(tensor.dims))
+    largest.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(largest), largest.name))
+    onnx.save(model, file)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["graphs"]["vim"]["gpu"]["file"] = file_entry(file).model_dump()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    report = verify_bundle(folder, num_images=3)
+    failed = [gate.name for gate in report.gates if not gate.passed]
+    assert failed
+    assert all(name.startswith("graphs for GPUs") for name in failed)
 
 
 @needs_openvino

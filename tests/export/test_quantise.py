@@ -130,7 +130,8 @@ def test_int8_scores_are_within_the_gates_on_unseen_faces(int8_bundle: Bundle) -
 
 def test_the_encoder_has_two_forms_on_one_file_of_weights(int8_bundle: Bundle) -> None:
     entry = int8_bundle.manifest.graphs["encoder"]
-    assert [file.name for file in entry.files()] == ["encoder.onnx", "encoder.onnx.data", "encoder.cpu.onnx"]
+    names = ["encoder.onnx", "encoder.onnx.data", "encoder.cpu.onnx", "encoder.gpu.onnx", "encoder.gpu.onnx.data"]
+    assert [file.name for file in entry.files()] == names
     assert entry.cpu is not None
     locations, activations = set(), {}
     for file in (entry.file.name, entry.cpu.name):
@@ -145,6 +146,32 @@ def test_the_encoder_has_two_forms_on_one_file_of_weights(int8_bundle: Bundle) -
     pixels = parity_images(None, 128, 6).pixels
     apart = scores(int8_bundle.path, "encoder.onnx", pixels) - scores(int8_bundle.path, "encoder.cpu.onnx", pixels)
     assert np.abs(apart).max() < 0.1
+
+
+def test_gpus_get_every_graph_in_half_with_the_same_int8_weights(int8_bundle: Bundle) -> None:
+    """What is int8 is stored once. What is float32 in there is what float16 leaves: no weight of a product."""
+    for name in GRAPH_NAMES:
+        entry = int8_bundle.manifest.graphs[name]
+        assert entry.gpu is not None
+        stored, made = (onnx.load(int8_bundle.path / each.name) for each in (entry.file, entry.gpu.file))
+        light = onnx.load(int8_bundle.path / entry.gpu.file.name, load_external_data=False)
+        place = {
+            tensor.name: each.value
+            for tensor in light.graph.initializer
+            for each in tensor.external_data
+            if each.key == "location"
+        }
+        quantised = {t.name: t.raw_data for t in stored.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+        arrays = {tensor.name: tensor for tensor in made.graph.initializer}
+        assert quantised.items() <= {key: tensor.raw_data for key, tensor in arrays.items()}.items()
+        for key in place.keys() & quantised.keys():
+            assert place[key] == f"{name}.onnx.data"
+        weights = {node.input[1] for node in made.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
+        kept = [key for key in weights & arrays.keys() if arrays[key].data_type == onnx.TensorProto.FLOAT]
+        assert all(key.startswith("fusion.head") for key in kept), kept
+        # Of both files: int8's own types are all that is left between them.
+        kinds = {tensor.data_type for tensor in arrays.values()}
+        assert onnx.TensorProto.FLOAT16 in kinds
 
 
 def test_the_folder_holds_what_the_manifest_names_and_no_more(int8_bundle: Bundle) -> None:

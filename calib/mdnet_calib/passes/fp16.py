@@ -8,11 +8,16 @@ What stays in float32, and why:
 - nodes that the caller names, such as the score's head;
 - values that came near to float16's largest number on calibration images (`near_overflow`);
 - the inputs and outputs of the graph, so that graphs of different precision can be combined.
+
+A quantised graph (`mdnet_calib.passes.int8`) is rewritten likewise. A scale becomes float16 as any weight does, since
+TensorRT wants the scale's type to be that of the values around it, unless float16 would round it by too much: then the
+values that it scales stay in float32, and what computes with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -39,12 +44,20 @@ _STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})  # what takes thes
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 _B, _C = scan_op.INPUTS.index("B"), scan_op.INPUTS.index("C")
 _HALF_MAX = float(np.finfo(np.float16).max)
+QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 HEADROOM = 4
 """A value that reaches this part of float16's largest number on calibration images may pass it on others."""
+SCALES_OPSET = 19
+"""The first in which Q/DQ take scales in float16. ONNX Runtime 1.32 can't load a graph of opset 21 with such scales."""
+_SCALE_ROUNDING = 2.0**-8  # of itself, at most: half a step of a weight of 7 bits
 
 
 def to_fp16(
-    proto: onnx.ModelProto, *, keep: Collection[str] = (), float32_values: Collection[str] = ()
+    proto: onnx.ModelProto,
+    *,
+    keep: Collection[str] = (),
+    float32_values: Collection[str] = (),
+    folder: Path | None = None,
 ) -> onnx.ModelProto:
     """The float32 graph with float16 inside, same inputs and outputs. `proto` is used up, as in `to_int8`.
 
@@ -52,13 +65,17 @@ def to_fp16(
         proto: the graph with its weights loaded and the types of its values in `value_info`.
         keep: prefixes of node names that stay in float32; a node's name starts with its module's path.
         float32_values: values that no node may give or take in float16, such as `near_overflow` finds.
+        folder: where the weights lie that are not in `proto`. Those that stay as they are stay there.
 
     Raises:
         MDNetError: a value has no type, or a node has a graph of its own (`If`, `Loop`, `Scan`).
     """
-    large = set(float32_values)
+    large = set(float32_values) | _scaled_finely(proto, folder)
+    # What is quantised and dequantised is as large afterwards.
+    quantised = {node.output[0] for node in proto.graph.node if node.op_type == QUANTISE and node.input[0] in large}
+    large |= {node.output[0] for node in proto.graph.node if node.op_type == DEQUANTISE and node.input[0] in quantised}
     around = {i for i, node in enumerate(proto.graph.node) if not large.isdisjoint([*node.input, *node.output])}
-    return _Fp16Rewrite(proto, float32_nodes(proto, keep) | around).run()
+    return _Fp16Rewrite(proto, float32_nodes(proto, keep) | around, folder).run()
 
 
 def near_overflow(
@@ -106,16 +123,34 @@ def float32_nodes(proto: onnx.ModelProto, keep: Collection[str]) -> set[int]:
     return chosen
 
 
+def _scaled_finely(proto: onnx.ModelProto, folder: Path | None) -> set[str]:
+    """The values on the float side of Q/DQ whose scale float16 would round by too much."""
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    fine = set()
+    for node in proto.graph.node:
+        if node.op_type in (QUANTISE, DEQUANTISE) and node.input[1] in weights:
+            scale = _array(weights[node.input[1]], folder)
+            with np.errstate(over="ignore"):
+                rounded = scale.astype(np.float16).astype(np.float32)
+            if (np.abs(rounded - scale) > _SCALE_ROUNDING * scale).any():
+                fine.add(node.input[0] if node.op_type == QUANTISE else node.output[0])
+    return fine
+
+
 class _Fp16Rewrite:
     """One pass in topological order. A value has the type its producer gave it; a consumer of another type gets a
     cast, shared with other such consumers. A weight is stored in its consumers' type, in both if they differ."""
 
-    def __init__(self, proto: onnx.ModelProto, float32: set[int]):
-        self.proto, self.graph, self.float32 = proto, proto.graph, float32
+    def __init__(self, proto: onnx.ModelProto, float32: set[int], folder: Path | None):
+        self.proto, self.graph, self.float32, self.folder = proto, proto.graph, float32, folder
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
         self.is_float = {tensor.name: tensor.data_type == TensorProto.FLOAT for tensor in self.graph.initializer}
         for value in (*self.graph.value_info, *self.graph.input, *self.graph.output):
             self.is_float[value.name] = value.type.tensor_type.elem_type == TensorProto.FLOAT
+        for node in self.graph.node:  # a quantiser declares no types
+            if node.op_type in (QUANTISE, DEQUANTISE):
+                quantises = node.op_type == QUANTISE
+                self.is_float |= {node.input[0]: quantises, node.output[0]: not quantises}
         self.half: set[str] = set()  # float values that are float16 now
         self.copies: dict[tuple[str, bool], str] = {}  # (value, as half) → its cast, or the weight in that type
         self.nodes: list[onnx.NodeProto] = []
@@ -135,6 +170,10 @@ class _Fp16Rewrite:
         for value in self.graph.value_info:
             if value.name in self.half:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
+        if any(node.op_type in (QUANTISE, DEQUANTISE) for node in self.nodes):
+            for opset in self.proto.opset_import:
+                if not opset.domain:
+                    opset.version = max(opset.version, SCALES_OPSET)
         return self.proto
 
     def _rewrite(self, node: onnx.NodeProto, half: bool, outputs: set[str]) -> None:
@@ -168,7 +207,7 @@ class _Fp16Rewrite:
         if (name, half) not in self.copies:
             copy = f"{name}_{'half' if half else 'float'}"
             if name in self.weights:
-                self.weights[copy] = _half_weight(self.weights[name], copy)
+                self.weights[copy] = _half_weight(self.weights[name], copy, self.folder)
             else:
                 self.nodes.append(_cast(name, copy, TensorProto.FLOAT16 if half else TensorProto.FLOAT))
             self.copies[name, half] = copy
@@ -185,7 +224,11 @@ def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], name=f"{target}/Cast", to=kind)
 
 
-def _half_weight(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+def _array(tensor: onnx.TensorProto, folder: Path | None) -> np.ndarray:
+    return numpy_helper.to_array(tensor, base_dir=str(folder or ""))
+
+
+def _half_weight(tensor: onnx.TensorProto, name: str, folder: Path | None) -> onnx.TensorProto:
     """A weight in float16. What is out of range becomes the largest finite value (masks of −inf stand for "none")."""
-    values = numpy_helper.to_array(tensor)
+    values = _array(tensor, folder)
     return numpy_helper.from_array(np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16), name)

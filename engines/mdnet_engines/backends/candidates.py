@@ -3,7 +3,7 @@
 | backend | encoder and fusion | Vim |
 | --- | --- | --- |
 | `tensorrt`, `tensorrt-rtx` | the bundle's plans (`mdnet-export engines`) | the same |
-| `onnxruntime-cuda` | ONNX Runtime on the GPU | the same |
+| `onnxruntime-cuda` | ONNX Runtime on the GPU, the graphs that plans are built from | the same |
 | `openvino` | OpenVINO, float32 arithmetic | ONNX Runtime on the CPU |
 | `openvino-bf16` | OpenVINO, bf16 for what is not int8 | ONNX Runtime on the CPU |
 | `onnxruntime-cpu` | ONNX Runtime on the CPU | the same |
@@ -45,6 +45,7 @@ Backend = Literal[
 ]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _PLAN_RUNTIMES: tuple[PlanRuntime, ...] = get_args(PlanRuntime)
+ON_GPU: frozenset[GraphBackend] = frozenset({"onnxruntime-cuda", *_PLAN_RUNTIMES})
 _SCAN_GRAPHS: frozenset[GraphName] = frozenset({"vim"})  # they hold SelectiveScan, an operator that OpenVINO lacks
 
 
@@ -89,6 +90,11 @@ class Choice:
     graphs: Mapping[GraphName, GraphBackend]
     plans: PlanSet | None = field(default=None, compare=False)
     """The plans, where they have been looked for already: their hashes take seconds."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a graph runs on a GPU; then all do."""
+        return not ON_GPU.isdisjoint(self.graphs.values())
 
     def __str__(self) -> str:
         """In words: one name where all graphs have the same."""
@@ -156,6 +162,7 @@ def open_graph(
     bundle: Bundle, graph: GraphName, backend: GraphBackend, threads: int = 0, profile: Path | None = None
 ) -> Session:
     """Open one graph on a backend that runs ONNX files; raises as `open_choice`."""
+    bundle = bundle.on_gpus() if backend == "onnxruntime-cuda" else bundle
     path = bundle.graph_path(graph, cpu=backend == "onnxruntime-cpu")
     if backend == "openvino":
         return OpenVINOSession(path, threads=threads)

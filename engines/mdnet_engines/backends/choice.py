@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mdnet_engines.backends import record as records
 from mdnet_engines.backends.candidates import Backend, Choice, Graphs, candidates, named, open_choice
 from mdnet_engines.backends.record import Tuned
-from mdnet_engines.backends.trial import GPU_BACKENDS, Measured, Times, measure_apart, time_apart
+from mdnet_engines.backends.trial import Measured, Times, measure_apart, time_apart
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName
 from mdnet_engines.errors import MDNetError
@@ -242,7 +242,7 @@ def _keep(bundle: Bundle, trials: list[Trial], found: Tuned | None = None) -> bo
 def _auto(bundle: Bundle, threads: int) -> list[Choice]:
     """What `auto` may take, in the order in which it does; what is known to be off its gates here comes last."""
     options = candidates(bundle)
-    if session.cuda_is_installed() and not _on_gpu(options[0]) and (reason := session.cuda_problem()):
+    if session.cuda_is_installed() and not options[0].on_gpu and (reason := session.cuda_problem()):
         _LOG.warning(f"note: passed over: {reason}")
     record = records.load(bundle)
     if found := tuned(bundle, threads):
@@ -250,10 +250,6 @@ def _auto(bundle: Bundle, threads: int) -> list[Choice]:
     options = [choice for i, choice in enumerate(options) if choice not in options[:i]]
     off = [choice for choice in options if (known := record.check_of(choice)) and not known.parity.passed]
     return [*(choice for choice in options if choice not in off), *off]
-
-
-def _on_gpu(choice: Choice) -> bool:
-    return any(backend in GPU_BACKENDS for backend in choice.graphs.values())
 
 
 def _off(bundle: Bundle, choice: Choice, threads: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mdnet_engines.backends.candidates import Choice, open_choice, open_graph
+from mdnet_engines.backends.candidates import Choice, named, open_choice, open_graph
 from mdnet_engines.bundle.files import Bundle, read_manifest
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphBackend, GraphName
 from mdnet_engines.parity.gates import gate_against_build
@@ -34,8 +34,6 @@ BATCH = 16
 _SLOW = 0.1  # seconds an image, from which single images are timed: a batch would keep the user waiting
 _ROUNDS = 5  # at least
 _MOST_DB = 200.0  # for outputs that are equal, whose ratio is infinite
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-"""All graphs of a choice are on one of them: timed one after the other."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ def measure_apart(
     threads: int = 0,
     against: tuple[Images, Outputs] | None = None,
     quick: bool = False,
+    gpu_graphs: bool = False,
     progress: Progress = SILENT,
 ) -> Measured:
     """Hold a choice of backends to the gates, and to how near to PyTorch it was where the bundle was built.
@@ -69,12 +68,14 @@ def measure_apart(
     Args:
         against: images and PyTorch's outputs for them; by default the bundle's probes.
         quick: only scores, of the first `QUICK` images, and the graph outputs that the probes have.
+        gpu_graphs: of the graphs that GPUs get, whatever runs them.
 
     Raises:
         CrashError: the process was ended by native code, or for want of memory.
         MDNetError: a graph could not be opened or run.
     """
     request = {"ask": "measure", "quick": quick, "threads": threads, **_names(bundle), "graphs": dict(choice.graphs)}
+    request["gpu_graphs"] = gpu_graphs
     with TemporaryDirectory(prefix="mdnet-trial-") as folder:
         if against is not None:
             images, reference = against
@@ -83,6 +84,12 @@ def measure_apart(
             request |= {"folder": folder, "names": images.names, "source": images.source, "ratings": ratings}
         answer = ask("mdnet_engines.backends.trial", request, name=str(choice), progress=progress)
     return Measured(from_json(answer["report"]), answer["snr_db"])
+
+
+def measure_gpu_graphs(bundle: Bundle, against: tuple[Images, Outputs], *, progress: Progress = SILENT) -> ParityReport:
+    """Hold the graphs that GPUs get to the gates, on the CPU: slow there, and needs no GPU; raises as above."""
+    choice = named(bundle, "onnxruntime-cpu")
+    return measure_apart(bundle, choice, against=against, gpu_graphs=True, progress=progress).report
 
 
 def time_apart(
@@ -114,6 +121,7 @@ def _names(bundle: Bundle) -> dict[str, str]:
 
 def _measure(request: dict[str, Any], say: Say) -> dict[str, Any]:
     bundle = _open(request)
+    bundle = bundle.on_gpus() if request["gpu_graphs"] else bundle
     choice = Choice(request["graphs"])
     say("step", f"opening {choice}")
     graphs = open_choice(bundle, choice, threads=request["threads"])
@@ -140,7 +148,7 @@ def _time(request: dict[str, Any], say: Say) -> dict[str, Any]:
     choices = [Choice(graphs) for graphs in request["choices"]]
     pixels = read_probes(bundle).images.pixels
     pixels = pixels[np.arange(BATCH) % len(pixels)]
-    apart = [choice for choice in choices if not set(choice.graphs.values()) & set(GPU_BACKENDS)]
+    apart = [choice for choice in choices if not choice.on_gpu]  # on a GPU graphs are timed one after the other
     whole: dict[str, float] = {}
     values: dict[str, np.ndarray] = {"image": pixels}
     by_graph: dict[str, dict[str, float]] = {}

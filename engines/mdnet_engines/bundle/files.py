@@ -63,6 +63,11 @@ class Bundle:
         entry = self.manifest.graphs[name]
         return self.path / (entry.cpu if cpu and entry.cpu else entry.file).name
 
+    def on_gpus(self) -> Bundle:
+        """The bundle as GPUs get it: each graph replaced by its variant for them, where it has one."""
+        graphs = {name: entry.on_gpus() for name, entry in self.manifest.graphs.items()}
+        return Bundle(self.path, self.manifest.model_copy(update={"graphs": graphs}))
+
 
 def read_manifest(root: Path) -> Manifest:
     """The valid manifest of the bundle at `root`, or `BundleError`. No other file is looked at."""
@@ -82,7 +87,7 @@ def read_manifest(root: Path) -> Manifest:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is not int or version not in READABLE_VERSIONS:  # True and 1.0 equal 1
         raise BundleError(
-            f"{file} has schema version {version!r:.40}, this mdnet reads {' and '.join(map(str, READABLE_VERSIONS))}; "
+            f"{file} has schema version {version!r:.40}, this mdnet reads {', '.join(map(str, READABLE_VERSIONS))}; "
             "rebuild the bundle, or install the mdnet that wrote it"
         )
     try:

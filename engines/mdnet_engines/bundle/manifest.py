@@ -8,6 +8,8 @@ A bundle is the only thing that passes from export to runtime:
       vim.onnx
       fusion.onnx
       encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
+      encoder.gpu.onnx, vim.gpu.onnx, fusion.gpu.onnx    of an int8 bundle: the same graphs for GPUs, float16 where they
+                                                         are not int8 (+ encoder.gpu.onnx.data … for what is float16)
       probes.npz         drawn faces, and PyTorch fp32's outputs for them: `mdnet_engines.parity.probes`
       parity.json        the numbers behind `manifest.parity`
       parity.html        the same, for people
@@ -27,8 +29,8 @@ Rules, each with what it prevents:
 - a plan's entry says from which graph it was built (a plan that survived its graph and scores with old weights);
 - plans are a cache: they are checked when they are chosen (`mdnet_engines.tensorrt.plans`), not when the bundle is
   opened (a damaged or foreign plan that would take a bundle away whose ONNX files are whole);
-- `schema_version` is checked before the rest, so that a newer bundle is named as such. Version 1, which is still read,
-  had no probes, and int8 weights of 8 bits.
+- `schema_version` is checked before the rest, so that a newer bundle is named as such. Versions 1 and 2 are still read:
+  1 had no probes, and int8 weights of 8 bits; neither had graphs for GPUs.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from mdnet_engines.system.machine import Machine
 
-SCHEMA_VERSION: Final = 2
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
+SCHEMA_VERSION: Final = 3
+READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 
@@ -80,6 +82,13 @@ class TensorSpec(Part):
     shape: list[int | str]
 
 
+class GpuGraph(Part):
+    """The variant of a graph for GPUs: its file, and the weights that are in no other variant's `data`."""
+
+    file: FileEntry
+    data: list[FileEntry] = []
+
+
 class GraphEntry(Part):
     """One ONNX graph: its file, external weights if any, precision and signature."""
 
@@ -87,16 +96,29 @@ class GraphEntry(Part):
     data: list[FileEntry] = []
     cpu: FileEntry | None = None
     """The same graph, on the same `data`, in the variant that ONNX Runtime's CPU kernels are fast for (int8 only)."""
+    gpu: GpuGraph | None = None
+    """The same graph for GPUs, with float16 in the place of float32, on the same int8 weights (int8 only)."""
     precision: Precision
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
 
     def files(self) -> list[FileEntry]:
-        return [self.file, *self.data, *([self.cpu] if self.cpu else [])]
+        gpu = [self.gpu.file, *self.gpu.data] if self.gpu else []
+        return [self.file, *self.data, *([self.cpu] if self.cpu else []), *gpu]
+
+    def on_gpus(self) -> GraphEntry:
+        """The graph as GPUs get it: this one, or its variant for them in its place."""
+        if self.gpu is None:
+            return self
+        changes = {"file": self.gpu.file, "data": [*self.data, *self.gpu.data], "cpu": None, "gpu": None}
+        precision = "fp16" if self.precision == "fp32" else self.precision
+        return self.model_copy(update={**changes, "precision": precision})
 
     def digest(self) -> str:
-        """One sha256 for the graph, weights included: what a plan of it is known by."""
-        return hashlib.sha256("\n".join(file.sha256 for file in [self.file, *self.data]).encode()).hexdigest()
+        """One sha256 for the graph that plans are built from, weights included: what a plan of it is known by."""
+        built_from = self.on_gpus()
+        digests = [file.sha256 for file in [built_from.file, *built_from.data]]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 class Preprocessing(Part):
@@ -270,7 +292,7 @@ class PlanSet(Part):
 class Manifest(Part):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     model: Literal["md-net"] = "md-net"
     preset: str
     precision: Precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -84,6 +84,11 @@ class ParityReport:
             for gate in self.gates
             if not gate.passed and gate.value is not None
         )
+
+    def with_gates_of_gpu_graphs(self, other: ParityReport) -> ParityReport:
+        """This report, held to the gates of `other` as well, which measured the graphs that GPUs get."""
+        gates = [replace(gate, name=f"graphs for GPUs, on {other.backend}: {gate.name}") for gate in other.gates]
+        return replace(self, gates=[*self.gates, *gates])
 
     def summary(self) -> ParitySummary:
         """What the manifest records."""

@@ -96,12 +96,13 @@ def build_plans(
     old = next((engines for engines in bundle.manifest.engines if engines.folder == folder), None)
     if old and not force and (old.batch, old.workspace_gib) == (batch, workspace_gib) and _is_good(bundle, old):
         return Built(bundle, old, None)
+    built_from = bundle.on_gpus()
     request = {
         "ask": "build",
         "runtime": host.runtime,
         "graphs": {
             # An fp32 bundle is the reference: TF32 would round the factors of its products to ten bits.
-            name: {"onnx": str(bundle.graph_path(name).resolve()), "tf32": bundle.manifest.precision != "fp32"}
+            name: {"onnx": str(built_from.graph_path(name).resolve()), "tf32": bundle.manifest.precision != "fp32"}
             for name in bundle.manifest.graphs
         },
         "batch": [batch.minimum, batch.optimum, batch.maximum],

@@ -62,6 +62,7 @@ def model_config(
         op_library: the native library's path where the server runs, to be registered with ONNX Runtime.
     """
     entry = manifest.graphs[graph]
+    entry = entry.on_gpus() if serving.kind == "gpu" else entry
     sizes = sorted({1, serving.max_batch_size})
     config: dict[str, Any] = {
         "name": serving.model(graph),

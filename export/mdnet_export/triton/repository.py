@@ -213,6 +213,7 @@ def _uses_library(bundle: Bundle, graph: GraphName, kind: Kind) -> bool:
 
 def _onnx_files(bundle: Bundle, graph: GraphName, kind: Kind) -> list[Path]:
     """A graph's file and its weights. Names stay: a graph says itself what its file of weights is called."""
+    bundle = bundle.on_gpus() if kind == "gpu" else bundle
     weights = [bundle.path / entry.name for entry in bundle.manifest.graphs[graph].data]
     return [bundle.graph_path(graph, cpu=kind == "cpu"), *weights]
 

@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from mdnet_calib.passes.fp16 import near_overflow, to_fp16
+from mdnet_calib.passes.fp16 import SCALES_OPSET, near_overflow, to_fp16
+from mdnet_calib.passes.int8 import int8_nodes, to_int8
 from mdnet_engines.errors import MDNetError
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -249,3 +250,67 @@ def test_an_output_of_the_graph_can_be_kept_in_float() -> None:
     x = ones(3.0)["x"]
     expected = run(build, x)
     np.testing.assert_allclose(run(to_fp16(build, float32_values=large), x), expected, rtol=1e-6)
+
+
+# --- quantised graphs ---
+
+
+def quantised_product(range_of_x: float = 4.0, weight: float = 1.0) -> onnx.ModelProto:
+    """x (n, 32) → m = x·w → y = m / 2, m in int8 with a range for each of x and m."""
+    w = weight * np.random.default_rng(2).normal(size=(32, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="body/m"),
+        helper.make_node("Mul", ["m", "half"], ["y"], name="body/scale"),
+    ]
+    proto = model(nodes, {"w": w, "half": np.array(0.5, np.float32)}, ("m",))
+    return to_int8(proto, {"x": range_of_x, "m": 20.0 * weight}, int8_nodes(proto))
+
+
+def test_scales_become_half_and_int8_weights_stay() -> None:
+    """All on the float side of Q/DQ is float16, which the scales must be too for TensorRT; the numbers stay."""
+    before = quantised_product()
+    weights = {tensor.name: tensor.raw_data for tensor in before.graph.initializer if len(tensor.dims) == 2}
+    x = np.random.default_rng(3).normal(size=(3, 32)).astype(np.float32)
+    expected = run(before, x)
+    proto = to_fp16(before)
+    found = types(proto)
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert [found[name] for name in (node.input[0], node.input[1])] == [HALF, HALF]
+        if node.op_type == "DequantizeLinear":
+            assert [found[name] for name in (node.input[1], node.output[0])] == [HALF, HALF]
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    assert {name: tensor.raw_data for name, tensor in stored.items()} == weights
+    assert {tensor.data_type for tensor in stored.values()} == {onnx.TensorProto.INT8}
+    assert [opset.version for opset in proto.opset_import if not opset.domain] == [SCALES_OPSET]
+    step = 20.0 / 127 / 2  # of y: a value that lies between two may go to either
+    np.testing.assert_allclose(run(proto, x), expected, atol=1.01 * step)
+
+
+def test_a_graph_without_quantisers_keeps_its_opset() -> None:
+    proto = to_fp16(model([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": W}, ()))
+    assert [opset.version for opset in proto.opset_import] == [18]
+
+
+def test_scales_that_half_would_round_away_keep_their_layer_in_float() -> None:
+    """A weight of 1e-6 has a scale of 1e-8, which float16 would make 0, and the product with it."""
+    before = quantised_product(weight=1e-6)
+    x = np.random.default_rng(3).normal(size=(3, 32)).astype(np.float32)
+    expected = run(before, x)
+    assert np.ptp(expected) > 0
+    proto = to_fp16(before)
+    found = types(proto) | {"x": FLOAT}
+    (product,) = (node for node in proto.graph.node if node.op_type == "MatMul")
+    assert {found[name] for name in (*product.input, *product.output)} == {FLOAT}
+    np.testing.assert_allclose(run(proto, x), expected, atol=1.01 * 20e-6 / 127 / 2)
+
+
+def test_what_is_too_large_for_half_is_so_behind_its_quantiser() -> None:
+    before = quantised_product(range_of_x=90000.0)
+    proto = to_fp16(before, float32_values=["x"])
+    found = types(proto) | {"x": FLOAT}
+    (product,) = (node for node in proto.graph.node if node.op_type == "MatMul")
+    pair = [node for node in proto.graph.node if node.name.startswith("x_")]
+    assert [node.op_type for node in pair] == ["QuantizeLinear", "DequantizeLinear"]
+    assert found[product.input[0]] == FLOAT
+    assert all(found[node.input[1]] == FLOAT for node in pair)

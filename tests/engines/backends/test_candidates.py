@@ -19,7 +19,7 @@ from mdnet_engines.backends import candidates as backends
 from mdnet_engines.backends.candidates import BACKENDS, Backend, Choice, candidates, named, open_choice
 from mdnet_engines.backends.choice import choose, open_graphs
 from mdnet_engines.bundle.files import Bundle, file_entry
-from mdnet_engines.bundle.manifest import BatchRange, PlanEntry, PlanSet
+from mdnet_engines.bundle.manifest import BatchRange, GpuGraph, PlanEntry, PlanSet
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions import openvino as openvino_session
@@ -200,12 +200,17 @@ def test_on_cuda_scores_come_from_the_chain_on_the_device(fp32: Bundle, monkeypa
 
 
 @pytest.mark.usefixtures("opened")
-def test_only_onnxruntime_on_the_cpu_takes_the_form_made_for_it(tmp_path: Path) -> None:
+def test_onnxruntime_on_cpu_and_gpu_takes_the_forms_made_for_it(tmp_path: Path) -> None:
     bundle = Bundle.open(write_small_bundle(tmp_path / "int8", precision="int8"))
     encoder = bundle.manifest.graphs["encoder"]
     graphs = {
         **bundle.manifest.graphs,
-        "encoder": encoder.model_copy(update={"cpu": encoder.file.model_copy(update={"name": "encoder.cpu.onnx"})}),
+        "encoder": encoder.model_copy(
+            update={
+                "cpu": encoder.file.model_copy(update={"name": "encoder.cpu.onnx"}),
+                "gpu": GpuGraph(file=encoder.file.model_copy(update={"name": "encoder.gpu.onnx"})),
+            }
+        ),
     }
     bundle = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}))
     files = {
@@ -213,6 +218,7 @@ def test_only_onnxruntime_on_the_cpu_takes_the_form_made_for_it(tmp_path: Path) 
         for backend in ONNX_BACKENDS
     }
     assert files.pop("onnxruntime-cpu") == "encoder.cpu.onnx"
+    assert files.pop("onnxruntime-cuda") == "encoder.gpu.onnx"
     assert set(files.values()) == {"encoder.onnx"}
 
 

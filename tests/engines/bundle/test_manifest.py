@@ -31,6 +31,7 @@ def graph(name: str, takes: dict[str, Any], gives: dict[str, Any]) -> dict[str, 
         "file": file(f"{name}.onnx"),
         "data": [],
         "cpu": None,
+        "gpu": None,
         "precision": "fp16",
         "inputs": [takes],
         "outputs": [gives],
@@ -40,7 +41,7 @@ def graph(name: str, takes: dict[str, Any], gives: dict[str, Any]) -> dict[str, 
 IMAGE = tensor("image", "uint8", "batch", 64, 64, 3)
 TOKENS = tensor("tokens", "float16", "batch", 17, 24)
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 2,
+    "schema_version": 3,
     "model": "md-net",
     "preset": "demo",
     "precision": "fp16",
@@ -51,6 +52,7 @@ DOCUMENT: dict[str, Any] = {
             **graph("encoder", IMAGE, TOKENS),
             "data": [file("encoder.onnx.data")],
             "cpu": file("encoder.cpu.onnx"),
+            "gpu": {"file": file("encoder.gpu.onnx"), "data": [file("encoder.gpu.onnx.data")]},
         },
         "vim": graph("vim", IMAGE, TOKENS),
         "fusion": graph("fusion", TOKENS, tensor("score", "float32", "batch")),
@@ -177,6 +179,41 @@ def test_version_1_has_no_probes_and_version_2_can_not_do_without() -> None:
             Manifest.model_validate({**DOCUMENT, "schema_version": version, "probes": probes})
 
 
+def test_a_manifest_of_version_2_knew_no_graphs_for_gpus() -> None:
+    old = copy.deepcopy(DOCUMENT)
+    old["schema_version"] = 2
+    for entry in old["graphs"].values():
+        del entry["gpu"]
+    encoder = Manifest.model_validate(old).graphs["encoder"]
+    assert encoder.on_gpus() == encoder
+    built_from = [each["sha256"] for each in (file("encoder.onnx"), file("encoder.onnx.data"))]
+    assert encoder.digest() == hashlib.sha256("\n".join(built_from).encode()).hexdigest()  # plans of then stay good
+
+
+def test_gpus_get_the_graph_that_was_made_for_them() -> None:
+    graphs = Manifest.model_validate(DOCUMENT).graphs
+    encoder = graphs["encoder"].on_gpus()
+    assert [each.name for each in encoder.files()] == ["encoder.gpu.onnx", "encoder.onnx.data", "encoder.gpu.onnx.data"]
+    assert encoder.outputs == graphs["encoder"].outputs
+    assert graphs["vim"].on_gpus() == graphs["vim"]
+    assert encoder.digest() == graphs["encoder"].digest()
+
+
+def test_a_plan_is_known_by_the_graph_that_it_was_built_from() -> None:
+    """A change of what runs on the CPU alone leaves plans as they are; one of what they were built from does not."""
+    place = ("graphs", "encoder")
+    digest = Manifest.model_validate(DOCUMENT).graphs["encoder"].digest()
+    for path, same in (
+        (("file",), True),
+        (("cpu",), True),
+        (("data", 0), False),
+        (("gpu", "file"), False),
+        (("gpu", "data", 0), False),
+    ):
+        other = Manifest.model_validate(changed((*place, *path, "sha256"), OTHER)).graphs["encoder"]
+        assert (other.digest() == digest) is same, path
+
+
 def test_a_manifest_without_the_training_is_read() -> None:
     provenance = {name: value for name, value in DOCUMENT["provenance"].items() if name != "training"}
     assert Manifest.model_validate({**DOCUMENT, "provenance": provenance}).provenance.training is None
@@ -186,6 +223,8 @@ def test_every_file_is_vouched_for() -> None:
     names = [entry.name for entry in Manifest.model_validate(DOCUMENT).files()]
     assert sorted(names) == [
         "encoder.cpu.onnx",
+        "encoder.gpu.onnx",
+        "encoder.gpu.onnx.data",
         "encoder.onnx",
         "encoder.onnx.data",
         "fusion.onnx",
@@ -237,6 +276,8 @@ def test_the_digest_changes_with_every_graph_its_weights_and_the_preprocessing()
         changed(("graphs", "encoder", "file", "sha256"), OTHER),
         changed(("graphs", "encoder", "data", 0, "sha256"), OTHER),
         changed(("graphs", "encoder", "data"), []),
+        changed(("graphs", "encoder", "gpu", "data", 0, "sha256"), OTHER),
+        changed(("graphs", "encoder", "gpu"), None),
     ]
     digests = [Manifest.model_validate(document).digest() for document in documents]
     assert len(set(digests)) == len(documents)
@@ -258,7 +299,7 @@ def test_a_missing_field_is_refused(field: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("schema_version",), 3),
+        (("schema_version",), 4),
         (("model",), "other-net"),
         (("precision",), "int4"),
         (("preprocessing", "image_size"), 31),
