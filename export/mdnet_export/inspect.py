@@ -13,7 +13,7 @@ from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.console import show
 from mdnet_engines.errors import BundleError
 from mdnet_engines.tensorrt.plan_process import probe
-from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible
+from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible, summary
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -84,14 +84,13 @@ def _precision(manifest: Manifest) -> dict[str, str]:
 
 def _describe(bundle: Bundle, engines: PlanSet, host: Host) -> str:
     """One set of plans, and whether this machine can use it."""
-    size = sum(entry.size for entry in engines.files()) / 1e6
     try:
         check_plans(bundle, engines)
         reason = explain_incompatible(engines, bundle.manifest, host)
         verdict = f"not for this machine: {reason}" if reason else "runs here"
     except BundleError as error:
         verdict = f"DAMAGED: {error}"
-    return f"{engines.folder}, batch {engines.batch}, {size:.1f} MB; {verdict}"
+    return f"{engines.folder}, {summary(engines)}; {verdict}"
 
 
 def _signature(spec: TensorSpec) -> str:

@@ -7,7 +7,7 @@ call as a JSON line to the file that `STAND_IN_NOTES` names.
 
 `STAND_IN_FAULTS` is JSON of what is to go wrong: {"parse": graph}, {"build": graph}, {"abort": graph}, {"wait": graph}
 (the build takes for ever), {"full": graph} (its plan is written to a full disk; `STAND_IN_SCRATCH` is the bundle's
-engines/), {"layers": true} (no plan can be read back).
+engines/), {"layers": true} (no plan can be read back), {"libraries": true} (compatible plans need a plugin library).
 """
 
 from __future__ import annotations
@@ -142,6 +142,9 @@ class OnnxParser(Checked):
     def get_error(self, index: int) -> ParserError:
         return ParserError()
 
+    def get_used_vc_plugin_libraries(self) -> list[str]:
+        return ["libnvinfer_vc_plugin.so.11"] if fault("libraries") else []
+
 
 class ParserError(Checked):
     def desc(self) -> str:
@@ -167,6 +170,9 @@ class ITimingCache(Checked):
 class IBuilderConfig(Checked):
     progress_monitor: Any = None
     profiling_verbosity: Any = None
+    builder_optimization_level: int | None = None
+    hardware_compatibility_level: Any = real.HardwareCompatibilityLevel.NONE
+    plugins_to_serialize: list[str] = []  # noqa: RUF012 (a property of the real class)
 
     def __init__(self) -> None:
         self._flags = [real.BuilderFlag.TF32.name]
@@ -203,14 +209,20 @@ class IBuilderConfig(Checked):
             "profiles": [profile._shapes for profile in self._profiles],
             "cache": self._cache and self._cache._content.decode(),
             "verbosity": self.profiling_verbosity.name,
+            "level": self.builder_optimization_level,
+            "hardware": self.hardware_compatibility_level.name,
+            "libraries": self.plugins_to_serialize,
         }
 
 
 class Runtime(Checked):
+    engine_host_code_allowed = False
+
     def __init__(self, logger: real.ILogger):
         note("Runtime")
 
     def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+        note("deserialize", host_code=self.engine_host_code_allowed)
         return None if fault("layers") else ICudaEngine(plan)
 
 

@@ -57,7 +57,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 GraphBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"]
 PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
 PORTABLE = "portable"
-"""The target of a TensorRT-RTX plan that was built for no GPU in particular."""
+"""The target of a plan that was built for no GPU in particular."""
 RuntimeVersion = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}(\.[0-9]{1,6}){1,4}$")]
 Target = Annotated[str, StringConstraints(pattern=r"^(portable|sm_[0-9]{2,3}(-sm_[0-9]{2,3}){0,15})$")]
 
@@ -237,20 +237,29 @@ class Int8Facts(Part):
 
 
 class BatchRange(Part):
-    """The batch sizes a plan takes, and the one it is fastest at."""
+    """The batch sizes a plan takes, and those it is tuned for."""
 
     minimum: int = Field(ge=1)
     optimum: int
     maximum: int = Field(le=4096)
+    further_optima: list[int] = Field(default=[], max_length=7)
+    """Sizes above `optimum` that have an optimisation profile of their own."""
 
     @model_validator(mode="after")
     def _in_order(self) -> BatchRange:
-        if not self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(f"batch {self} is not minimum ≤ optimum ≤ maximum")
+        tuned = [self.optimum, *self.further_optima]
+        if not self.minimum <= tuned[0] or not tuned[-1] <= self.maximum or tuned != sorted(set(tuned)):
+            raise ValueError(f"batch {self} is not minimum ≤ optimum < … < optimum ≤ maximum")
         return self
 
+    def profiles(self) -> list[tuple[int, int, int]]:
+        """Least, best and most images of each optimisation profile; each but the last ends at its best size."""
+        tuned = [self.optimum, *self.further_optima]
+        first = [self.minimum, *(best + 1 for best in tuned[:-1])]
+        return list(zip(first, tuned, [*tuned[:-1], self.maximum], strict=True))
+
     def __str__(self) -> str:
-        return f"{self.minimum},{self.optimum},{self.maximum}"
+        return ",".join(map(str, [self.minimum, self.optimum, *self.further_optima, self.maximum]))
 
 
 class PlanEntry(Part):
@@ -261,7 +270,7 @@ class PlanEntry(Part):
 
 
 class PlanSet(Part):
-    """The plans of all graphs for one runtime, version and target; they lie in `engines/<folder>`."""
+    """The plans of all graphs for one runtime, version and target, in `engines/<folder>`: one set, whatever options."""
 
     runtime: PlanRuntime
     version: RuntimeVersion
@@ -272,6 +281,12 @@ class PlanSet(Part):
     """The name of the GPU it was tuned on; None where it was built without one."""
     batch: BatchRange
     workspace_gib: float | None = Field(default=None, gt=0)
+    level: int | None = Field(default=None, ge=0, le=5)
+    """Of the builder's optimisation; None is TensorRT's default."""
+    stripped: bool = False
+    """Whether the plans are without weights, which the bundle's graphs give when they are loaded."""
+    compatible: bool = False
+    """Whether later versions of TensorRT, and any GPU from Ampere on, run them. They hold code for the CPU too."""
     plans: dict[GraphName, PlanEntry]
     timing_cache: FileEntry | None = None
 
@@ -281,6 +296,8 @@ class PlanSet(Part):
 
     @model_validator(mode="after")
     def _whole(self) -> PlanSet:
+        if self.compatible and (self.runtime, self.target) != ("tensorrt", PORTABLE):
+            raise ValueError("compatible plans are TensorRT's, and portable")
         if missing := [name for name in GRAPH_NAMES if name not in self.plans]:
             raise ValueError(f"no plan for {', '.join(missing)}")
         return self

@@ -82,6 +82,8 @@ def build(request: dict[str, Any], say: Say) -> dict[str, Any]:
             raise MDNetError(f"{NAMES[runtime]} can't read the graph {name}: {_parser_error(parser, logger)}")
         layers[name] = _layers(network)
         config = _config(trt, builder, network, request, monitor, tf32=graph["tf32"])
+        if request["compatible"] and (libraries := parser.get_used_vc_plugin_libraries()):
+            config.plugins_to_serialize = libraries  # NVIDIA's own; ours is in the plan as PTX
         if cache is not None:
             config.set_timing_cache(cache, False)
         plan = builder.build_serialized_network(network, config)
@@ -104,6 +106,7 @@ def layers(request: dict[str, Any], say: Say) -> dict[str, Any]:
     if visible_gpu() is None:
         raise MDNetError("a plan's layers can be read only where there is a GPU")
     runtime = trt.Runtime(make_logger(trt))
+    runtime.engine_host_code_allowed = request["compatible"]
     found = {}
     for name in request["graphs"]:
         engine = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
@@ -124,17 +127,26 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any], monit
         config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: else not sure to become a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if request["level"] is not None:
+        config.builder_optimization_level = request["level"]
+    if request["stripped"]:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # NVIDIA's notes on 11.3: REFIT may drop a product's bias
+    if request["compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if request["workspace"]:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
     if targets := request["targets"]:
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper().replace("_", "")), index)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        profile.set_shape(tensor.name, *([batch, *list(tensor.shape)[1:]] for batch in request["batch"]))
-    config.add_optimization_profile(profile)
+    for sizes in request["profiles"]:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            profile.set_shape(tensor.name, *([batch, *list(tensor.shape)[1:]] for batch in sizes))
+        config.add_optimization_profile(profile)
     return config
 
 

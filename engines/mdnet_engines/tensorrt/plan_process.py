@@ -24,6 +24,7 @@ from mdnet_engines.system.child_process import ask
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt.plan_builder import NAMES, NEEDS_GPU, TIMING_CACHE
 from mdnet_engines.tensorrt.plans import (
+    OLDEST_PORTABLE,
     Host,
     check_plans,
     install_plans,
@@ -69,6 +70,9 @@ def build_plans(
     targets: Sequence[str] = (),
     batch: BatchRange = BATCH,
     workspace_gib: float | None = None,
+    level: int | None = None,
+    stripped: bool = False,
+    compatible: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Built:
@@ -79,11 +83,14 @@ def build_plans(
         targets: compute capabilities (`sm_89`), or `current`. By default TensorRT-RTX builds plans that run on any RTX
             GPU from Ampere on; TensorRT builds for the GPU in the machine alone.
         workspace_gib: the most device memory that one layer may use for its intermediate results; no limit by default.
+        level: how long TensorRT looks for fast kernels, from 0 to 5; its own default is 3.
+        stripped: leave the weights out of the plans: they come from the bundle's graphs when the plans are loaded.
+        compatible: build plans that later versions of TensorRT and any GPU from Ampere on run, perhaps more slowly.
         force: rebuild existing plans; otherwise they stay unchanged.
         progress: receives what the builder does, and notes.
 
     Raises:
-        UsageError: targets that this runtime does not build for.
+        UsageError: targets or options that this runtime does not build for.
         MDNetError: no runtime, no GPU where one is needed, no space, or TensorRT failed; the bundle is as it was.
     """
     if host.problem:
@@ -91,10 +98,20 @@ def build_plans(
     if host.runtime == "tensorrt" and host.gpu is None:
         raise MDNetError(NEEDS_GPU)
     chosen = _targets(host, targets)
-    target = "-".join(chosen) or (host.gpu.sm if host.runtime == "tensorrt" and host.gpu else PORTABLE)
+    _check_options(host, level=level, stripped=stripped, compatible=compatible)
+    built_for = host.gpu.sm if host.runtime == "tensorrt" and host.gpu else PORTABLE
+    target = PORTABLE if compatible else "-".join(chosen) or built_for
+    options: dict[str, Any] = {
+        "batch": batch,
+        "workspace_gib": workspace_gib,
+        "level": level,
+        "stripped": stripped,
+        "compatible": compatible,
+    }
     folder = f"{host.runtime}-{host.version}-{target}"
     old = next((engines for engines in bundle.manifest.engines if engines.folder == folder), None)
-    if old and not force and (old.batch, old.workspace_gib) == (batch, workspace_gib) and _is_good(bundle, old):
+    as_before = old is not None and all(getattr(old, name) == value for name, value in options.items())
+    if old and as_before and not force and _is_good(bundle, old):
         return Built(bundle, old, None)
     built_from = bundle.on_gpus()
     request = {
@@ -105,7 +122,10 @@ def build_plans(
             name: {"onnx": str(built_from.graph_path(name).resolve()), "tf32": bundle.manifest.precision != "fp32"}
             for name in bundle.manifest.graphs
         },
-        "batch": [batch.minimum, batch.optimum, batch.maximum],
+        "profiles": batch.profiles(),
+        "level": level,
+        "stripped": stripped,
+        "compatible": compatible,
         "workspace": workspace_gib and int(workspace_gib * 2**30),
         "targets": chosen if host.runtime == "tensorrt-rtx" else [],
         "timing_cache": _old_cache(bundle, old, progress),
@@ -118,15 +138,13 @@ def build_plans(
                 _ask({**request, "ask": "layers"}, progress)
             except MDNetError as error:  # for people to read: no reason to do without plans
                 progress.note(f"layers.json has the networks' layers, not the plans' ({error})")
-        engines = _describe(bundle, host, target, batch, workspace_gib, scratch)
+        engines = _describe(bundle, host, target, options, scratch)
         record = engines.model_dump(exclude={"plans", "timing_cache", "gpu"}) | answer
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return Built(install_plans(bundle, scratch, engines), engines, record)
 
 
-def _describe(
-    bundle: Bundle, host: Host, target: str, batch: BatchRange, workspace_gib: float | None, folder: Path
-) -> PlanSet:
+def _describe(bundle: Bundle, host: Host, target: str, options: dict[str, Any], folder: Path) -> PlanSet:
     """The manifest's entry for the plans in `folder`."""
     tuned = host.gpu if host.runtime == "tensorrt" else None
     cache = folder / TIMING_CACHE
@@ -136,8 +154,7 @@ def _describe(
         target=target,
         platform=this_platform() if tuned else None,
         gpu=tuned.name if tuned else None,
-        batch=batch,
-        workspace_gib=workspace_gib,
+        **options,
         plans={
             name: PlanEntry(file=file_entry(folder / f"{name}.plan"), graph=graph.digest())
             for name, graph in bundle.manifest.graphs.items()
@@ -162,6 +179,25 @@ def _targets(host: Host, wanted: Sequence[str]) -> list[str]:
         known = ", ".join(host.targets)
         raise UsageError(f"{NAMES[host.runtime]} {host.version} has no {unknown[0]}; it builds for {known} or current")
     return sorted(set(named), key=sm_number)
+
+
+def _check_options(host: Host, *, level: int | None, stripped: bool, compatible: bool) -> None:
+    """Refuse what this runtime or this GPU does not build."""
+    if host.runtime == "tensorrt-rtx":
+        if level is not None:
+            raise UsageError("TensorRT-RTX builds the same plan at every --level; leave it out")
+        if compatible:
+            raise UsageError(
+                "plans of TensorRT-RTX run on its own version alone, and on any RTX GPU from Ampere on without "
+                "--compatible; leave it out, or use --backend tensorrt"
+            )
+        if stripped and host.gpu is None:  # its compiler runs code on the GPU for weights that it does not keep
+            raise MDNetError(
+                "TensorRT-RTX builds --stripped plans only where there is a GPU, and there is none (or no driver); "
+                "leave --stripped out, or build on the machine that will serve"
+            )
+    elif compatible and host.gpu and sm_number(host.gpu.sm) < OLDEST_PORTABLE:
+        raise UsageError(f"--compatible plans are built on a GPU from Ampere (sm_80) on, and this is {host.gpu.sm}")
 
 
 def _is_good(bundle: Bundle, engines: PlanSet) -> bool:

@@ -33,7 +33,7 @@ from mdnet_engines.tensorrt.plan_builder import NAMES
 
 ENGINES = "engines"
 _SCRATCH = ".building."
-_OLDEST_PORTABLE = 80  # Turing, sm_75, gets plans of its own only
+OLDEST_PORTABLE = 80  # Turing, sm_75, gets plans of its own only
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,18 @@ def plan_path(bundle: Bundle, engines: PlanSet, name: GraphName) -> Path:
     return plans_folder(bundle, engines) / engines.plans[name].file.name
 
 
+def summary(engines: PlanSet) -> str:
+    """How the plans were built, and their size, for one line of output."""
+    options = [
+        f"batch {engines.batch}",
+        f"level {engines.level}" if engines.level is not None else "",
+        "without weights" if engines.stripped else "",
+        "for later versions too" if engines.compatible else "",
+        f"{sum(entry.size for entry in engines.files()) / 1e6:.1f} MB",
+    ]
+    return ", ".join(filter(None, options))
+
+
 def rebuild_command(bundle: Bundle, runtime: PlanRuntime) -> str:
     """What a user types to build plans anew."""
     return f"mdnet-export engines {shlex.quote(str(bundle.path))} --backend {runtime}"
@@ -78,27 +90,38 @@ def explain_incompatible(engines: PlanSet, manifest: Manifest, host: Host) -> st
         return f"built for {runtime}, asked for {NAMES[host.runtime]}"
     if host.problem:
         return host.problem
-    if host.version != engines.version:
+    if engines.compatible and _numbers(host.version) < _numbers(engines.version):
+        return f"built by {runtime} {engines.version} for it and later ones, this machine has {host.version}"
+    if not engines.compatible and host.version != engines.version:
         return f"built by {runtime} {engines.version}, this machine has {host.version}"
     if engines.platform and engines.platform != this_platform():
         return f"built on {engines.platform}, this machine is {this_platform()}"
     if gpu is None:
         return f"built for {_target(engines)}, this machine has no NVIDIA GPU (or no driver)"
     if not _runs_on(engines, host, gpu):
-        return f"built for {_target(engines)}, this machine has {gpu.sm} ({gpu.name})"
+        first = f", the first of {gpu.count}: CUDA_VISIBLE_DEVICES chooses another" if gpu.count > 1 else ""
+        return f"built for {_target(engines)}, this machine has {gpu.sm} ({gpu.name}){first}"
     return None
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(part) if part.isdecimal() else 0 for part in version.split(".")]
+
+
 def _target(engines: PlanSet) -> str:
-    return "RTX GPUs from Ampere (sm_80) on" if engines.target == PORTABLE else engines.target.replace("-", " and ")
+    if engines.target != PORTABLE:
+        return engines.target.replace("-", " and ")
+    return f"{'' if engines.compatible else 'RTX '}GPUs from Ampere (sm_80) on"
 
 
 def _runs_on(engines: PlanSet, host: Host, gpu: Gpu) -> bool:
     if engines.target != PORTABLE:
         return gpu.sm in engines.target.split("-")
-    # Of those that TensorRT-RTX knows, and any later; sm_90, between them, is no RTX GPU.
     known, number = {sm_number(target) for target in host.targets}, sm_number(gpu.sm)
-    return number >= _OLDEST_PORTABLE and (number in known or number > max(known, default=0))
+    if number < OLDEST_PORTABLE or engines.compatible:
+        return number >= OLDEST_PORTABLE
+    # Of those that TensorRT-RTX knows, and any later; sm_90, between them, is no RTX GPU.
+    return number in known or number > max(known, default=0)
 
 
 def sm_number(sm: str) -> int:
@@ -126,13 +149,14 @@ def _damage(bundle: Bundle, engines: PlanSet) -> str | None:
 
 
 def usable_plans(bundle: Bundle, host: Host) -> PlanSet:
-    """The first set of plans for the host's runtime that can be loaded on it.
+    """The first set of plans for the host's runtime that can be loaded on it; compatible ones, which are slower, last.
 
     Raises:
         MDNetError: there is none; says for each what it was built for, what was found, and the command that rebuilds.
     """
     command, reasons = rebuild_command(bundle, host.runtime), []
-    for engines in (engines for engines in bundle.manifest.engines if engines.runtime == host.runtime):
+    built = [engines for engines in bundle.manifest.engines if engines.runtime == host.runtime]
+    for engines in sorted(built, key=lambda engines: engines.compatible):
         reason = explain_incompatible(engines, bundle.manifest, host)
         if reason is None and (reason := _damage(bundle, engines)) is None:
             return engines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -37,7 +37,11 @@ NEITHER = (
     "tensorrt-rtx for any RTX GPU from Ampere on.",
 )
 @click.option(
-    "--batch", default="1,8,32", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes; fastest at OPT."
+    "--batch",
+    default="1,8,32",
+    show_default=True,
+    metavar="MIN,OPT,…,MAX",
+    help="Batch sizes. Each OPT is a size that the plans are tuned for: more of them take time and space.",
 )
 @click.option(
     "--workspace",
@@ -45,9 +49,18 @@ NEITHER = (
     metavar="GiB",
     help="Device memory that one layer may use for intermediate results; by default all of it.",
 )
+@click.option(
+    "--level", type=click.IntRange(0, 5), help="How long tensorrt looks for fast kernels; its own default is 3."
+)
+@click.option("--stripped", is_flag=True, help="Plans without weights: the bundle's graphs give them at each start.")
+@click.option(
+    "--compatible",
+    is_flag=True,
+    help="Plans that later versions of TensorRT and all GPUs from Ampere on run, perhaps more slowly.",
+)
 @click.option("--force", is_flag=True, help="Rebuild plans that already exist.")
 def engines(
-    bundle: Path, backend: PlanRuntime | None, gpu: str, batch: str, workspace: float | None, force: bool
+    bundle: Path, backend: PlanRuntime | None, gpu: str, batch: str, workspace: float | None, **options: Any
 ) -> None:
     """Build TensorRT plans of BUNDLE's graphs and put them into it. Needs the bundle alone: no torch, no checkpoint."""
     from mdnet_engines.bundle.files import Bundle
@@ -62,8 +75,8 @@ def engines(
             targets=[word.strip() for word in gpu.split(",") if word.strip()],
             batch=sizes,
             workspace_gib=workspace,
-            force=force,
             progress=progress,
+            **options,
         )
     print_built(built)
 
@@ -95,23 +108,24 @@ def choose_host(backend: PlanRuntime | None) -> Host:
 
 
 def parse_batch(text: str) -> BatchRange:
-    """`1,8,32` as a range of batch sizes, or `UsageError`."""
+    """`1,8,32` as a range of batch sizes, or `UsageError`. More than one size may stand between least and most."""
     from pydantic import ValidationError
 
     from mdnet_engines.bundle.manifest import BatchRange
 
     try:
-        minimum, optimum, maximum = map(int, text.split(","))
-        return BatchRange(minimum=minimum, optimum=optimum, maximum=maximum)
+        minimum, optimum, *further, maximum = map(int, text.split(","))
+        return BatchRange(minimum=minimum, optimum=optimum, further_optima=further, maximum=maximum)
     except (ValueError, ValidationError):
         raise UsageError(
-            f"--batch is {text!r}; expected three sizes from 1 to 4096 in ascending order, such as 1,8,32"
+            f"--batch is {text!r}; expected the least size, up to eight to tune for and the most, from 1 to 4096 in "
+            "ascending order, such as 1,8,32 or 1,1,8,32,32"
         ) from None
 
 
 def print_built(built: Built) -> None:
     """What was built, and how long it took; or that it was there."""
-    from mdnet_engines.tensorrt.plans import plans_folder
+    from mdnet_engines.tensorrt.plans import plans_folder, summary
 
     folder, record = plans_folder(built.bundle, built.engines), built.record
     if record is None:
@@ -120,5 +134,4 @@ def print_built(built: Built) -> None:
     for name, figures in record["graphs"].items():
         say(f"{name}: {figures['layers']} layers, {figures['bytes'] / 1e6:.1f} MB, {figures['seconds']:.1f} s")
     memory = f", {record['peak_gib']} GiB of memory" if record["peak_gib"] else ""
-    size = sum(entry.size for entry in built.engines.files()) / 1e6
-    say(f"{folder}: {size:.1f} MB, batch {built.engines.batch}{memory}")
+    say(f"{folder}: {summary(built.engines)}{memory}")

@@ -66,8 +66,11 @@ DOCUMENT: dict[str, Any] = {
             "target": "sm_90",
             "platform": "linux-x86_64",
             "gpu": "NVIDIA H100",
-            "batch": {"minimum": 1, "optimum": 8, "maximum": 32},
+            "batch": {"minimum": 1, "optimum": 8, "maximum": 32, "further_optima": [16]},
             "workspace_gib": 2.0,
+            "level": 5,
+            "stripped": True,
+            "compatible": False,
             "plans": {name: {"file": file(f"{name}.plan"), "graph": "a" * 64} for name in ("encoder", "vim", "fusion")},
             "timing_cache": file("timing.cache"),
         }

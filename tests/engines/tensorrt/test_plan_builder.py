@@ -17,14 +17,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import tensorrt_hosts
+from onnx import helper, numpy_helper
 from recorded import Recorded
 from small_bundle import describe, write_small_bundle
 
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt import plan_process, plans
 from mdnet_engines.tensorrt.builder_callbacks import BuilderProgress
 from mdnet_engines.tensorrt.plan_process import build_plans, probe
@@ -149,6 +153,73 @@ def test_plans_that_are_there_are_left_until_something_changes(bundle: Bundle) -
 
 
 @needs_rtx
+def test_rtx_takes_a_profile_for_each_size_that_plans_are_tuned_for(bundle: Bundle) -> None:
+    host = host_of("tensorrt-rtx")
+    one = build_plans(bundle, host)
+    batch = BatchRange(minimum=1, optimum=1, further_optima=[8, 32], maximum=32)
+    three = build_plans(one.bundle, host, batch=batch)
+    assert three.record is not None
+    assert three.record["batch"]["further_optima"] == [8, 32]
+    for name in GRAPH_NAMES:  # each profile has kernels of its own
+        assert three.engines.plans[name].file.size > 1.5 * one.engines.plans[name].file.size
+    assert build_plans(three.bundle, host, batch=batch).record is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"level": 3}, "same plan at every --level"),
+        ({"compatible": True}, "on its own version alone"),
+        ({"stripped": True}, "only where there is a GPU"),
+    ],
+)
+def test_what_rtx_does_not_build_is_refused_before_anything_is_built(
+    options: dict[str, Any], words: str, bundle: Bundle
+) -> None:
+    with pytest.raises(MDNetError, match=words) as caught:
+        build_plans(bundle, Host("tensorrt-rtx", "1.7.1.116", targets=("sm_89",)), **options)
+    assert str(caught.value).isprintable()
+    assert untouched(bundle)
+
+
+RTX_SCRIPT = """
+import sys
+import tensorrt_rtx as trt
+from mdnet_engines.tensorrt.builder_callbacks import make_logger
+
+logger = make_logger(trt)
+builder = trt.Builder(logger)
+network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+parser = trt.OnnxParser(network, logger)
+assert parser.parse_from_file(sys.argv[1])
+config = builder.create_builder_config()
+for flag in sys.argv[2:]:
+    config.set_flag(getattr(trt.BuilderFlag, flag))
+print(builder.build_serialized_network(network, config) is not None, logger.first_error)
+"""
+
+
+@needs_rtx
+def test_why_stripped_and_compatible_plans_of_rtx_are_refused(tmp_path: Path) -> None:
+    """Without a GPU it strips no weights of a product, and the package has no lean runtime to put into a plan."""
+    if host_of("tensorrt-rtx").gpu or not host_of("tensorrt-rtx").version.startswith("1.7."):
+        pytest.skip("of TensorRT-RTX 1.7 on a machine without a GPU")
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 64]) for name in ("x", "y")]
+    weights = numpy_helper.from_array(np.ones((64, 64), np.float32), "weights")
+    product = helper.make_node("MatMul", ["x", "weights"], ["y"])
+    graph = helper.make_graph([product], "product", values[:1], values[1:], [weights])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "g.onnx")
+
+    def build(*flags: str) -> str:
+        command = [sys.executable, "-c", RTX_SCRIPT, str(tmp_path / "g.onnx"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    assert build().startswith("True")
+    assert build("STRIP_PLAN", "REFIT_IDENTICAL").startswith("False")
+    assert "libnvinfer_lean" in build("VERSION_COMPATIBLE")
+
+
+@needs_rtx
 @pytest.mark.parametrize("damage", [b"not ONNX", b"\x08\x08\x12"], ids=["text", "cut"])
 def test_a_graph_that_does_not_parse_is_one_line(damage: bytes, bundle: Bundle) -> None:
     """Past the hashes, that is: `Bundle.open` would have refused it."""
@@ -230,6 +301,54 @@ def test_without_a_limit_none_is_set_and_tf32_is_for_bundles_that_are_not_fp32(
     for entry in tensorrt_hosts.notes(tensorrt, "build"):
         assert entry["limits"] == {}
         assert entry["flags"] == ["TF32"]
+
+
+def test_tensorrt_is_asked_for_each_option(tensorrt: dict[str, str], bundle: Bundle) -> None:
+    batch = BatchRange(minimum=1, optimum=1, further_optima=[8, 16], maximum=32)
+    plain = build_plans(bundle, host_of("tensorrt"))
+    assert [(e["level"], e["hardware"]) for e in tensorrt_hosts.notes(tensorrt, "build")] == [(None, "NONE")] * 3
+    built = build_plans(plain.bundle, host_of("tensorrt"), batch=batch, level=5, stripped=True, compatible=True)
+    asked = tensorrt_hosts.notes(tensorrt, "build")[3:]
+    for entry in asked:
+        assert entry["flags"] == ["STRIP_PLAN", "REFIT_IDENTICAL", "VERSION_COMPATIBLE"]
+        assert (entry["level"], entry["hardware"], entry["libraries"]) == (5, "AMPERE_PLUS", [])
+    assert asked[0]["profiles"] == [
+        {"image": [[n, 64, 64, 3] for n in sizes]} for sizes in ((1, 1, 1), (2, 8, 8), (9, 16, 32))
+    ]
+    read_back = [entry["host_code"] for entry in tensorrt_hosts.notes(tensorrt, "deserialize")]
+    assert read_back == [False] * 3 + [True] * 3  # such a plan brings a runtime of its own, which is code for the CPU
+
+    engines = built.engines
+    assert engines.folder == f"tensorrt-{host_of('tensorrt').version}-portable"
+    assert (engines.level, engines.stripped, engines.compatible, engines.batch) == (5, True, True, batch)
+    assert built.bundle.manifest.engines == [plain.engines, engines]  # in folders of their own
+    assert Bundle.open(bundle.path).manifest == built.bundle.manifest
+
+
+def test_a_plugin_library_that_a_later_version_needs_goes_into_compatible_plans(
+    tensorrt: dict[str, str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(tensorrt_hosts.with_faults(tensorrt, libraries=True), monkeypatch)
+    build_plans(bundle, host_of("tensorrt"), compatible=True)
+    build_plans(bundle, host_of("tensorrt"))
+    libraries = [entry["libraries"] for entry in tensorrt_hosts.notes(tensorrt, "build")]
+    assert libraries == [["libnvinfer_vc_plugin.so.11"]] * 3 + [[]] * 3
+
+
+def test_other_options_build_the_plans_anew_in_the_same_folder(tensorrt: dict[str, str], bundle: Bundle) -> None:
+    host = host_of("tensorrt")
+    for options in ({}, {"level": 2}, {"level": 0}, {"stripped": True}, {"stripped": True, "level": 0}):
+        built = build_plans(bundle, host, **options)
+        assert built.record is not None, options
+        bundle = Bundle.open(built.bundle.path)
+        assert bundle.manifest.engines == [built.engines]
+        assert build_plans(bundle, host, **options).record is None, options
+
+
+def test_compatible_plans_are_built_from_ampere_on(bundle: Bundle) -> None:
+    turing = Host("tensorrt", "11.4.0.106", gpu=Gpu("T4", "sm_75", "13.0"))
+    with pytest.raises(UsageError, match=r"from Ampere \(sm_80\) on, and this is sm_75"):
+        build_plans(bundle, turing, compatible=True)
 
 
 @pytest.mark.parametrize(("wanted", "fits"), [(["current"], True), (["sm_90"], True), (["sm_86"], False)])
@@ -364,7 +483,10 @@ def request_file(bundle: Bundle, tmp_path: Path) -> Path:
         "runtime": "tensorrt",
         "graphs": {FIRST: {"onnx": str(bundle.graph_path("encoder")), "tf32": True}},
         "folder": str(tmp_path / "out"),
-        "batch": [1, 8, 32],
+        "profiles": [[1, 8, 32]],
+        "level": None,
+        "stripped": False,
+        "compatible": False,
         "workspace": None,
         "targets": [],
     }

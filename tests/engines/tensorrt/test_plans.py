@@ -35,6 +35,9 @@ HOPPER = Host("tensorrt", "11.4.0.106", gpu=Gpu("H100", "sm_90", "13.0"))
 FOLDERS = {"tensorrt-rtx": "tensorrt-rtx-1.7.1.116-portable", "tensorrt": "tensorrt-11.4.0.106-sm_90"}
 
 
+TWO_GPUS = Host("tensorrt", "11.4.0.106", gpu=Gpu("H100", "sm_90", "13.0", count=2))
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(write_small_bundle(tmp_path / "mdnet-bundle"))
@@ -71,6 +74,10 @@ def tensorrt(**changes: Any) -> dict[str, Any]:
     return {"runtime": "tensorrt", "version": "11.4.0.106", "target": "sm_90", **changes}
 
 
+def compatible(**changes: Any) -> dict[str, Any]:
+    return tensorrt(target="portable", compatible=True, **changes)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
@@ -89,8 +96,15 @@ def names(folder: Path) -> list[str]:
         (tensorrt(target="sm_100"), HOPPER, ("sm_100", "sm_90", "H100")),
         (tensorrt(platform="win32-amd64"), HOPPER, ("win32-amd64", plans.this_platform())),
         (tensorrt(version="11.3.0.1"), HOPPER, ("11.3.0.1", "11.4.0.106")),
+        (compatible(version="11.10.0.1"), HOPPER, ("11.10.0.1 for it and later ones", "11.4.0.106")),
+        (compatible(), Host("tensorrt", "11.4.0.106", gpu=Gpu("T4", "sm_75", "13.0")), ("GPUs from Ampere", "sm_75")),
+        (compatible(platform="win32-amd64"), HOPPER, ("win32-amd64", plans.this_platform())),
+        (tensorrt(target="sm_89"), TWO_GPUS, ("sm_89", "sm_90", "the first of 2: CUDA_VISIBLE_DEVICES")),
     ],
-    ids=["version", "not installed", "no GPU", "GPU", "runtime", "TensorRT's GPU", "platform", "TensorRT's version"],
+    ids=[
+        *("version", "not installed", "no GPU", "GPU", "runtime", "TensorRT's GPU", "platform", "TensorRT's version"),
+        *("an older version", "before Ampere", "compatible, platform", "two GPUs"),
+    ],
 )
 def test_a_plan_for_something_else_is_explained(
     built: dict[str, Any], host: Host, words: tuple[str, ...], bundle: Bundle, tmp_path: Path
@@ -123,6 +137,24 @@ def test_a_plan_for_this_gpu_among_others_fits(target: str, bundle: Bundle, tmp_
 def test_tensorrts_plan_for_this_gpu_version_and_platform_fits(bundle: Bundle, tmp_path: Path) -> None:
     engines = make(bundle, tmp_path, **tensorrt(platform=plans.this_platform()))
     assert explain_incompatible(engines, bundle.manifest, HOPPER) is None
+
+
+@pytest.mark.parametrize("version", ["11.4.0.106", "11.4.0.107", "11.10.0.1", "12.0.0.1"])
+@pytest.mark.parametrize("sm", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+def test_compatible_plans_run_with_later_versions_and_on_gpus_from_ampere_on(
+    version: str, sm: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    engines = make(bundle, tmp_path, **compatible(platform=plans.this_platform()))
+    host = Host("tensorrt", version, gpu=Gpu("some GPU", sm, "13.0"))
+    assert explain_incompatible(engines, bundle.manifest, host) is None
+
+
+def test_plans_for_this_very_gpu_come_before_compatible_ones(bundle: Bundle) -> None:
+    bundle = install(install(bundle, **compatible()), **tensorrt())
+    assert [engines.target for engines in bundle.manifest.engines] == ["portable", "sm_90"]
+    assert usable_plans(bundle, HOPPER).target == "sm_90"
+    _cut(plans.plan_path(bundle, bundle.manifest.engines[1], "vim"))
+    assert usable_plans(bundle, HOPPER).target == "portable"
 
 
 def test_a_plan_of_another_graph_is_named(bundle: Bundle, tmp_path: Path) -> None:
@@ -224,9 +256,41 @@ def test_a_manifest_from_before_plans_is_valid(bundle: Bundle) -> None:
     assert bundle.manifest.engines == []
 
 
+def test_a_set_of_plans_from_before_there_were_options_is_valid(bundle: Bundle) -> None:
+    install(bundle)
+    new = {"level", "stripped", "compatible"}
+    rewrite(bundle.path, lambda document: [document["engines"][0].pop(name) for name in new])
+    rewrite(bundle.path, lambda document: document["engines"][0]["batch"].pop("further_optima"))
+    (engines,) = Bundle.open(bundle.path).manifest.engines
+    assert (engines.level, engines.stripped, engines.compatible) == (None, False, False)
+    assert engines.batch.profiles() == [(1, 8, 32)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "profiles"),
+    [
+        ([1, 8, 32], [(1, 8, 32)]),
+        ([1, 1, 8, 32, 32], [(1, 1, 1), (2, 8, 8), (9, 32, 32)]),
+        ([2, 4, 8, 64], [(2, 4, 4), (5, 8, 64)]),
+        ([3, 3, 4, 4], [(3, 3, 3), (4, 4, 4)]),
+    ],
+)
+def test_every_size_is_in_one_profile(sizes: list[int], profiles: list[tuple[int, int, int]]) -> None:
+    least, best, *further, most = sizes
+    batch = BatchRange(minimum=least, optimum=best, further_optima=further, maximum=most)
+    assert batch.profiles() == profiles
+    assert str(batch) == ",".join(map(str, sizes))
+    taken = [size for first, _, last in profiles for size in range(first, last + 1)]
+    assert taken == list(range(least, most + 1))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("level", 6),
+        ("compatible", True),  # of TensorRT-RTX
+        ("batch", {"minimum": 1, "optimum": 8, "further_optima": [8], "maximum": 32}),
+        ("batch", {"minimum": 1, "optimum": 8, "further_optima": [64], "maximum": 32}),
         ("target", "../../secret"),
         ("target", "sm_90/.."),
         ("target", "sm_90\n"),
@@ -249,7 +313,7 @@ def test_what_could_lead_out_of_the_folder_or_means_nothing_is_refused(
 ) -> None:
     install(bundle)
     rewrite(bundle.path, lambda document: document["engines"][0].update({field: value}))
-    with pytest.raises(BundleError, match=r"engines\.0\."):
+    with pytest.raises(BundleError, match=r"engines\.0[.:]"):
         Bundle.open(bundle.path)
 
 

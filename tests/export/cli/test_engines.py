@@ -118,12 +118,27 @@ def test_a_second_run_says_that_the_plans_are_there_and_force_builds_them(small:
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("batch", ["1,8", "8,1,32", "0,1,2", "1,8,32,64", "a,b,c", "", "1,8,99999", "1.5,2,3"])
+@pytest.mark.parametrize(
+    "batch", ["1,8", "8,1,32", "0,1,2", "1,8,8,32", "1,8,4,32", "a,b,c", "", "1,8,99999", "1.5,2,3"]
+)
 def test_batch_sizes_that_are_none_are_bad_usage(batch: str, small: Path) -> None:
     with pytest.raises(UsageError, match="--batch"):
         cli_engines.parse_batch(batch)
     result = click.testing.CliRunner().invoke(cli_engines.engines, [str(small), "--batch", batch])
     assert isinstance(result.exception, UsageError)
+
+
+@pytest.mark.parametrize("batch", ["1,8,32", "1,1,8,32,32", "4,4,4", "1,1,2,4,8,16,16"])
+def test_between_the_least_and_the_most_are_the_sizes_that_plans_are_tuned_for(batch: str) -> None:
+    assert str(cli_engines.parse_batch(batch)) == batch
+
+
+@needs_rtx
+def test_what_rtx_can_not_build_is_one_line(small: Path) -> None:
+    for option, words in (("--compatible", "on its own version"), ("--level=5", "every --level")):
+        result = run(small, "--backend", "tensorrt-rtx", option)
+        assert result.returncode == 2
+        assert words in refusal(result)
 
 
 @needs_rtx
@@ -187,6 +202,31 @@ def test_rtx_is_the_default_where_tensorrt_has_none(stand_in: dict[str, str], sm
     del environment["STUB_GPU"]
     assert run(small, environment=environment).returncode == 0
     assert [engines.runtime for engines in Bundle.open(small).manifest.engines] == ["tensorrt-rtx"]
+
+
+def test_every_option_reaches_the_manifest_and_inspect(
+    stand_in: dict[str, str],
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment = notes_in(stand_in, tmp_path)
+    options = ("--batch", "1,1,8,8", "--level", "4", "--stripped", "--compatible")
+    built = run(small, *options, environment=environment)
+    assert built.returncode == 0, built.stderr
+    assert "batch 1,1,8,8, level 4, without weights, for later versions too, 0.0 MB" in built.stderr
+    assert "up to date" in run(small, *options, environment=environment).stderr
+    assert "up to date" not in run(small, "--compatible", environment=environment).stderr
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    print_bundle(Bundle.open(small))
+    assert "-portable, batch 1,8,32, for later versions too, 0.0 MB; runs here" in capsys.readouterr().out
+    monkeypatch.setenv("STUB_GPU", "75")
+    monkeypatch.setenv("STUB_GPUS", "2")
+    print_bundle(Bundle.open(small))
+    said = capsys.readouterr().out
+    assert "built for GPUs from Ampere (sm_80) on, this machine has sm_75 (Stub GPU), the first of 2: CUDA_" in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")

@@ -26,6 +26,11 @@ static int capability(void) {
 
 int cuInit(unsigned flags) { return flags || !capability() ? 100 : 0; }
 
+int cuDeviceGetCount(int* count) {
+  *count = getenv("STUB_GPUS") ? atoi(getenv("STUB_GPUS")) : 1;
+  return 0;
+}
+
 int cuDeviceGet(int* device, int ordinal) {
   *device = 0;
   return ordinal ? 101 : 0;
