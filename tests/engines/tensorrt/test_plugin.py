@@ -293,7 +293,8 @@ def test_tensorrt_rtx_takes_the_function_body_of_a_file_with_the_parsers_attribu
     file = tmp_path / "scan.onnx"
     onnx.save(model(name, tensorrt_plugin.PARSER_ATTRIBUTES), file)
     request = {"ask": "build", "runtime": "tensorrt-rtx", "graphs": {"scan": {"onnx": str(file), "tf32": False}}}
-    request |= {"folder": str(tmp_path), "batch": [1, 4, 8], "workspace": None, "targets": []}
+    request |= {"folder": str(tmp_path), "profiles": [[1, 4, 8]], "workspace": None, "targets": []}
+    request |= {"level": None, "stripped": False, "compatible": False}
     command = [sys.executable, "-m", "mdnet_engines.tensorrt.plan_builder"]
     result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
