@@ -186,8 +186,15 @@ def _find_plans(bundle: Bundle, runtime: PlanRuntime) -> Choice | None:
 
 
 def _open_plans(bundle: Bundle, engines: PlanSet) -> Graphs:
-    plans = {name: plan_path(bundle, engines, name) for name in GRAPH_NAMES}
-    return _Plans(TensorRTSessions(plans, runtime=engines.runtime, max_batch=engines.batch.maximum))
+    sessions = TensorRTSessions(
+        {name: plan_path(bundle, engines, name) for name in GRAPH_NAMES},
+        runtime=engines.runtime,
+        max_batch=engines.batch.maximum,
+        weights={name: bundle.graph_path(name) for name in GRAPH_NAMES} if engines.stripped else None,
+        digest=" ".join(entry.sha256 for entry in engines.files()),
+        host_code=engines.compatible,
+    )
+    return _Plans(sessions)
 
 
 def _refuse_saturating(bundle: Bundle, choice: Choice) -> None:

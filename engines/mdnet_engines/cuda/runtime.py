@@ -16,19 +16,38 @@ import numpy as np
 
 from mdnet_engines.errors import MDNetError, first_line
 
+_FOR_GOOD = frozenset(
+    {
+        *("cudaErrorDevicesUnavailable", "cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorUnknown"),
+        *("cudaErrorECCUncorrectable", "cudaErrorNvlinkUncorrectable", "cudaErrorContained"),
+        *("cudaErrorIllegalAddress", "cudaErrorLaunchTimeout", "cudaErrorLaunchFailure", "cudaErrorContextIsDestroyed"),
+        *("cudaErrorHardwareStackError", "cudaErrorIllegalInstruction", "cudaErrorMisalignedAddress"),
+        *("cudaErrorInvalidAddressSpace", "cudaErrorInvalidPc", "cudaErrorSystemDriverMismatch"),
+    }
+)
+"""Errors after which every call fails until the process starts again: so CUDA's documentation, or there is no GPU."""
+
+
+class GpuLostError(MDNetError):
+    """The GPU or its driver is gone for this process."""
+
 
 def call(name: str, *arguments: Any) -> Any:
     """Call the CUDA runtime's function `name`; give its result, or None if it has none.
 
     Raises:
+        GpuLostError: it failed, and so will every later call of this process.
         MDNetError: it failed, or an earlier asynchronous call did, or cuda-bindings is missing.
     """
     runtime = _runtime()
     status, *results = getattr(runtime, name)(*arguments)
     if status == runtime.cudaError_t.cudaSuccess:
         return results[0] if results else None
+    said = f"{name} failed with {status.name} ({_description(runtime, status)})"
+    if status.name in _FOR_GOOD:
+        raise GpuLostError(f"{said}; this process has lost the GPU: look at nvidia-smi, then start it again")
     hint = "; use a smaller batch size" if status == runtime.cudaError_t.cudaErrorMemoryAllocation else ""
-    raise MDNetError(f"{name} failed with {status.name} ({_description(runtime, status)}){hint}")
+    raise MDNetError(f"{said}{hint}")
 
 
 def current_gpu() -> int:
@@ -46,6 +65,12 @@ def current_gpu() -> int:
     if not count:
         raise MDNetError("TensorRT needs an NVIDIA GPU; the driver sees none")
     return int(call("cudaGetDevice"))
+
+
+def describe_gpu(number: int) -> str:
+    """What decides which kernels run on a GPU: its name, its compute capability, and the CUDA of its driver."""
+    properties, driver = call("cudaGetDeviceProperties", number), call("cudaDriverGetVersion")
+    return f"{properties.name.decode(errors='replace')} sm_{properties.major}{properties.minor}, driver {driver}"
 
 
 def upload(address: int, rows: np.ndarray, stream: Any) -> None:

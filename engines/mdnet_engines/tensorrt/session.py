@@ -11,6 +11,8 @@
   as one CUDA graph, fork and join included, which then runs every batch of this size.
 - Each thread has contexts, streams and buffers of its own (NVIDIA/TensorRT#1300); engines are loaded once. A thread
   that ended leaves its set to the next new one.
+- A size's first batches, in which TensorRT-RTX compiles kernels, run one at a time; its kernels are kept for the next
+  process (`runtime_cache`).
 - Activation memory is ours, not the contexts': a thread needs one area for Vim and one that the encoder and then the
   fusion use, for all batch sizes (NVIDIA/TensorRT#3276).
 
@@ -30,7 +32,7 @@ import numpy as np
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, PlanRuntime
 from mdnet_engines.cuda import runtime as cuda
 from mdnet_engines.errors import MDNetError, UsageError
-from mdnet_engines.tensorrt.loaded_plans import Model, Tensor
+from mdnet_engines.tensorrt.loaded_plans import Files, Model, Tensor
 from mdnet_engines.tensorrt.plan_builder import MODULES
 
 
@@ -45,6 +47,9 @@ class TensorRTSessions:
         runtime: which library built the plans.
         max_batch: images that run at once; more are cut into pieces. Device memory is taken for this many.
         cuda_graphs: False enqueues every batch call by call, for plans that can't be captured.
+        weights: of plans that were built without weights, the ONNX files that they were built from.
+        digest: of the plans; with it, the kernels that TensorRT-RTX compiles are kept in the user's cache.
+        host_code: allow plans that hold code for the CPU, as those for later versions do.
 
     Raises:
         MDNetError: no GPU, no such library, or plans that it can't load, don't fit together or take smaller batches.
@@ -57,13 +62,17 @@ class TensorRTSessions:
         runtime: PlanRuntime = "tensorrt",
         max_batch: int,
         cuda_graphs: bool = True,
+        weights: Mapping[GraphName, Path] | None = None,
+        digest: str = "",
+        host_code: bool = False,
     ):
         if runtime not in MODULES:
             raise UsageError(f"unknown runtime {runtime!r}; known: {', '.join(MODULES)}")
         if max_batch < 1:
             raise UsageError(f"max_batch is {max_batch}; expected 1 or more")
         self._gpu = cuda.current_gpu()
-        self._model = Model(plans, runtime, max_batch, cuda_graphs)
+        files = Files(plans, weights, digest, host_code)
+        self._model = Model(files, runtime, max_batch, cuda_graphs, self._gpu)
         self._workers: dict[threading.Thread, _Worker] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -149,8 +158,8 @@ class _Worker:
     def __init__(self, model: Model):
         self.lock = threading.Lock()
         self._model = model
-        self._contexts: dict[int, dict[GraphName, Any]] = {}  # by batch size, as the next two
-        self._enqueued: set[int] = set()
+        self._contexts: dict[int, dict[GraphName, Any]] = {}  # by batch size
+        self._ran: set[tuple[GraphName | None, int]] = set()
         self._captured: dict[int, Any] = {}
         self._own = cuda.Resources()
         try:
@@ -167,11 +176,21 @@ class _Worker:
 
     def run(self, graph: GraphName | None, feeds: Mapping[str, np.ndarray], wanted: list[str]) -> dict[str, np.ndarray]:
         """Run one graph, or all three, on at most `max_batch` rows."""
+        size = self._model.padded(len(next(iter(feeds.values()))))
+        if (graph, size) in self._ran:
+            return self._run(graph, feeds, wanted, size)
+        with self._model.kernels.filling():
+            if size not in self._contexts:
+                self._contexts[size] = self._model.contexts(size, self._device, self._scratch, self._main)
+                self._own.at_close(self._contexts[size].clear)
+            outputs = self._run(graph, feeds, wanted, size)
+        self._ran.add((graph, size))
+        return outputs
+
+    def _run(
+        self, graph: GraphName | None, feeds: Mapping[str, np.ndarray], wanted: list[str], size: int
+    ) -> dict[str, np.ndarray]:
         rows = len(next(iter(feeds.values())))
-        size = min(1 << (rows - 1).bit_length(), self._model.max_batch)
-        if size not in self._contexts:
-            self._contexts[size] = self._model.contexts(size, self._device, self._scratch)
-            self._own.at_close(self._contexts[size].clear)
         try:
             for name, value in feeds.items():
                 self._host[name][:rows] = value
@@ -184,8 +203,10 @@ class _Worker:
             for name in wanted:
                 cuda.download(self._host[name][:rows], self._device[name], self._main)
             cuda.call("cudaStreamSynchronize", self._main)
-        except BaseException:
-            self._drain()  # what was enqueued before the failure still uses the buffers
+        except BaseException as error:
+            lost = self._drain()  # what was enqueued before the failure still uses the buffers
+            if lost and isinstance(error, MDNetError) and not isinstance(error, cuda.GpuLostError):
+                raise cuda.GpuLostError(f"{error}; {lost}") from None
             raise
         return {name: self._host[name][:rows].copy() for name in wanted}
 
@@ -195,9 +216,8 @@ class _Worker:
             self._own.close()
 
     def _chain(self, size: int) -> None:
-        if not self._model.cuda_graphs or size not in self._enqueued:
+        if not self._model.cuda_graphs or (None, size) not in self._ran:
             self._enqueue(size)
-            self._enqueued.add(size)
             return
         if size not in self._captured:
             contexts, stream = self._contexts[size], int(self._main)
@@ -223,10 +243,17 @@ class _Worker:
         if not self._contexts[size][graph].execute_async_v3(int(stream)):
             raise self._model.refused(f"failed to run {graph}")
 
-    def _drain(self) -> None:
+    def _drain(self) -> cuda.GpuLostError | None:
+        """Wait for what is enqueued; give the error after which nothing runs any more."""
+        lost = None
         for stream in (self._main, self._side):
-            with suppress(MDNetError):
+            try:
                 cuda.call("cudaStreamSynchronize", stream)
+            except cuda.GpuLostError as error:
+                lost = error.with_traceback(None)
+            except MDNetError:  # of what was enqueued
+                pass
+        return lost
 
 
 def _check(feeds: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> int:

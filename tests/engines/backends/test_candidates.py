@@ -273,6 +273,29 @@ def test_auto_takes_plans_that_fit_this_gpu_and_scores_with_them(
     assert graphs == {}
 
 
+def test_plans_are_opened_with_what_their_options_ask_for(
+    fp32: Bundle, plans: dict[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, Any] = {}
+
+    class Sessions:
+        graphs: dict[Any, Any] = {}  # noqa: RUF012
+
+        def __init__(self, plans: dict[Any, Path], **options: Any):
+            opened.update(options, plans=plans)
+
+    monkeypatch.setattr(backends, "TensorRTSessions", Sessions)
+    bundle = with_plans(fp32, plans, "tensorrt")
+    (plain,) = bundle.manifest.engines
+    open_choice(bundle, Choice(dict.fromkeys(ORT, "tensorrt"), plain))
+    assert (opened["weights"], opened["host_code"], opened["max_batch"]) == (None, False, 4)
+    assert opened["digest"].split() == [plan.file.sha256 for plan in plain.plans.values()]
+    changed = plain.model_copy(update={"stripped": True, "compatible": True, "target": "portable"})
+    open_choice(bundle, Choice(dict.fromkeys(ORT, "tensorrt"), changed))
+    assert opened["weights"] == {name: bundle.graph_path(name) for name in ORT}
+    assert opened["host_code"]
+
+
 def test_plans_for_another_gpu_are_passed_over_by_auto_and_explained_by_name(
     fp32: Bundle, plans: dict[Any, Path], host: Callable[[Any, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

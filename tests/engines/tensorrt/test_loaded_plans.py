@@ -8,9 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from gpu_stand_in import Gpu, assert_same, images, reference, write_plans
+from gpu_stand_in import Gpu, assert_same, images, reference, write_plans, write_weights
 from gpu_stand_in.cuda import FUNCTIONS
 
+from mdnet_engines.cuda import runtime
+from mdnet_engines.cuda.runtime import GpuLostError
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.tensorrt.session import TensorRTSessions
 
@@ -28,7 +30,8 @@ def scenario(plans: Plans, runtime: Any = "tensorrt") -> None:
 
 
 FREEING = [name for name in FUNCTIONS if "Free" in name or "Destroy" in name]
-MAY_FAIL = [name for name in FUNCTIONS if name not in (*FREEING, "cudaGetErrorString")]
+OF_THE_CACHE = ("cudaGetDeviceProperties", "cudaDriverGetVersion")  # test_runtime_cache.py
+MAY_FAIL = [name for name in FUNCTIONS if name not in (*FREEING, *OF_THE_CACHE, "cudaGetErrorString")]
 MAY_FAIL += ["Runtime", "deserialize_cuda_engine", "create_runtime_config", "create_execution_context"]
 MAY_FAIL += ["set_input_shape", "set_tensor_address", "execute_async_v3"]
 
@@ -105,11 +108,146 @@ def test_a_plan_that_tensorrt_refuses_is_to_be_rebuilt(gpu: Gpu, plans: Plans) -
         TensorRTSessions(plans, max_batch=2)
 
 
+def test_on_the_second_gpu_the_command_that_rebuilds_is_for_that_one(gpu: Gpu, plans: Plans) -> None:
+    plans["encoder"].write_bytes(b"\x00")
+    gpu.current = 1
+    with pytest.raises(
+        MDNetError, match=r"can't load encoder\.plan on GPU 1, .*: CUDA_VISIBLE_DEVICES=1 mdnet-export "
+    ):
+        TensorRTSessions(plans, max_batch=2)
+
+
+def test_plans_with_code_for_the_cpu_are_loaded_only_where_that_is_allowed(gpu: Gpu, tmp_path: Path) -> None:
+    plans = write_plans(tmp_path, vim={"host_code": True})
+    with pytest.raises(MDNetError, match=r"can't load vim\.plan.*a runtime of its own, which is not allowed"):
+        TensorRTSessions(plans, max_batch=2)
+    with TensorRTSessions(plans, max_batch=2, host_code=True) as sessions:
+        assert_same(sessions.run(images(2)), {"score": reference(images(2))["score"]})
+
+
+# ------------------------------------------------------------------------------------------------------ without weights
+
+
+@pytest.fixture
+def stripped(tmp_path: Path) -> Plans:
+    return write_plans(tmp_path, **{graph: {"stripped": True} for graph in ("encoder", "vim", "fusion")})
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_plans_without_weights_get_those_of_their_graphs(
+    gpu: Gpu, stripped: Plans, tmp_path: Path, runtime: Any
+) -> None:
+    weights = write_weights(tmp_path)
+    with TensorRTSessions(stripped, runtime=runtime, max_batch=2, weights=weights) as sessions:
+        for _ in range(3):
+            assert_same(sessions.run(images(2), all_outputs=True), reference(images(2)))
+
+
+def no_graph(folder: Path, weights: Plans) -> None:
+    weights["encoder"].unlink()
+
+
+def no_data(folder: Path, weights: Plans) -> None:
+    (folder / "encoder.onnx.data").unlink()
+
+
+def another_graph(folder: Path, weights: Plans) -> None:
+    weights["encoder"], weights["vim"] = weights["vim"], weights["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            no_graph,
+            r"encoder\.plan is without weights, and .*/encoder\.onnx is missing; copy the whole bundle, or build",
+        ),
+        (no_data, r"weights of encoder\.onnx into encoder\.plan \(Failed to open file: encoder\.onnx\.data\); build"),
+        (another_graph, r"weights of vim\.onnx into encoder\.plan \(it has no conv_in\.weight\); build plans with"),
+        (None, r"encoder\.plan is without weights, and its graph was not named; open it by its bundle, or build"),
+    ],
+)
+def test_weights_that_are_missing_or_of_another_graph_are_one_line(
+    gpu: Gpu, stripped: Plans, tmp_path: Path, damage: Any, said: str
+) -> None:
+    weights = write_weights(tmp_path) if damage else None
+    if damage:
+        damage(tmp_path, weights)
+    with pytest.raises(MDNetError, match=said) as caught:
+        TensorRTSessions(stripped, max_batch=2, weights=weights)
+    assert str(caught.value).isprintable()
+    assert gpu.leaks() == {}  # with the error still held: its traceback keeps nothing alive
+
+
+@pytest.mark.parametrize("name", ["Refitter", "refit_from_file", "refit_cuda_engine"])
+def test_a_refit_that_fails_is_one_line_and_leaves_nothing(
+    gpu: Gpu, stripped: Plans, tmp_path: Path, name: str
+) -> None:
+    weights = write_weights(tmp_path)
+    for turn in (1, 2, 3):
+        gpu.failing = {name: gpu.calls[name] + turn}
+        with pytest.raises(MDNetError, match=r"TensorRT can't put the weights of \w+\.onnx into \w+\.plan") as caught:
+            TensorRTSessions(stripped, max_batch=2, weights=weights)
+        assert str(caught.value).isprintable()
+        assert gpu.leaks() == {}
+
+
+# ---------------------------------------------------------------------------------------------- a driver that goes away
+
+
+@pytest.mark.parametrize("when", ["first", "captured", "launched"])
+def test_a_gpu_that_is_lost_is_one_line_with_the_next_step(gpu: Gpu, plans: Plans, when: str) -> None:
+    sessions = TensorRTSessions(plans, max_batch=2)
+    for _ in range(["first", "captured", "launched"].index(when)):
+        sessions.run(images(2))
+    gpu.lost = True
+    for _ in range(2):  # and it stays so
+        with pytest.raises(GpuLostError, match="has lost the GPU: look at nvidia-smi, then start it again") as caught:
+            sessions.run(images(2))
+        assert str(caught.value).isprintable()
+    sessions.close()
+    for noted in (gpu.alive, gpu.pending, gpu.problems):  # nothing on a lost GPU can be freed
+        noted.clear()
+
+
+def test_a_gpu_that_is_lost_in_tensorrts_own_calls_is_named_too(
+    gpu: Gpu, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = sys.modules["cuda.bindings.runtime"]
+    with TensorRTSessions(plans, max_batch=2) as sessions:
+        sessions.run(images(1))
+        record = cuda.cudaEventRecord
+
+        def and_then(*arguments: Any) -> Any:
+            answer = record(*arguments)
+            gpu.lost = True
+            return answer
+
+        monkeypatch.setattr(cuda, "cudaEventRecord", and_then)
+        monkeypatch.setattr(cuda, "cudaStreamWaitEvent", lambda *_: (cuda.cudaError_t.cudaSuccess,))
+        with pytest.raises(GpuLostError) as caught:
+            sessions.run(images(2))
+        said = str(caught.value)
+        assert said.startswith("TensorRT failed to run encoder: Error Code 1: Cuda Runtime (no device); cudaStreamSync")
+        assert said.endswith("this process has lost the GPU: look at nvidia-smi, then start it again")
+    gpu.alive.clear()
+    gpu.pending.clear()
+
+
+def test_every_error_that_is_for_good_is_one_of_cudas() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    assert {status.name for status in real.cudaError_t} >= runtime._FOR_GOOD
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"encoder": {"batches": [1, 2, 4]}}, r"encoder\.plan takes batches of 1 to 4; expected 1 to 6"),
         ({"vim": {"batches": [2, 4, 8]}}, r"vim\.plan takes batches of 2 to 8; expected 1 to 6"),
+        (
+            {"vim": {"profiles": [[1, 1, 1], [3, 4, 8]]}},
+            r"vim\.plan takes batches of 1 to 1 and 3 to 8; expected 1 to 6",
+        ),
         ({"vim": {"batch": 1}}, r"vim: image is UINT8 \[1, 4, 4, 3\]; expected a batch of rows"),
         ({"fusion": {"row": (-1, 2)}}, r"fusion: down is FLOAT \[-1, -1, 2\]; expected a batch of rows"),
         ({"fusion": {"dtype": "INT64"}}, r"fusion: down is INT64"),

@@ -147,6 +147,43 @@ def test_encoder_and_fusion_share_memory_for_activations_and_sizes_share_all(
     assert gpu.alive["device memory"] == images_scores_and_features + 2
 
 
+PROFILES = [[1, 1, 1], [2, 4, 4], [5, 8, 32]]
+
+
+def test_each_size_runs_in_the_profile_that_takes_it(gpu: Gpu, tmp_path: Path) -> None:
+    plans = write_plans(tmp_path, **{graph: {"profiles": PROFILES} for graph in ENGINES})
+    with TensorRTSessions(plans, max_batch=MAX_BATCH) as sessions:
+        for turn in range(3):
+            for batch in BATCHES:
+                assert_same(sessions.run(images(batch, seed=turn), all_outputs=True), reference(images(batch, turn)))
+        (worker,) = sessions._workers.values()
+        used = {size: {context._profile for context in each.values()} for size, each in worker._contexts.items()}
+        assert used == {1: {0}, 4: {1}, 6: {2}}
+
+
+@pytest.mark.parametrize(("max_batch", "part"), [(1, 1 / 32), (4, 4 / 32), (6, 1)])
+def test_memory_is_taken_for_the_profiles_that_batches_can_reach(
+    gpu: Gpu, tmp_path: Path, max_batch: int, part: float
+) -> None:
+    plans = write_plans(tmp_path, **{graph: {"profiles": PROFILES} for graph in ENGINES})
+    with TensorRTSessions(plans, max_batch=max_batch) as sessions:
+        sessions.run(images(1))
+        scratch = {op.what: op.writes[-1] for op in gpu.history if op.what in ENGINES}
+        assert {what: end - start for what, (start, end) in scratch.items()} == {
+            what: int(size * part) for what, size in MEMORY.items()
+        }
+
+
+def test_a_profile_that_is_refused_is_one_line(gpu: Gpu, tmp_path: Path) -> None:
+    plans = write_plans(tmp_path, **{graph: {"profiles": PROFILES} for graph in ENGINES})
+    gpu.failing = {"set_optimization_profile_async": 2}
+    with TensorRTSessions(plans, max_batch=MAX_BATCH) as sessions:
+        sessions.run(images(1))
+        with pytest.raises(MDNetError, match="TensorRT refused profile 1 of vim"):
+            sessions.run(images(4))
+        assert_same(sessions.run(images(4)), {"score": reference(images(4))["score"]})
+
+
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
     """Run `work` in so many threads, all of them there until the last is done."""
     together = threading.Barrier(count)

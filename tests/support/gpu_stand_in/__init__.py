@@ -11,7 +11,18 @@ from __future__ import annotations
 
 from gpu_stand_in.cuda import make_cuda
 from gpu_stand_in.device import Gpu
-from gpu_stand_in.networks import ENGINES, SIZE, assert_same, images, reference, write_plans
+from gpu_stand_in.networks import ENGINES, SIZE, assert_same, images, reference, write_plans, write_weights
 from gpu_stand_in.tensorrt import make_tensorrt
 
-__all__ = ["ENGINES", "SIZE", "Gpu", "assert_same", "images", "make_cuda", "make_tensorrt", "reference", "write_plans"]
+__all__ = [
+    "ENGINES",
+    "SIZE",
+    "Gpu",
+    "assert_same",
+    "images",
+    "make_cuda",
+    "make_tensorrt",
+    "reference",
+    "write_plans",
+    "write_weights",
+]

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from gpu_stand_in import cuda, networks, tensorrt
 
 RTX_ALONE = {"DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy"}
+RTX_ALONE |= {"IRuntimeCache", "create_runtime_cache", "set_runtime_cache"}
 SAME = {"RtxExecutionContext": "IExecutionContext", "Severity": "ILogger"}  # where the real one has these members
 
 

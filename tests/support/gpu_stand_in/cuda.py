@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from gpu_stand_in.device import Capture, Event, Gpu, Graph, Operation, Stream, span
@@ -44,7 +44,7 @@ BAD = cudaError_t.cudaErrorInvalidValue
 BROKEN = cudaError_t.cudaErrorLaunchFailure
 GONE = cudaError_t.cudaErrorInvalidResourceHandle
 OUT_OF_MEMORY = ("cudaMalloc", "cudaMallocHost", "cudaGraphInstantiate")
-GETS = {"cudaGetErrorString", "cudaGetDeviceCount", "cudaGetDevice"}
+GETS = {"cudaGetErrorString", "cudaGetDeviceCount", "cudaGetDevice", "cudaGetDeviceProperties", "cudaDriverGetVersion"}
 MAKES = {"cudaMalloc", "cudaMallocHost", "cudaStreamCreateWithFlags", "cudaEventCreateWithFlags"}
 WITH_RESULT = {*GETS, *MAKES, "cudaStreamEndCapture", "cudaGraphInstantiate"}
 NEVER_WHILE_CAPTURING = ("cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaStreamSynchronize")
@@ -70,6 +70,8 @@ def _entry(gpu: Gpu, name: str, function: Callable[..., Any]) -> Callable[..., A
                 if name == "cudaStreamEndCapture":  # which ends the capture even so
                     gpu.end_capture(arguments[0].capture)
                 return (cudaError_t.cudaErrorMemoryAllocation if name in OUT_OF_MEMORY else BROKEN), *nothing
+            if gpu.lost and name != "cudaGetErrorString":
+                return cudaError_t.cudaErrorNoDevice, *nothing
             if name in NEVER_WHILE_CAPTURING and (captures := gpu.my_captures()):
                 for capture in captures:
                     capture.broken = True
@@ -94,6 +96,12 @@ class _Functions:
 
     def cudaGetDevice(self: Gpu) -> Any:
         return OK, self.current
+
+    def cudaGetDeviceProperties(self: Gpu, device: int) -> Any:
+        return OK, SimpleNamespace(name=f"GPU {device}".encode(), major=12, minor=0)
+
+    def cudaDriverGetVersion(self: Gpu) -> Any:
+        return OK, 13000
 
     def cudaSetDevice(self: Gpu, device: int) -> Any:
         if not 0 <= device < self.count:

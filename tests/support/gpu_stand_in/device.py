@@ -101,6 +101,10 @@ class Gpu:
         self.destroyed: list[str] = []
         """Kinds of things, in the order in which they ended."""
         self.count = 2
+        self.lost = False
+        """Whether it fell off the bus: from then on every call fails."""
+        self.machine = "this GPU and driver"
+        """What a cache of kernels has to be of."""
         self.seen: list[tuple[str, dict[str, np.ndarray]]] = []
         """Each engine run: the graph and its inputs."""
         self._current = threading.local()

@@ -1,6 +1,7 @@
 """Three small graphs that fit together as a bundle's do, computed with NumPy, and plans of them.
 
-A plan is a JSON object: the graph, the profile's least, best and most rows, and the bytes that activations take.
+A plan is a JSON object: the graph, the profile's least, best and most rows (or several profiles), and the bytes that
+activations take; perhaps `stripped`, or `host_code`. A graph is one too, with the names of its files of weights.
 """
 
 from __future__ import annotations
@@ -57,6 +58,18 @@ def write_plans(folder: Path, **changes: dict[str, Any]) -> dict[Any, Path]:
         plan = {"graph": graph, "batches": [1, 4, 8], "memory": memory, **changes.get(graph, {})}
         paths[graph] = folder / f"{graph}.plan"
         paths[graph].write_text(json.dumps(plan), encoding="utf-8")
+    return paths
+
+
+def write_weights(folder: Path) -> dict[Any, Path]:
+    """The graphs that `write_plans` has the plans of; the encoder's weights are in a file of their own."""
+    paths = {}
+    for graph in MEMORY:
+        data = ["encoder.onnx.data"] if graph == "encoder" else []
+        paths[graph] = folder / f"{graph}.onnx"
+        paths[graph].write_text(json.dumps({"graph": graph, "data": data}), encoding="utf-8")
+        for name in data:
+            (folder / name).write_bytes(b"weights")
     return paths
 
 

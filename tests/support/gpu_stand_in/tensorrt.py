@@ -6,6 +6,7 @@ import enum
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,26 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     EAGER = 1
 
 
+class IRuntimeCache:
+    """TensorRT-RTX's alone. As bytes: the machine, then the kernels."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+        self._kernels: set[str] = set()
+
+    def deserialize(self, blob: bytes) -> bool:
+        if self.gpu.fails("deserialize"):
+            raise RuntimeError("no luck with the cache")
+        machine, *kernels = bytes(blob).decode().split("\n")
+        if machine != self.gpu.machine:
+            return False
+        self._kernels = set(kernels)
+        return True
+
+    def serialize(self) -> bytes | None:
+        return None if self.gpu.fails("serialize") else "\n".join([self.gpu.machine, *sorted(self._kernels)]).encode()
+
+
 Specialization = DynamicShapesKernelSpecializationStrategy
 DataType = enum.Enum("DataType", {name: name for name in TYPES})  # type: ignore[misc]
 
@@ -50,10 +71,11 @@ class ILogger:
 
 
 class Runtime:
+    engine_host_code_allowed: bool
     gpu: Gpu  # of the subclass that a module has
 
     def __init__(self, logger: ILogger):
-        self.logger, self._started = logger, False
+        self.logger, self._started, self.engine_host_code_allowed = logger, False, False
         if self.gpu.fails("Runtime"):
             logger.log(Severity.ERROR, "no\nluck")
             raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -68,24 +90,42 @@ class Runtime:
         if self.gpu.fails("deserialize_cuda_engine") or not serialized_engine.startswith(b"{"):
             self.logger.log(Severity.ERROR, "Error Code 6: Internal Error (it is\tnot\nmine)")
             return None
-        return ICudaEngine(self, json.loads(serialized_engine))
+        plan = json.loads(serialized_engine)
+        if plan.get("host_code") and not self.engine_host_code_allowed:
+            self.logger.log(Severity.ERROR, "the plan has a runtime of its own, which is not allowed")
+            return None
+        return ICudaEngine(self, plan)
 
 
 class IRuntimeConfig:
     # TensorRT-RTX's alone, and there LAZY until it is set
     dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
 
-    def __init__(self) -> None:
-        self._strategy = ExecutionContextAllocationStrategy.STATIC
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self._strategy = gpu, ExecutionContextAllocationStrategy.STATIC
+        self._cache: IRuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        if self.gpu.fails("create_runtime_cache"):
+            raise AttributeError("no such call")
+        return IRuntimeCache(self.gpu)
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        if self.gpu.fails("set_runtime_cache"):
+            return False
+        self._cache = cache
+        return True
 
 
 class ICudaEngine:
     def __init__(self, runtime: Runtime, plan: dict[str, Any]):
         self._runtime, self._plan = runtime, plan
         self._network = ENGINES[plan.get("is", plan["graph"])]
+        self._profiles: list[list[int]] = plan.get("profiles", [plan["batches"]])
+        self._weights = not plan.get("stripped")
         self._all = {**self._network.inputs, **self._network.outputs}
         runtime.gpu.born("engine")
 
@@ -95,6 +135,14 @@ class ICudaEngine:
     @property
     def num_io_tensors(self) -> int:
         return len(self._all)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self._profiles)
+
+    @property
+    def refittable(self) -> bool:
+        return bool(self._plan.get("stripped"))
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._all)[index]
@@ -109,13 +157,13 @@ class ICudaEngine:
         return (self._plan.get("batch", -1), *self._plan.get("row", self._all[name][1]))
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        return [(batch, *self._all[name][1]) for batch in self._plan["batches"]]
+        return [(batch, *self._all[name][1]) for batch in self._profiles[profile_index]]
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
-        return self._plan["memory"]
+        return self._plan["memory"] * self._profiles[profile_index][-1] // self._profiles[-1][-1]
 
     def create_runtime_config(self) -> IRuntimeConfig | None:
-        return None if self._runtime.gpu.fails("create_runtime_config") else IRuntimeConfig()
+        return None if self._runtime.gpu.fails("create_runtime_config") else IRuntimeConfig(self._runtime.gpu)
 
     def create_execution_context(self, runtime_config: IRuntimeConfig) -> IExecutionContext | None:
         if self._runtime.gpu.fails("create_execution_context"):
@@ -128,12 +176,55 @@ class ICudaEngine:
         return self._runtime.context  # type: ignore[attr-defined]
 
 
+class Refitter:
+    def __init__(self, engine: ICudaEngine, logger: ILogger):
+        self._engine, self.logger, self._given = engine, logger, False
+        if engine._runtime.gpu.fails("Refitter") or not engine.refittable:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    def get_missing_weights(self) -> list[str]:
+        return [] if self._given else ["conv_in.weight"]
+
+    def refit_cuda_engine(self) -> bool:
+        if self._engine._runtime.gpu.fails("refit_cuda_engine"):
+            self.logger.log(Severity.ERROR, "Error Code 1: Cuda Runtime (unlucky)")
+            return False
+        self._engine._weights = self._given
+        return self._given
+
+
+class ParserError:
+    def desc(self) -> str:
+        return "Failed to open file:\nencoder.onnx.data"
+
+
+class OnnxParserRefitter:
+    """Of graphs as `networks.write_weights` makes them."""
+
+    def __init__(self, refitter: Refitter, logger: ILogger):
+        self._refitter, self.logger, self.num_errors = refitter, logger, 0
+
+    def refit_from_file(self, model: str) -> bool:
+        if self._refitter._engine._runtime.gpu.fails("refit_from_file"):
+            return False
+        graph = json.loads(Path(model).read_bytes())
+        if not all(Path(model).with_name(name).exists() for name in graph["data"]):
+            self.num_errors = 1
+            return False
+        self._refitter._given = graph["graph"] == self._refitter._engine._plan["graph"]
+        return True
+
+    def get_error(self, index: int) -> ParserError:
+        return ParserError()
+
+
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine, config: IRuntimeConfig):
         self._engine, self._config = engine, config
         self._gpu, self._plan, self._network = engine._runtime.gpu, engine._plan, engine._network
         self._owner = threading.current_thread()
         self._rows: dict[str, int] = {}
+        self._profile = 0
         self._ran_with: dict[str, int] | None = None
         self._addresses: dict[str, int] = {}
         self._scratch: Range | None = None
@@ -146,9 +237,16 @@ class IExecutionContext:
             self._gpu.problem("a context was destroyed while it ran, or before the CUDA graph that it is in")
         self._gpu.died("context")
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._used()
+        if self._rows or stream_handle not in self._gpu.streams:
+            self._gpu.problem("a profile was set after the shapes, or on no stream")
+        self._profile = profile_index
+        return not self._gpu.fails("set_optimization_profile_async")
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._used()
-        least, _, most = self._plan["batches"]
+        least, _, most = self._engine._profiles[self._profile]
         if self._gpu.fails("set_input_shape") or name not in self._network.inputs:
             return False
         self._rows[name] = shape[0]
@@ -165,7 +263,7 @@ class IExecutionContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._used()
-        if memory % ALIGNMENT or size < self._plan["memory"]:
+        if memory % ALIGNMENT or size < self._engine.get_device_memory_size_for_profile_v2(self._profile):
             self._gpu.problem("device memory of a context that is too small, or not aligned")
         self._scratch = span(memory, size)
 
@@ -178,15 +276,28 @@ class IExecutionContext:
                     stream.capture.broken = True
                 self._engine._runtime.logger.log(Severity.ERROR, "Error Code 1: Cuda Runtime (unlucky)")
                 return False
+            if self._gpu.lost:
+                self._engine._runtime.logger.log(Severity.ERROR, "Error Code 1: Cuda Runtime (no device)")
+                return False
             problem = self._not_ready(stream)
             if problem or stream is None:
                 self._gpu.problem(f"{self._plan['graph']}: {problem}")
                 return False
+            if self._ran_with is None:
+                self._compile()
             self._ran_with = dict(self._rows)
             op = self._operation()
             self._runs.append(op.run)
             self._gpu.enqueue(stream, op)
             return True
+
+    def _compile(self) -> None:
+        """What TensorRT-RTX does when a shape first runs, unless its cache has the kernels."""
+        kernel, cache = f"{self._plan['graph']} {self._rows}", self._config._cache
+        if cache is None or kernel not in cache._kernels:
+            self._gpu.calls["compile"] += 1
+        if cache is not None:
+            cache._kernels.add(kernel)
 
     def _not_ready(self, stream: Any) -> str | None:
         inputs, outputs = self._network.inputs, self._network.outputs
@@ -218,7 +329,7 @@ class IExecutionContext:
             }
 
         inputs, outputs = where(self._network.inputs), where(self._network.outputs)
-        network, gpu = self._network, self._gpu
+        network, gpu, has_weights = self._network, self._gpu, self._engine._weights
 
         def view(name: str, tensors: Tensors, used: Range) -> np.ndarray:
             kind, row = tensors[name]
@@ -229,7 +340,7 @@ class IExecutionContext:
             given = {name: view(name, network.inputs, used).copy() for name, used in inputs.items()}
             gpu.seen.append((graph, given))
             for name, value in network.compute(**given).items():
-                view(name, network.outputs, outputs[name])[:] = value
+                view(name, network.outputs, outputs[name])[:] = value if has_weights else 0
 
         return Operation(graph, run, [*inputs.values()], [*outputs.values(), scratch])
 
@@ -253,6 +364,8 @@ def make_tensorrt(gpu: Gpu, name: str = "tensorrt") -> ModuleType:
     contents = {
         "__version__": "1.7.1.116" if rtx else "11.4.0.106",
         "ILogger": ILogger,
+        "Refitter": Refitter,
+        "OnnxParserRefitter": OnnxParserRefitter,
         "Runtime": type("Runtime", (Runtime,), {"gpu": gpu, "context": context}),
         "TensorIOMode": TensorIOMode,
         "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
