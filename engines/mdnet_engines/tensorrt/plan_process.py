@@ -118,8 +118,9 @@ def build_plans(
         "ask": "build",
         "runtime": host.runtime,
         "graphs": {
+            # Not `resolve`: a link's target may have another name, and its file of weights another place.
             # An fp32 bundle is the reference: TF32 would round the factors of its products to ten bits.
-            name: {"onnx": str(built_from.graph_path(name).resolve()), "tf32": bundle.manifest.precision != "fp32"}
+            name: {"onnx": str(built_from.graph_path(name).absolute()), "tf32": bundle.manifest.precision != "fp32"}
             for name in bundle.manifest.graphs
         },
         "profiles": batch.profiles(),

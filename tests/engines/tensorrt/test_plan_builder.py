@@ -122,6 +122,23 @@ def test_rtx_builds_for_what_it_was_asked(
 
 
 @needs_rtx
+def test_plans_are_built_of_a_bundle_of_links(bundle: Bundle, tmp_path: Path) -> None:
+    """As the Hugging Face cache lays it out: the files by their hashes, graphs and weights apart."""
+    (tmp_path / "blobs").mkdir()
+    encoder = bundle.path / "encoder.onnx"
+    onnx.save(onnx.load(encoder), encoder, save_as_external_data=True, location="encoder.onnx.data", size_threshold=0)
+    document = json.loads((bundle.path / "manifest.json").read_text())
+    document["graphs"]["encoder"]["file"] = describe(encoder)
+    document["graphs"]["encoder"]["data"] = [describe(bundle.path / "encoder.onnx.data")]
+    (bundle.path / "manifest.json").write_text(json.dumps(document))
+    for file in bundle.path.glob("*.onnx*"):
+        blob = tmp_path / "blobs" / describe(file)["sha256"]
+        file.rename(blob)
+        file.symlink_to(blob)
+    assert build_plans(Bundle.open(bundle.path), host_of("tensorrt-rtx")).record is not None
+
+
+@needs_rtx
 def test_the_layers_are_saved_with_their_types(bundle: Bundle) -> None:
     built = build_plans(bundle, host_of("tensorrt-rtx"))
     saved = json.loads((plans_folder(bundle, built.engines) / "layers.json").read_text())
