@@ -190,7 +190,7 @@ def _open_plans(bundle: Bundle, engines: PlanSet) -> Graphs:
         {name: plan_path(bundle, engines, name) for name in GRAPH_NAMES},
         runtime=engines.runtime,
         max_batch=engines.batch.maximum,
-        weights={name: bundle.graph_path(name) for name in GRAPH_NAMES} if engines.stripped else None,
+        weights={name: bundle.on_gpus().graph_path(name) for name in GRAPH_NAMES} if engines.stripped else None,
         digest=" ".join(entry.sha256 for entry in engines.files()),
         host_code=engines.compatible,
     )

@@ -199,9 +199,9 @@ def test_on_cuda_scores_come_from_the_chain_on_the_device(fp32: Bundle, monkeypa
     assert scores.shape == (3,)
 
 
-@pytest.mark.usefixtures("opened")
-def test_onnxruntime_on_cpu_and_gpu_takes_the_forms_made_for_it(tmp_path: Path) -> None:
-    bundle = Bundle.open(write_small_bundle(tmp_path / "int8", precision="int8"))
+def with_variants(folder: Path) -> Bundle:
+    """An int8 bundle whose manifest names variants of the encoder for ONNX Runtime's CPU and for GPUs."""
+    bundle = Bundle.open(write_small_bundle(folder, precision="int8"))
     encoder = bundle.manifest.graphs["encoder"]
     graphs = {
         **bundle.manifest.graphs,
@@ -212,7 +212,12 @@ def test_onnxruntime_on_cpu_and_gpu_takes_the_forms_made_for_it(tmp_path: Path) 
             }
         ),
     }
-    bundle = Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}))
+    return Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}))
+
+
+@pytest.mark.usefixtures("opened")
+def test_onnxruntime_on_cpu_and_gpu_takes_the_forms_made_for_it(tmp_path: Path) -> None:
+    bundle = with_variants(tmp_path / "int8")
     files = {
         backend: open_choice(bundle, named(bundle, backend))["encoder"].call[0]  # type: ignore[attr-defined]
         for backend in ONNX_BACKENDS
@@ -274,7 +279,7 @@ def test_auto_takes_plans_that_fit_this_gpu_and_scores_with_them(
 
 
 def test_plans_are_opened_with_what_their_options_ask_for(
-    fp32: Bundle, plans: dict[Any, Path], monkeypatch: pytest.MonkeyPatch
+    fp32: Bundle, plans: dict[Any, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened: dict[str, Any] = {}
 
@@ -294,6 +299,9 @@ def test_plans_are_opened_with_what_their_options_ask_for(
     open_choice(bundle, Choice(dict.fromkeys(ORT, "tensorrt"), changed))
     assert opened["weights"] == {name: bundle.graph_path(name) for name in ORT}
     assert opened["host_code"]
+    int8 = with_variants(tmp_path / "int8")
+    open_choice(int8, Choice(dict.fromkeys(ORT, "tensorrt"), changed))
+    assert opened["weights"]["encoder"] == int8.path / "encoder.gpu.onnx"
 
 
 def test_plans_for_another_gpu_are_passed_over_by_auto_and_explained_by_name(
