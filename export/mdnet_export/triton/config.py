@@ -7,7 +7,11 @@ Which fields Triton takes where was read from the sources of its core, `onnxrunt
 - `dims` leave the batch axis out. A tensor of shape [batch] is `dims: [1]` with an empty `reshape`: Triton shows it as
   rows of one number;
 - an ensemble has neither warm-up nor instances, and is joined by the models' `dims`, not by their `reshape`;
-- a path in `model_operations` goes to ONNX Runtime unchanged: it is looked up where the server runs.
+- a path in `model_operations` goes to ONNX Runtime unchanged: it is looked up where the server runs;
+- the TensorRT backend has one execution context for each profile of an instance, and runs batches of any size on it.
+  TensorRT 11 is reported to leak the plugins' CUDA modules when a context's sizes change (NVIDIA/TensorRT#4849). So
+  batches run as CUDA graphs, which the backend captures for a few sizes when it loads the model. Within the lower bound
+  of a graph it pads a batch by itself. The key of a graph has the inputs' shapes: without them no bound is ever met.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphEntry, GraphName, Manifest, TensorSpec
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, GraphEntry, GraphName, Manifest, TensorSpec
 from mdnet_engines.errors import BundleError
 from mdnet_export.triton.readme import facts
 
@@ -46,6 +50,22 @@ class Serving:
     instances: int
     max_batch_size: int
     queue_delay: int
+    plan_batch: BatchRange | None = None
+    """The sizes that the plans take, of TensorRT alone."""
+
+    def profiles(self) -> list[tuple[int, int, int]]:
+        """The plans' optimisation profiles that batches can run in."""
+        every = self.plan_batch.profiles() if self.plan_batch else []
+        return [profile for profile in every if profile[0] <= self.max_batch_size]
+
+    def sizes(self) -> list[int]:
+        """The sizes that plans run at, batches being padded: powers of two, the limit, and those they are tuned for.
+
+        All profiles but the last end at the size that they are tuned for: what is padded stays in its profile.
+        """
+        powers = (1 << power for power in range(self.max_batch_size.bit_length()))
+        tuned = (best for _, best, _ in self.profiles() if best < self.max_batch_size)
+        return sorted({*powers, *tuned, self.max_batch_size})
 
     def model(self, graph: GraphName) -> str:
         """What the model of one graph is called."""
@@ -77,6 +97,12 @@ def model_config(
         "model_warmup": [_warmup(entry, size) for size in sizes],
         "parameters": _parameters({"bundle": manifest.digest(), "precision": entry.precision}),
     }
+    if serving.plan_batch:
+        config["optimization"] = {"cuda": {"graphs": True, "graph_spec": _graph_specs(entry, serving.sizes())}}
+        if len(profiles := serving.profiles()) > 1:
+            config["instance_group"][0]["profile"] = [str(number) for number in range(len(profiles))]
+        if not serving.queue_delay:  # with a delay, Triton would send a size that it prefers without waiting for more
+            config["dynamic_batching"]["preferred_batch_size"] = serving.sizes()
     if op_library:
         config["model_operations"] = {"op_library_filename": [op_library]}
     return config
@@ -146,6 +172,15 @@ def _warmup(entry: GraphEntry, size: int) -> dict[str, Any]:
     tensors = [{**_tensor(spec, reshape=False), "zero_data": True} for spec in entry.inputs]
     inputs = [{"key": tensor.pop("name"), "value": tensor} for tensor in tensors]
     return {"name": f"batch of {size}", "batch_size": size, "inputs": inputs}
+
+
+def _graph_specs(entry: GraphEntry, sizes: list[int]) -> list[dict[str, Any]]:
+    """A CUDA graph for each size, which runs every batch that is larger than the size before."""
+    rows = [{"key": spec.name, "value": {"dim": [int(size) for size in spec.shape[1:]]}} for spec in entry.inputs]
+    return [
+        {"batch_size": size, "input": rows, "graph_lower_bound": {"batch_size": before + 1, "input": rows}}
+        for before, size in zip([0, *sizes], sizes, strict=False)
+    ]
 
 
 def _parameters(texts: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mdnet_engines.bundle.manifest import Manifest
+from mdnet_engines.bundle.manifest import Manifest, PlanSet
 from mdnet_engines.errors import printable
 
 
@@ -87,15 +87,26 @@ In Python `mdnet_rt.images.preprocess.load_image(path, {size}, to_srgb={made.to_
 """
 
 
-def notes_on_serving(*, plans_for: str | None = None, library: str | None = None) -> list[str]:
+def notes_on_serving(plans: PlanSet | None, sizes: list[int], *, library: str | None = None) -> list[str]:
     """What there is to say of how the models are run.
 
     Args:
-        plans_for: TensorRT's version and the GPU that the plans are for.
+        sizes: those that plans run at.
         library: the native library's path where the server runs.
     """
-    if plans_for:
-        return [f"The plans are native code for {plans_for}; another version or GPU refuses them."]
+    if plans:
+        padded = (
+            f"Plans run at {', '.join(map(str, sizes))} images, as CUDA graphs that Triton captures when it loads "
+            "them; other batches are padded. 'unable to record CUDA graph' in Triton's log means that they are not."
+        )
+        if plans.compatible:
+            return [
+                f"The plans are native code for TensorRT {plans.version} and later, on GPUs from Ampere on. They bring "
+                "a runtime of their own: start Triton with --backend-config=tensorrt,version-compatible=true.",
+                padded,
+            ]
+        built_for = f"TensorRT {plans.version} on {plans.gpu or plans.target}"
+        return [f"The plans are native code for {built_for}; another version or GPU refuses them.", padded]
     if library:
         return [f"ONNX Runtime (1.20 or newer) loads {library}: the server must see this repository there."]
     return []

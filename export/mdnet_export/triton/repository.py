@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mdnet_engines.bundle.files import Bundle, read_manifest
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Manifest, PlanSet
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange, GraphName, Manifest, PlanSet
 from mdnet_engines.errors import MDNetError, UsageError, printable
 from mdnet_engines.ops import native
 from mdnet_engines.system.atomic import new_folder
@@ -102,7 +102,8 @@ def write_repository(
     if backend != "tensorrt" and plans:
         raise UsageError("--plans requires --backend tensorrt")
     engines = _choose_plans(bundle, plans) if backend == "tensorrt" else None
-    serving = Serving(name, backend, kind, instances, _batch_limit(max_batch_size, engines), queue_delay)
+    batch = engines.batch if engines else None
+    serving = Serving(name, backend, kind, instances, _batch_limit(max_batch_size, batch), queue_delay, batch)
     library = _library(native_scan, serving)
     with _replacing(target, bundle) as folder:
         for graph in GRAPH_NAMES:
@@ -175,16 +176,19 @@ def _choose_plans(bundle: Bundle, folder: str | None) -> PlanSet:
     fresh = [each for each in built if all(plan.graph == graphs[name].digest() for name, plan in each.plans.items())]
     if not fresh:
         raise MDNetError(f"{built[0].folder} was built from other graphs than the bundle has now; {build}")
-    if len(fresh) > 1:
-        raise UsageError(f"choose one of the sets of plans with --plans: {', '.join(each.folder for each in fresh)}")
-    check_plans(bundle, fresh[0])
-    if (smallest := fresh[0].batch.minimum) > 1:
+    whole = [each for each in fresh if not each.stripped]
+    if not whole:
+        raise MDNetError(f"{fresh[0].folder} is without weights, which Triton can't put back; {build}")
+    if len(whole) > 1:
+        raise UsageError(f"choose one of the sets of plans with --plans: {', '.join(each.folder for each in whole)}")
+    check_plans(bundle, whole[0])
+    if (smallest := whole[0].batch.minimum) > 1:
         raise MDNetError(f"the plans need at least {smallest} images, but Triton may send one; {build}")
-    return fresh[0]
+    return whole[0]
 
 
-def _batch_limit(asked: int | None, plans: PlanSet | None) -> int:
-    most = plans.batch.maximum if plans else None
+def _batch_limit(asked: int | None, plans: BatchRange | None) -> int:
+    most = plans.maximum if plans else None
     if most and asked and asked > most:
         raise UsageError(f"--max-batch-size is {asked}; the plans take {most} images at most")
     return asked or min(MAX_BATCH, most or MAX_BATCH)
@@ -230,8 +234,7 @@ def _write_facts(
     folder: Path, manifest: Manifest, serving: Serving, engines: PlanSet | None, library: str | None
 ) -> None:
     """README and marker; the marker lists every file, itself included."""
-    plans_for = f"TensorRT {engines.version} on {engines.gpu or engines.target}" if engines else None
-    notes = notes_on_serving(plans_for=plans_for, library=library)
+    notes = notes_on_serving(engines, serving.sizes(), library=library)
     models = [serving.model(graph) for graph in GRAPH_NAMES]
     text = readme(manifest, serving.name, models, serving.max_batch_size, notes)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -342,6 +342,84 @@ def test_plans_are_served_where_the_bundle_has_them(small: Bundle, tmp_path: Pat
     assert "TensorRT 11.4.0.106 on NVIDIA H100" in readme
 
 
+def chosen_graph(config: Any, rows: int) -> int | None:
+    """The size of the CUDA graph that Triton's TensorRT backend runs a batch of `rows` with, or None.
+
+    As `FindClosestCudaGraph` does: graphs in the order of their keys, which are the batch and every input's shape; each
+    number of the batch's key must lie between those of the graph's lower bound and of the graph.
+    """
+
+    def key(spec: Any, inputs: Any) -> list[int]:
+        shapes = [[spec, *inputs[tensor.name].dim] for tensor in config.input if tensor.name in inputs]
+        return [spec, *(number for shape in shapes for number in shape)]
+
+    asked = [rows, *(number for tensor in config.input for number in (rows, *tensor.dims))]
+    for spec in sorted(config.optimization.cuda.graph_spec, key=lambda spec: spec.batch_size):
+        most, least = (
+            key(spec.batch_size, spec.input),
+            key(spec.graph_lower_bound.batch_size, spec.graph_lower_bound.input),
+        )
+        if len(most) == len(asked) and all(a <= b <= c for a, b, c in zip(least, asked, most, strict=True)):
+            return int(spec.batch_size)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "sizes", "profiles"),
+    [
+        ((1, 4, 8), None, [1, 2, 4, 8], []),
+        ((1, 4, 8), 6, [1, 2, 4, 6], []),
+        ((1, 1, 1), None, [1], []),
+        ((1, 8, 64), None, [1, 2, 4, 8, 16], []),
+        ((1, 1, 3, 12, 32), None, [1, 2, 3, 4, 8, 12, 16], ["0", "1", "2"]),
+        ((1, 1, 3, 12, 32), 12, [1, 2, 3, 4, 8, 12], ["0", "1", "2"]),
+        ((1, 1, 3, 12, 32), 3, [1, 2, 3], ["0", "1"]),
+    ],
+)
+def test_every_batch_is_padded_to_one_of_a_few_sizes_within_its_profile(
+    batch: tuple[int, ...], limit: int | None, sizes: list[int], profiles: list[str], small: Bundle, tmp_path: Path
+) -> None:
+    least, best, *further, most = batch
+    taken = BatchRange(minimum=least, optimum=best, further_optima=further, maximum=most)
+    made = write_repository(install(small, batch=taken), tmp_path / "models", backend="tensorrt", max_batch_size=limit)
+    for name in GRAPH_NAMES:
+        config = read(made.path)[f"mdnet_{name}"]
+        assert config.optimization.cuda.graphs
+        assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == sizes
+        assert list(config.instance_group[0].profile) == profiles
+        assert list(config.dynamic_batching.preferred_batch_size) == sizes
+        for rows in range(1, config.max_batch_size + 1):
+            size = chosen_graph(config, rows)
+            assert size == min(each for each in sizes if each >= rows)
+            # A context has the graphs of its own profile alone.
+            assert any(first <= rows and size <= last for first, _, last in taken.profiles())
+    said = (made.path / "README.md").read_text(encoding="utf-8")
+    assert f"Plans run at {', '.join(map(str, sizes))} images" in said
+
+
+def test_where_requests_may_wait_no_small_size_is_preferred(small: Bundle, tmp_path: Path) -> None:
+    """Triton sends a batch of a size that it prefers at once: a single image would never wait for a second one."""
+    made = write_repository(install(small), tmp_path / "models", backend="tensorrt", queue_delay=500)
+    for name in GRAPH_NAMES:
+        batching = read(made.path)[f"mdnet_{name}"].dynamic_batching
+        assert (list(batching.preferred_batch_size), batching.max_queue_delay_microseconds) == ([], 500)
+
+
+def test_onnx_files_take_batches_as_they_come(small: Bundle, tmp_path: Path) -> None:
+    config = read(write_repository(small, tmp_path / "models").path)["mdnet_vim"]
+    assert not config.HasField("optimization")
+    assert list(config.dynamic_batching.preferred_batch_size) == []
+
+
+def test_compatible_plans_need_an_option_of_triton_which_the_readme_has(small: Bundle, tmp_path: Path) -> None:
+    bundle = install(install(small, target="portable", compatible=True), target="sm_80", stripped=True)
+    made = write_repository(bundle, tmp_path / "models", backend="tensorrt")
+    assert made.plans == bundle.manifest.engines[0], "the others are without weights"
+    readme = (made.path / "README.md").read_text(encoding="utf-8")
+    assert "TensorRT 11.4.0.106 and later" in readme
+    assert "--backend-config=tensorrt,version-compatible=true" in readme
+
+
 def test_one_of_several_sets_of_plans_has_to_be_named(small: Bundle, tmp_path: Path) -> None:
     bundle = install(install(small), target="sm_80")
     with pytest.raises(UsageError, match=r"--plans: tensorrt-11\.4\.0\.106-sm_90, tensorrt-11\.4\.0\.106-sm_80"):
@@ -379,9 +457,14 @@ def for_large_batches(bundle: Bundle) -> Bundle:
     return install(bundle, batch=BatchRange(minimum=2, optimum=4, maximum=8))
 
 
+def without_weights(bundle: Bundle) -> Bundle:
+    return install(bundle, stripped=True)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (without_weights, "without weights, which Triton can't put back"),
         (nothing, "no TensorRT plans"),
         (rtx_only, "no TensorRT plans"),
         (of_other_graphs, "built from other graphs"),
