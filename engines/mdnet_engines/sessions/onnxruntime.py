@@ -74,7 +74,7 @@ class OrtSession:
             ort.set_default_logger_severity(_QUIET)  # CUDA's failures go to the log of the process, not the session's
         _register_scan(options)
         try:
-            # Its fallback would print why CUDA failed to stdout, and go on without it.
+            # If CUDA failed, now or in a run, its fallback would print that to stdout and go on with the CPU.
             self.session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             words = cuda_provider.in_words(error)
