@@ -14,7 +14,7 @@ IN_PARALLEL := -n 2 --no-loadscope-reorder
 NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
-.PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-check clean
+.PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-bundles gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,9 +48,16 @@ format: $(VENV)/.installed-test ## let ruff rewrite what it can
 ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
 	$(BIN)/python -m mdnet_engines.cuda.kernel
 
+# What gpu-bundles writes, and gpu-check runs.
+BUNDLES ?= build/gpu-bundles
+GPU_CHECK = $(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py
+
+gpu-bundles: ## before gpu-check: build the bundles that it runs; needs no GPU
+	$(GPU_CHECK) bundles $(BUNDLES)
+
 # Installs nothing: a GPU machine may have no package index.
 gpu-check: ## prove on a GPU what takes one, in nine minutes (docs/gpu.md)
-	$(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py
+	$(GPU_CHECK) --bundles $(BUNDLES)
 
 clean: ## remove .venv, build output, caches and the demo bundle
 	rm -rf $(VENV) build dist mdnet-bundle *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,13 +1,19 @@
 """Everything that takes a GPU to prove, in one command of nine minutes: python benchmarks/gpu_check.py
 
-Stages stand alone, each in a process of its own and within its time; what is missing is a row "not installed". The
-results are written after each stage, to benchmarks/results/<gpu>-<date>.json. `render` makes the tables of docs/gpu.md
-and README's line from the newest. docs/gpu.md says what each stage does and what counts as verified.
+Stages stand alone, each in a process of its own and within its time; what is missing is a row "not installed". Every
+row is written as soon as it is known, to benchmarks/results/<gpu>-<date>.json.
+
+run       run the stages (the default)
+render    make the tables of docs/gpu.md and README's line from the newest results
+bundles   before: build the bundles that the stages run, into DIR; needs no GPU
+
+docs/gpu.md says what each stage does and what counts as verified.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import re
@@ -24,8 +30,11 @@ from gpu.check import BUDGET, STAGES, Setting, Stage, run_stages
 from gpu.checkout import ROOT, import_paths
 from gpu.render import render
 from gpu.results import BAD, ResultError, Results
+from gpu.sizes import SIZES
 
 RESULTS = ROOT / "benchmarks" / "results"
+BUNDLES = ROOT / "build" / "gpu-bundles"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PACKAGES = (
     *("torch", "triton", "diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt", "tensorrt-rtx", "mamba-ssm"),
@@ -33,17 +42,23 @@ _PACKAGES = (
 
 
 def main() -> None:
-    """Run the stages, or render the newest results; exit 1 where a stage that ran failed."""
+    """Do what the command says; exit 1 where a stage that ran failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["run", "render"], default="run")
+    parser.add_argument("command", nargs="?", choices=["run", "render", "bundles"], default="run")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of bundles, to be written")
     parser.add_argument("--dry-run", action="store_true", help="try the script itself, on the CPU and in small")
     parser.add_argument("--only", action="append", metavar="STAGE", help=f"of: {', '.join(s.name for s in STAGES)}")
-    parser.add_argument("--bundles", type=Path, help="folder that keeps the bundles and plans (built when missing)")
+    parser.add_argument("--bundles", type=Path, default=BUNDLES, help="folder that `bundles` wrote (%(default)s)")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="file of the results, in place of benchmarks/results")
     options = parser.parse_args()
+    if (options.command == "bundles") != (options.folder is not None):
+        parser.error(f"{options.command} takes {'no' if options.folder else 'a'} folder")
     if options.command == "render":
         sys.exit(_render())
+    sys.path += import_paths()
+    if options.command == "bundles":
+        sys.exit(_bundles(options.folder))
     known = {stage.name: stage for stage in STAGES}
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"--only {unknown[0]}: there are: {', '.join(known)}")
@@ -54,23 +69,18 @@ def main() -> None:
     if options.output and not options.output.parent.is_dir():
         parser.error(f"-o {options.output}: there is no folder {options.output.parent}")
     stages = [stage for stage in STAGES if stage.name in (options.only or known)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage that runs ends too
-    try:
-        results, output = run(options, stages)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
+    results, output = run(options, stages)
     _print(results, output)
     sys.exit(0 if results.passed else 1)
 
 
 def run(options: argparse.Namespace, stages: list[Stage]) -> tuple[Results, Path]:
     """Run the stages; gives their results and the file that has them."""
-    with tempfile.TemporaryDirectory(prefix="mdnet-gpu-check-") as name:
-        scratch = Path(name)
-        paths = import_paths()
-        sys.path += paths
-        bundles = (options.bundles or scratch / "bundles").resolve()
-        bundles.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mdnet-gpu-check-", ignore_cleanup_errors=True) as name:
+        scratch, bundles, paths = Path(name), options.bundles.resolve(), import_paths()
         device, sizes = ("cpu", "tiny") if options.dry_run else ("cuda", "full")
         begin = Results(
             gpu=f"none ({platform.machine()} CPU)" if options.dry_run else _gpu(),
@@ -79,9 +89,52 @@ def run(options: argparse.Namespace, stages: list[Stage]) -> tuple[Results, Path
             command=shlex.join(["python", "benchmarks/gpu_check.py", *_told(sys.argv[1:])]),
             versions=_versions(),
         )
-        output = (options.output or RESULTS / f"{_slug(begin.gpu)}-{begin.day}.json").resolve()
+        output = (options.output or unused(RESULTS / f"{_slug(begin.gpu)}-{begin.day}.json")).resolve()
+        if options.dry_run and options.bundles == BUNDLES:
+            bundles = scratch / "bundles"
         setting = Setting(device, sizes, scratch, bundles, tuple(paths))
+        if options.dry_run and any("pydantic" in stage.needs for stage in stages):
+            _build_tiny(setting)
         return run_stages(stages, setting, begin, output, budget=options.budget, tell=_tell), output
+
+
+def _build_tiny(setting: Setting) -> None:
+    try:
+        from gpu.bundles import BuildError, make
+    except ModuleNotFoundError:  # the stages that need it say so
+        return
+    try:
+        make(SIZES[setting.sizes], setting.bundles, setting.environment(), _tell)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def unused(file: Path) -> Path:
+    """`file`, or that name with a number where it is taken: no run overwrites another's."""
+    others = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([file], others) if not each.exists())
+
+
+def _stop(number: int, _frame: object) -> None:
+    for each in _SIGNALS:  # a second one must not stop the saving
+        signal.signal(each, signal.SIG_IGN)
+    print("stopping; what has been proven is kept", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _bundles(folder: Path) -> int:
+    try:
+        from gpu.bundles import BuildError, make
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing; pip install -c constraints.txt -e '.[cpu,export]'", file=sys.stderr)
+        return 1
+    environment = Setting("cpu", "full", folder, folder, tuple(import_paths())).environment()
+    try:
+        make(SIZES["full"], folder.resolve(), environment, _say)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _render() -> int:
@@ -124,6 +177,10 @@ def _versions() -> dict[str, str]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _tell(text: str) -> None:

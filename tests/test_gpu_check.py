@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,9 +26,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "gpu_check.py"
 sys.path.append(str(SCRIPT.parent))  # at the end: it has modules of common names
-check, checkout, claims, render, results = (
-    importlib.import_module(f"gpu.{name}") for name in ("check", "checkout", "claims", "render", "results")
+check, checkout, claims, process, render, results = (
+    importlib.import_module(f"gpu.{name}") for name in ("check", "checkout", "claims", "process", "render", "results")
 )
+gpu_check = importlib.import_module("gpu_check")
 sys.path.remove(str(SCRIPT.parent))
 STAGES = [stage.name for stage in check.STAGES]
 GPU, DAY = "NVIDIA H100", "2026-11-25"
@@ -65,7 +68,16 @@ def test_the_dry_run_has_every_stage_with_its_rows(dry_run: Any) -> None:
 @pytest.mark.slow
 def test_the_dry_run_runs_what_a_cpu_can(dry_run: Any) -> None:
     stages = {stage.name: stage for stage in results.read(dry_run.file).stages}
-    for name in ("device", "scan", "scan time", "pytorch", "torch.compile", "bundles", "onnxruntime", "end to end"):
+    for name in (
+        "device",
+        "scan",
+        "scan time",
+        "onnxruntime",
+        "pytorch",
+        "torch.compile",
+        "end to end",
+        "function body",
+    ):
         assert stages[name].status == results.PASSED, stages[name]
     assert all(row.figures["cases"] > 1 for row in stages["scan"].rows if row.name.startswith(("float", "bfloat")))
     (batch,) = (row for row in stages["pytorch"].rows if row.name == "fp16, batch 2")
@@ -110,20 +122,69 @@ def test_without_a_gpu_the_command_says_so_in_one_line(tmp_path: Path) -> None:
 # What goes wrong.
 
 BROKEN = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from gpu.context import CheckFailed
+
+ROWS = ("one", "two", "three")
 
 def fine(context):
     context.attempt("one", lambda: {"figure": 1.5})
 
-def crash(context):
+def begun(context, then):
+    context.expect(*ROWS)
     fine(context)
+    context.attempt("two", then)
+
+def last_words():
     print("last words", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
 
-def hang(context):
-    fine(context)
+def forking():
+    children = [
+        subprocess.Popen([sys.executable, "-c", CHILD], start_new_session=alone, stdout=subprocess.PIPE)
+        for alone in (False, True)
+    ]
+    for child in children:
+        child.stdout.readline()  # it ignores what it can from now on
+    with open("children", "w") as file:
+        print(*(child.pid for child in children), file=file)
     time.sleep(600)
+
+CHILD = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; print(flush=True); time.sleep(600)"
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(600)
+
+def in_native_code():
+    import ctypes
+    ctypes.PyDLL(None).pause()  # holds Python's lock, so that no Python code runs
+
+def crash(context):
+    begun(context, last_words)
+
+def hang(context):
+    begun(context, lambda: time.sleep(600))
+
+def hang_in_native_code(context):
+    begun(context, in_native_code)
+
+def ignore_signals(context):
+    begun(context, deaf)
+
+def fork(context):
+    begun(context, forking)
+
+def exit_early(context):
+    begun(context, lambda: os._exit(0))
+
+def cut_line(context):
+    context.expect(*ROWS)
+    fine(context)
+    context.report._file.write('{"row": {"name": "tw')
+    context.report._file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def failing(context):
     def work():
@@ -132,12 +193,16 @@ def failing(context):
     fine(context)
 
 def raising(context):
+    context.expect(*ROWS)
     fine(context)
     raise ValueError("unexpected")
 
 def late(context):
     context.attempt("long", lambda: {}, needs_seconds=10_000)
     fine(context)
+
+def given(context, *words):
+    context.attempt(" ".join(words), lambda: {})
 
 def with_kernel(context, spoil):
     from unittest.mock import patch
@@ -159,42 +224,50 @@ def wrong(context):
 def unwritten(context):
     with_kernel(context, lambda y: y.view(-1)[-1:].fill_(float("nan")))
 """
+SLOW = ("hang", "hang_in_native_code", "ignore_signals", "fork")
 
 
-class Hanging(subprocess.Popen[bytes]):
-    """A stage's process, whose time is over when it has given a row, however long a busy machine took to start it."""
+class Hurried:
+    """A clock that stands still until a stage is well into its second row, and is then far ahead.
 
-    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> Any:
-        assert self.stdin is not None
-        assert input is not None
-        self.stdin.write(input)
-        self.stdin.close()
-        rows = Path(json.loads(input)["rows"])
-        while not rows.read_bytes().endswith(b"\n"):
-            assert self.poll() is None
-            time.sleep(0.01)
-        raise subprocess.TimeoutExpired(self.args, 7)
+    However long a busy machine takes to start the stage, its time is over there, and nowhere else.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._journal, self._children = folder / f"{name}.journal", folder / "children"
+        self._name = name
+
+    def monotonic(self) -> float:
+        begun = self._journal.exists() and '{"begin": "two"}' in self._journal.read_text()
+        if self._name == "fork":
+            begun = self._children.exists() and self._children.read_text().endswith("\n")
+        return 1000.0 if begun else 0.0
+
+
+def setting_of(folder: Path) -> Any:
+    (folder / "broken.py").write_text(BROKEN)
+    (folder / "bundles").mkdir()
+    return check.Setting("cpu", "tiny", folder, folder / "bundles", (*checkout.import_paths(), str(folder)))
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The results of a run whose stages go wrong in all ways, each between others that don't."""
     folder = tmp_path_factory.mktemp("broken")
-    (folder / "broken.py").write_text(BROKEN)
-    names = ("exact", "crash", "failing", "raising", "late", "wrong", "unwritten")
+    setting = setting_of(folder)
+    names = ("exact", "crash", "exit_early", "cut_line", "failing", "raising", "late", "wrong", "unwritten", "fine")
     stages = [check.Stage(name, f"broken:{name}", 60, needs=()) for name in names]
     stages.insert(3, check.Stage("missing", "broken:fine", 60, needs=("json", "no_such_module", "nor_this")))
-    stages.append(check.Stage("fine", "broken:fine", 60, needs=()))
-    (folder / "bundles").mkdir()
-    paths = (*checkout.import_paths(), str(folder))
-    setting = check.Setting("cpu", "tiny", folder, folder / "bundles", paths)
+    stages.insert(4, check.Stage("given", "broken:given", 60, needs=(), arguments=("two", "words")))
     begin = results.Results("none", f"{DAY}T10:00:00+00:00", True, "command", {})
     output = folder / "out.json"
     environment = setting.environment()
     done = {stage.name: check.run_stage(stage, setting, 120, environment) for stage in stages}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(check.subprocess, "Popen", Hanging)
-        done["hang"] = check.run_stage(check.Stage("hang", "broken:hang", 60, needs=()), setting, 7, environment)
+    for name in SLOW:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            clock = SimpleNamespace(monotonic=Hurried(folder, name).monotonic, sleep=time.sleep)
+            monkeypatch.setattr(process, "time", clock)
+            done[name] = check.run_stage(check.Stage(name, f"broken:{name}", 60, needs=()), setting, 7, environment)
     run = replace(begin, stages=tuple(done.values()))
     results.write(run, output)
     return done, output
@@ -205,11 +278,14 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     [
         ("exact", "passed", ""),
         ("crash", "crashed", "SIGSEGV, having said: last words"),
-        ("hang", "timed out", "stopped after 7 s"),
+        ("exit_early", "crashed", "ended without a word"),
+        ("cut_line", "crashed", "SIGKILL"),
+        *((name, "timed out", "stopped after 7 s") for name in SLOW),
         ("missing", "not installed", "no_such_module, nor_this"),
         ("failing", "failed", "off by 3"),
         ("raising", "failed", "ValueError: unexpected"),
         ("late", "passed", ""),
+        ("given", "passed", ""),
         ("wrong", "failed", "cases are wrong"),
         ("unwritten", "failed", "not finite"),
         ("fine", "passed", ""),
@@ -223,9 +299,41 @@ def test_what_goes_wrong_in_a_stage_is_that_stages_alone(
     assert note in done.note
 
 
-def test_rows_before_a_crash_stay(broken: tuple[Any, Path]) -> None:
-    for name in ("crash", "hang", "raising"):
-        assert broken[0][name].rows[0] == results.Row("one", "passed", "", {"figure": 1.5})
+@pytest.mark.parametrize(
+    ("stage", "second"), [("crash", "crashed"), ("exit_early", "crashed"), *((name, "timed out") for name in SLOW)]
+)
+def test_a_stage_that_ends_early_keeps_its_rows_and_names_the_others(
+    stage: str, second: str, broken: tuple[Any, Path]
+) -> None:
+    first, *others = broken[0][stage].rows
+    assert first == results.Row("one", "passed", "", {"figure": 1.5})
+    assert [(row.name, row.status) for row in others] == [("two", second), ("three", "not run")]
+    assert all(row.note for row in others)
+
+
+@pytest.mark.parametrize("stage", ["cut_line", "raising"])
+def test_rows_that_were_announced_and_not_begun_are_not_run(stage: str, broken: tuple[Any, Path]) -> None:
+    rows = {row.name: row for row in broken[0][stage].rows}
+    assert rows["one"].status == "passed"
+    assert rows["two"].status == rows["three"].status == "not run"
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process does anything; one that has ended and that nobody asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_nothing_that_a_stage_started_outlives_it(broken: tuple[Any, Path]) -> None:
+    children = (broken[1].parent / "children").read_text().split()
+    assert len(children) == 2
+    assert not [pid for pid in children if is_running(int(pid))]
+
+
+def test_a_stages_arguments_reach_it(broken: tuple[Any, Path]) -> None:
+    assert [row.name for row in broken[0]["given"].rows] == ["two words"]
 
 
 def test_figures_of_a_failed_check_are_kept(broken: tuple[Any, Path]) -> None:
@@ -234,7 +342,7 @@ def test_figures_of_a_failed_check_are_kept(broken: tuple[Any, Path]) -> None:
 
 
 def test_what_has_no_time_left_is_said_and_the_stage_goes_on(broken: tuple[Any, Path]) -> None:
-    assert [row.status for row in broken[0]["late"].rows] == ["no time", "passed"]
+    assert [row.status for row in broken[0]["late"].rows] == ["not run", "passed"]
 
 
 def test_a_run_with_failures_has_not_passed_and_one_without_packages_has(broken: tuple[Any, Path]) -> None:
@@ -242,6 +350,98 @@ def test_a_run_with_failures_has_not_passed_and_one_without_packages_has(broken:
     assert not run.passed
     good = tuple(stage for stage in run.stages if stage.name in ("exact", "missing", "late", "fine"))
     assert replace(run, stages=good).passed
+
+
+# A run that somebody ends.
+
+RUN = """
+import sys
+from pathlib import Path
+import gpu_check
+from gpu import check, results
+folder, stages = Path(sys.argv[1]), [check.Stage(name, f"broken:{name}", 60, needs=()) for name in sys.argv[2:]]
+paths = (*gpu_check.import_paths(), str(folder))
+setting = check.Setting("cpu", "tiny", folder, folder / "bundles", paths)
+for number in gpu_check._SIGNALS:
+    gpu_check.signal.signal(number, gpu_check._stop)
+begin = results.Results("none", "2026-11-25T10:00:00+00:00", True, "command", {})
+check.run_stages(stages, setting, begin, folder / "out.json")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("stage", SLOW)
+def test_a_run_that_is_ended_loses_no_row(stage: str, number: signal.Signals, tmp_path: Path) -> None:
+    setting_of(tmp_path)
+    script = subprocess.Popen(
+        [sys.executable, "-c", RUN, tmp_path, "given", stage, "fine"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout.import_paths())},
+        stderr=subprocess.PIPE,
+    )
+    clock = Hurried(tmp_path, stage)
+
+    def written() -> list[str]:
+        run = results.read(tmp_path / "out.json") if (tmp_path / "out.json").exists() else None
+        return [row.name for each in (run.stages if run else ()) for row in each.rows]
+
+    # SIGKILL leaves no time to write: by then the row has been written.
+    while not clock.monotonic() or (number == signal.SIGKILL and "one" not in written()):
+        assert script.poll() is None
+        time.sleep(0.02)
+    script.send_signal(number)
+    said = script.communicate(timeout=60)[1].decode()
+    run = results.read(tmp_path / "out.json")
+    first, second, *others = run.stages
+    assert (first.status, second.rows[0]) == ("passed", results.Row("one", "passed", "", {"figure": 1.5}))
+    assert (second.status, second.note) == ("not run", check.ENDED)
+    assert {row.status for row in second.rows[1:]} == {"not run"}
+    assert run.passed
+    if number == signal.SIGKILL:
+        assert script.returncode == -number
+        while any("gpu.worker" in command_of(pid) for pid, text in processes() if str(tmp_path) in text):
+            time.sleep(0.02)  # the kernel ends it, in its own time
+        for pid, text in processes():  # what the worker had started is nobody's any more
+            if str(tmp_path) in text:
+                os.kill(pid, signal.SIGKILL)
+        return
+    assert script.returncode == 128 + number
+    assert said == "stopping; what has been proven is kept\n"
+    assert [row.name for row in second.rows] == ["one", "two", "three"]
+    assert [(stage.name, stage.status) for stage in others] == [("fine", "not run")]
+    assert not [pid for pid, text in processes() if str(tmp_path) in text]
+
+
+def processes() -> list[tuple[int, str]]:
+    """All processes with their environments: a stage's folder is in that of everything that the stage started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if is_running(int(folder.name)):
+                found.append((int(folder.name), (folder / "environ").read_bytes().decode(errors="replace")))
+    return found
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_process_that_can_not_be_ended_costs_its_stage_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = setting_of(tmp_path)
+    monkeypatch.setattr(process.StageProcess, "_gone", lambda self: False)
+    done = check.run_stage(check.Stage("crash", "broken:crash", 60, needs=()), setting, 60, setting.environment())
+    assert done.note.endswith(", and can't be ended")
+    assert done.rows[0].status == "passed"
+
+
+def test_no_run_overwrites_anothers_results(tmp_path: Path) -> None:
+    file = tmp_path / "gpu-2026-11-25.json"
+    for expected in ("gpu-2026-11-25.json", "gpu-2026-11-25-2.json", "gpu-2026-11-25-3.json"):
+        unused = gpu_check.unused(file)
+        assert unused.name == expected
+        unused.touch()
 
 
 # The time for all.
@@ -257,7 +457,7 @@ def test_a_stage_gets_what_those_before_it_left(monkeypatch: pytest.MonkeyPatch,
     clock, given, written = [0.0], [], []
     took = {"a": 1.0, "b": 30.0, "c": 25.0, "d": 5.0}
 
-    def run_stage(stage: Any, _setting: Any, limit: float, _environment: Any) -> Any:
+    def run_stage(stage: Any, _setting: Any, limit: float, _environment: Any, _keep: Any) -> Any:
         given.append(limit)
         written.append(len(results.read(tmp_path / "out.json").stages))
         clock[0] += min(took[stage.name], limit)
@@ -277,7 +477,7 @@ def test_a_stage_gets_what_those_before_it_left(monkeypatch: pytest.MonkeyPatch,
 def test_no_stage_begins_when_the_time_is_over(tmp_path: Path) -> None:
     setting = check.Setting("cpu", "tiny", tmp_path, tmp_path, ())
     done = check.run_stage(check.Stage("a", "broken:fine", 60), setting, 0.5, {})
-    assert (done.status, done.rows) == ("no time", ())
+    assert (done.status, done.rows) == ("not run", ())
 
 
 # Results and their rendering.
@@ -299,15 +499,18 @@ ROWS = {
     "device": [row("facts")],
     "scan": [row("float32, forward"), row("bfloat16, reverse"), row("mamba-ssm's kernel and its gradient")],
     "scan time": [scan_row(64, 1.4), scan_row(1, 7.0)],
-    "sanitizer": [row("memcheck")],
-    "pytorch": [rate("fp16, batch 32", 900)],
-    "torch.compile": [rate("fp16, batch 32", 1000)],
-    "bundles": [row("fp16")],
+    "tensorrt demo": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 8", 9000)],
     "onnxruntime": [row("fp16, own op, parity"), rate("fp16, own op, batch 32", 1200, 0.4)],
-    "tensorrt": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 32", 1500.4, 0.55)],
+    "pytorch": [rate("fp16, batch 32", 900)],
+    "tensorrt fp16": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 32", 1500.4, 0.55)],
+    "tensorrt int8": [row("int8, plans"), row("int8, parity"), rate("int8, batch 32", 1900)],
+    "tensorrt fp8": [row("fp8, plans"), row("fp8, parity"), rate("fp8, batch 32", 2000)],
+    "torch.compile": [rate("fp16, batch 32", 1000)],
     "tensorrt-rtx": [row("fp16, plans"), row("fp16, parity"), rate("fp16, batch 32", 1400)],
     "end to end": [rate("fp16, JPEG files", 1111)],
-    "tests": [row("pytest -m gpu")],
+    "function body": [row("fp16, function body, one image")],
+    "tests": [row("tests/export/test_gpu.py")],
+    "sanitizer": [row("memcheck")],
 }
 
 
@@ -321,6 +524,13 @@ def made_up(day: str = DAY, **changes: list[Any]) -> Any:
         note = next((f"{each.name}: {each.note}" for each in found if each.status == status and each.note), "")
         stages.append(results.StageResult(name, status, 10.0, 20.0, note, tuple(found)))
     return results.Results(GPU, f"{day}T10:00:00+00:00", False, "python benchmarks/gpu_check.py", {}, tuple(stages))
+
+
+def ended(name: str, status: str, rows: list[Any]) -> Any:
+    """A run in which all is well but for one stage, which did not come to its end."""
+    run = made_up()
+    changed = {"status": status, "note": "why", "rows": tuple(rows)}
+    return replace(run, stages=tuple(replace(s, **changed) if s.name == name else s for s in run.stages))
 
 
 def lines_of(run: Any) -> dict[str, str]:
@@ -351,11 +561,55 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> 
 def test_a_claim_whose_rows_passed_is_verified_with_gpu_and_day() -> None:
     said = lines_of(made_up())
     assert all(text.startswith(f"verified on {GPU}, {DAY}") for text in said.values()), said
-    assert said["TensorRT 11: plans, and the session that runs them"].endswith(": 1500 images/s at batch 32")
+    assert said["TensorRT 11 at full size, fp16"].endswith(": 1500 images/s at batch 32")
     assert said["selective scan on CUDA: `selective_scan.cu`"].endswith(": 1.40× its floor at batch 64")
 
 
-@pytest.mark.parametrize("status", ["failed", "crashed", "timed out"])
+def test_every_stage_has_made_up_rows_and_every_claim_a_stage() -> None:
+    assert [*ROWS] == STAGES
+    assert {claim.stage for claim in claims.CLAIMS} <= {*STAGES}
+
+
+@pytest.mark.parametrize("status", ["timed out", "crashed"])
+def test_a_claim_is_verified_though_its_stage_ended_in_a_row_of_another(status: str) -> None:
+    rows = [row("float32, forward"), row("mamba-ssm's kernel and its gradient", status, "stopped after 40 s")]
+    said = lines_of(ended("scan", status, rows))
+    assert said["selective scan on CUDA: `selective_scan.cu`"].startswith(f"verified on {GPU}, {DAY}: 1.40×")
+    assert said["selective scan on CUDA: mamba-ssm's kernel and its gradient, which training takes"] == (
+        f"**{status}** on {GPU}, {DAY}: mamba-ssm's kernel and its gradient: stopped after 40 s"
+    )
+
+
+def test_a_claim_says_which_rows_its_stage_did_not_come_to() -> None:
+    rows = [
+        row("fp16, own op, parity"),
+        rate("fp16, own op, batch 32", 1200),
+        row("fp16, own op, batch 1", "timed out", "stopped after 45 s"),
+        row("fp16, own op, batch 64", "not run", "the stage had ended"),
+    ]
+    said = lines_of(ended("onnxruntime", "timed out", rows))
+    lacking = "without fp16, own op, batch 1 (timed out), fp16, own op, batch 64 (not run)"
+    assert said["selective scan on CUDA: ONNX Runtime's operator"] == f"verified in part on {GPU}, {DAY}; {lacking}"
+    assert said["ONNX Runtime CUDA, `--backend onnxruntime-cuda`"] == (
+        f"verified in part on {GPU}, {DAY}: 1200 images/s at batch 32; {lacking}"
+    )
+
+
+@pytest.mark.parametrize("status", ["timed out", "crashed", "failed"])
+def test_a_stage_that_went_wrong_before_its_first_row_fails_its_claims(status: str) -> None:
+    said = lines_of(ended("scan", status, []))
+    assert said["selective scan on CUDA: `selective_scan.cu`"] == f"**{status}** on {GPU}, {DAY}: why"
+
+
+def test_a_stage_that_was_under_way_when_the_run_was_ended_has_failed_nothing() -> None:
+    rows = [row("float32, forward", "not run", check.ENDED)]
+    said = lines_of(ended("scan", "not run", rows))
+    assert said["selective scan on CUDA: `selective_scan.cu`"].endswith(
+        f"*unverified*: not run on {GPU}, {DAY} ({check.ENDED})"
+    )
+
+
+@pytest.mark.parametrize("status", ["failed", "crashed"])
 def test_a_claim_with_a_bad_row_is_told_as_such_and_no_other_is(status: str) -> None:
     bad = [row("fp16, own op, parity", status, "score max |Δ|"), row("fp16, own op, batch 1")]
     said = lines_of(made_up(onnxruntime=bad))
@@ -367,10 +621,10 @@ def test_a_claim_with_a_bad_row_is_told_as_such_and_no_other_is(status: str) -> 
     assert "score max \\|Δ\\|" in said[failed[0]]  # a cell's own lines are not the table's
 
 
-@pytest.mark.parametrize("status", ["not installed", "not supported", "no time"])
+@pytest.mark.parametrize("status", ["not installed", "not supported", "not run"])
 def test_what_could_not_run_stays_unverified_with_the_reason(status: str) -> None:
-    said = lines_of(made_up(tensorrt=[row("fp16, plans", status, "tensorrt"), row("fp16, parity", status, "tensorrt")]))
-    text = said["TensorRT 11: plans, and the session that runs them"]
+    rows = [row("fp16, plans", status, "tensorrt"), row("fp16, parity", status, "tensorrt")]
+    text = lines_of(made_up(tensorrt_fp16=rows))["TensorRT 11 at full size, fp16"]
     assert text == (f"tested with stand-ins for GPU and builder; *unverified*: {status} on {GPU}, {DAY} (tensorrt)")
 
 
@@ -382,20 +636,9 @@ def test_plans_that_were_only_built_verify_nothing() -> None:
 
 
 def test_a_claim_of_which_a_part_is_missing_says_which() -> None:
-    rows = [row("fp16, own op, parity"), row("fp16, function body, parity", "no time", "1 s was left")]
+    rows = [row("fp16, own op, parity"), row("fp16, own op, batch 64", "not run", "1 s was left")]
     text = lines_of(made_up(onnxruntime=rows))["ONNX Runtime CUDA, `--backend onnxruntime-cuda`"]
-    assert text == f"verified in part on {GPU}, {DAY}; without fp16, function body, parity (no time)"
-
-
-def test_a_stage_that_crashed_without_a_row_fails_its_claim() -> None:
-    run = made_up()
-    stages = tuple(
-        replace(stage, status="crashed", note="ended by SIGSEGV", rows=()) if stage.name == "tests" else stage
-        for stage in run.stages
-    )
-    assert lines_of(replace(run, stages=stages))["the tests marked `gpu`"] == (
-        f"**crashed** on {GPU}, {DAY}: ended by SIGSEGV"
-    )
+    assert text == f"verified in part on {GPU}, {DAY}; without fp16, own op, batch 64 (not run)"
 
 
 def test_no_figure_stands_without_gpu_and_day() -> None:
@@ -414,7 +657,7 @@ def test_goals_are_met_or_missed_by_the_best_of_ours() -> None:
 
     assert goals(made_up()) == ["met", "met", "met"]  # 1.4×; 1500 / 1000; 0.55
     slow = [row("fp16, parity"), rate("fp16, batch 32", 1250, 0.45)]
-    assert goals(made_up(tensorrt=slow, tensorrt_rtx=slow, scan_time=[scan_row(64, 1.6)])) == ["missed"] * 3
+    assert goals(made_up(tensorrt_fp16=slow, tensorrt_rtx=slow, scan_time=[scan_row(64, 1.6)])) == ["missed"] * 3
     none = [row("fp16, batch 32", "not installed", "triton")]
     assert claims.goal_state(claims.GOALS[1], made_up(torch_compile=none)).startswith("*unverified*: not measured")
 
@@ -489,6 +732,48 @@ def test_figures_that_are_not_finite_are_written_by_name(tmp_path: Path) -> None
 
 # What the stages are made of.
 
+BARE = """
+import sys
+
+class Lacking:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Lacking, sys.meta_path)
+
+from gpu import check, journal, worker
+import gpu_check
+stages = {{stage.name: stage for stage in check.STAGES}}
+with open("journal", "w") as file:
+    for name in {stages}:
+        stage = stages[name]
+        request = dict(function=stage.function, arguments=(), needs=stage.needs, device="cpu", sizes="tiny")
+        assert worker.run({{**request, "scratch": ".", "bundles": ".", "seconds": 500}}, journal.Writer(file, []))
+"""
+PACKAGES = (
+    *("pydantic", "diffusers", "safetensors", "PIL", "click", "rich", "onnx", "onnxscript", "onnxruntime"),
+    *("ml_dtypes", "pytest", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda", "mamba_ssm"),
+)
+
+
+def test_a_bare_machine_runs_the_stages_of_the_kernel(tmp_path: Path) -> None:
+    stages = ("device", "scan", "scan time", "sanitizer")
+    done = subprocess.run(
+        [sys.executable, "-c", BARE.format(names=set(PACKAGES), stages=stages)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout.import_paths()), "PATH": str(tmp_path)},  # no g++
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line).get("row") for line in (tmp_path / "journal").read_text().splitlines()]
+    found = {row["name"]: row for row in rows if row}
+    lacking = {name for name, row in found.items() if row["status"] == "not installed"}
+    assert lacking == {name for name in found if "mamba-ssm" in name or name == "address sanitizer"}
+    assert {row["status"] for name, row in found.items() if name not in lacking} == {"passed"}
+    assert found["bfloat16, reverse"]["figures"]["cases"] > 1
+
 
 def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
@@ -550,6 +835,40 @@ def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
     sizes = {"channels": 33, "length": 197, "states": 17}
     assert call["values"] == [sizes.get(name, 4096 * (i + 1)) for i, name in enumerate(cuda_kernel.ARGUMENTS)]
     assert "cuLaunchKernel: out of memory (2)" in answer["said"]
+
+
+BUFFERS = """
+import numpy as np
+from gpu import driver
+from gpu.driver import Buffer
+driver.start()
+values = np.array([[1.0, -2.5, 3.14159, 1e-3]], np.float32)
+print([Buffer(values, dtype).read().astype(float).tolist() for dtype in ("float32", "float16", "bfloat16")])
+print(Buffer(values, "float16").shape, Buffer(values, "float16").data_ptr() > 2**20)
+"""
+
+
+@pytest.mark.skipif(cuda_stub.COMPILER is None, reason="needs a C compiler")
+def test_what_runs_under_the_sanitizer_talks_to_the_driver_alone(tmp_path: Path) -> None:
+    import numpy as np
+
+    environment = cuda_stub.environment(tmp_path) | {"STUB_GPU": "90"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), environment["PYTHONPATH"]])
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, *arguments]
+        return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    done = python("-c", BUFFERS)
+    assert done.returncode == 0, done.stderr
+    values, facts = done.stdout.splitlines()
+    for got, precision in zip(json.loads(values), (2**-24, 2**-11, 2**-7), strict=True):
+        np.testing.assert_allclose(got, [[1.0, -2.5, 3.14159, 1e-3]], rtol=precision)
+    assert facts == "(1, 4) True"
+    # The stub computes nothing: what the outputs were filled with before must be noticed.
+    done = python("-m", "gpu.sanitizer", "cuda", ".")
+    assert (done.returncode, done.stderr) == (1, "float32, (1, 33, 19, 16): not finite\n")
+    assert "torch" not in python("-X", "importtime", "-m", "gpu.sanitizer", "cuda", ".").stderr
 
 
 @pytest.fixture(scope="module")

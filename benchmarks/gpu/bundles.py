@@ -1,81 +1,94 @@
-"""Bundles of the model, random weights, in the precisions that GPUs run: built where they are missing.
+"""Bundles of the models in the precisions that GPUs run, built before a GPU is at hand: `gpu_check.py bundles DIR`.
 
-Each build is a process of its own (`python -m gpu.bundles SIZES PRECISION FOLDER`), and all run at one time, since most
-of a build is one thread.
+    DIR/full/weights.safetensors, DIR/full/fp16, DIR/full/int8, …   the model at full size, random weights
+    DIR/demo/fp16                                                   the demo
+
+Each is built in a process of its own (`python -m gpu.bundles SIZES PRECISION DIR`), which gives its memory back.
 """
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gpu.context import CheckFailed, Context, NotInstalled
-from gpu.results import Figure
 from gpu.sizes import SIZES, Sizes
-from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import MANIFEST_NAME
+from mdnet_engines.bundle.files import Bundle, sha256_of
+from mdnet_engines.bundle.manifest import MANIFEST_NAME, Precision
 
 _CALIBRATION_IMAGES = 8  # ranges of int8; more would change no speed, and these weights mean nothing
+MAKE = "make gpu-bundles"
 
 
-def run(context: Context) -> None:
-    """A row for each precision."""
-    sizes = context.sizes
-    building = {}
-    for precision in sizes.precisions:
-        folder = context.bundles / precision
-        if (folder / MANIFEST_NAME).is_file():
-            continue
-        command = [sys.executable, "-m", "gpu.bundles", sizes.name, precision, str(folder)]
-        building[precision] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for precision in sizes.precisions:
-        context.attempt(precision, functools.partial(_wait, context.bundles / precision, building.get(precision)))
+class BuildError(Exception):
+    """A bundle was not built; the message says which, and why."""
+
+
+def make(sizes: Sizes, bundles: Path, environment: Mapping[str, str], tell: Callable[[str], None]) -> None:
+    """Build the bundles that are missing, of `sizes` and of its small model, in the precisions that this version knows.
+
+    Raises:
+        BuildError: see there.
+    """
+    for each in {sizes.name: sizes, sizes.small: SIZES[sizes.small]}.values():
+        for precision in each.precisions:
+            name = f"{each.name}/{precision}"
+            if precision not in get_args(Precision):
+                tell(f"{name}: left out, this version builds no {precision}")
+                continue
+            if (bundles / name / MANIFEST_NAME).is_file():
+                tell(f"{name}: is there")
+                continue
+            tell(f"{name}: building")
+            command = [sys.executable, "-m", "gpu.bundles", each.name, precision, str(bundles)]
+            done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
+            if done.returncode:
+                words = done.stderr.strip().splitlines()
+                raise BuildError(f"{name}: {words[-1] if words else f'exit code {done.returncode}'}")
 
 
 def open_bundle(context: Context, precision: str) -> Bundle:
     """The bundle of a precision.
 
     Raises:
-        NotInstalled: the stage that builds it did not.
+        NotInstalled: nobody built it.
+        CheckFailed: it failed parity with PyTorch on the CPU.
     """
-    folder = context.bundles / precision
+    folder = context.bundles / context.sizes.name / precision
     if not (folder / MANIFEST_NAME).is_file():
-        raise NotInstalled(f"there is no {precision} bundle: see the stage bundles")
-    return Bundle.open(folder)
+        raise NotInstalled(f"there is no {precision} bundle; build it before: {MAKE}")
+    bundle = Bundle.open(folder)
+    if not bundle.manifest.parity.passed:
+        raise CheckFailed(f"the {precision} bundle's parity with PyTorch failed on the CPU already")
+    return bundle
 
 
-def _wait(folder: Path, process: subprocess.Popen[str] | None) -> dict[str, Figure]:
-    words = process.communicate()[1].strip().splitlines() if process else []
-    if process and process.returncode:
-        raise CheckFailed(words[-1] if words else f"its process ended with {process.returncode}")
-    manifest = Bundle.open(folder).manifest
-    if not manifest.parity.passed:
-        raise CheckFailed("parity with PyTorch failed on the CPU already")
-    size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
-    return {"MB": size / 1e6, "note": "built" if process else "was there"}
-
-
-def build(sizes: Sizes, precision: Any, folder: Path) -> None:
+def build(sizes: Sizes, precision: Any, bundles: Path) -> None:
     """Build one bundle; where int8 is slower than float on this CPU, which a GPU does not care about, it stands."""
+    from gpu.model import random_model, weights_file
+    from mdnet.model.checkpoint import save_checkpoint
     from mdnet_export.build import build_bundle
     from mdnet_export.model_source import Weights
     from mdnet_export.parity_images import calibration_images, parity_images
     from mdnet_export.quantise import Calibration
 
-    config = sizes.config()
+    config, file = sizes.config(), weights_file(sizes, bundles)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        save_checkpoint(random_model(config), file)
     size = config.image_size
-    images = calibration_images(None, size, _CALIBRATION_IMAGES) if precision == "int8" else None
+    images = calibration_images(None, size, _CALIBRATION_IMAGES) if precision != "fp16" else None
     build_bundle(
-        Weights("random", config, seed=0),
-        folder,
+        Weights("demo" if sizes.packaged else "random", config, file, sha256_of(file)),
+        bundles / sizes.name / precision,
         precision=precision,
         images=parity_images(None, size, 2),
         calibration=Calibration(images) if images else None,
         force=True,
-        command="gpu_check.py",
+        command="gpu_check.py bundles",
     )
 
 

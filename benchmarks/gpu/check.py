@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu.checkout import ROOT
-from gpu.results import CRASHED, FAILED, NO_TIME, PASSED, TIMED_OUT, Results, Row, StageResult, worst, write
+from gpu.journal import read
+from gpu.process import StageProcess
+from gpu.results import NOT_RUN, Results, StageResult, write
 
 BUDGET = 540.0
 """Seconds for everything: nine minutes."""
+ENDED = "somebody ended the run"
 _MODEL = ("torch", "diffusers", "safetensors", "pydantic", "PIL")
 
 
@@ -29,23 +26,28 @@ class Stage:
     function: str
     seconds: float
     needs: tuple[str, ...] = ("torch", "numpy")
+    arguments: tuple[str, ...] = ()  # of the function, after the context
 
 
 STAGES = (
     Stage("device", "gpu.device_facts:run", 20),
-    Stage("scan", "gpu.scan:run", 45),
+    Stage("scan", "gpu.scan:run", 40),
     Stage("scan time", "gpu.scan_time:run", 25),
-    Stage("sanitizer", "gpu.sanitizer:run", 45),
-    Stage("pytorch", "gpu.pytorch:eager", 50, _MODEL),
-    Stage("torch.compile", "gpu.pytorch:compiled", 80, _MODEL),
-    Stage("bundles", "gpu.bundles:run", 110, (*_MODEL, "onnx", "onnxscript", "onnxruntime")),
+    Stage("tensorrt demo", "gpu.served:tensorrt_demo", 45, _MODEL),
     Stage("onnxruntime", "gpu.served:onnxruntime", 45, (*_MODEL, "onnxruntime")),
-    Stage("tensorrt", "gpu.served:tensorrt", 50, _MODEL),
-    Stage("tensorrt-rtx", "gpu.served:tensorrt_rtx", 15, _MODEL),
-    Stage("end to end", "gpu.end_to_end:run", 20, (*_MODEL, "onnxruntime")),
-    Stage("tests", "gpu.marked_tests:run", 30, ("pytest", *_MODEL, "onnx", "onnxscript", "onnxruntime")),
+    Stage("pytorch", "gpu.pytorch:eager", 45, _MODEL),
+    Stage("tensorrt fp16", "gpu.served:tensorrt", 85, _MODEL, ("fp16",)),
+    Stage("tensorrt int8", "gpu.served:tensorrt", 45, _MODEL, ("int8",)),
+    Stage("tensorrt fp8", "gpu.served:tensorrt", 45, _MODEL, ("fp8",)),
+    Stage("torch.compile", "gpu.pytorch:compiled", 55, _MODEL),
+    Stage("tensorrt-rtx", "gpu.served:tensorrt_rtx", 10, _MODEL),
+    Stage("end to end", "gpu.end_to_end:run", 15, (*_MODEL, "onnxruntime")),
+    Stage("function body", "gpu.served:function_body", 15, (*_MODEL, "onnxruntime")),
+    Stage("tests", "gpu.marked_tests:run", 20, ("pytest", *_MODEL, "onnx", "onnxscript", "onnxruntime")),
+    Stage("sanitizer", "gpu.sanitizer:run", 20, ("numpy",)),
 )
-"""In the order in which they run. The shares add up to less than `BUDGET`: starting and ending processes takes some."""
+"""In the order in which they run: by what they prove and what they take, so that a run that ends early has proven most
+of what it could. The shares add up to less than `BUDGET`: starting and ending processes takes some."""
 
 
 def limits(stages: Sequence[Stage], budget: float) -> list[float]:
@@ -81,96 +83,97 @@ def run_stages(
     budget: float = BUDGET,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Results:
-    """Run `stages` one after the other; gives `results` with theirs, which `output` has after each."""
+    """Run `stages` one after the other; gives `results` with theirs.
+
+    `output` has every row soon after it is known. What ends the script (`SystemExit`, `KeyboardInterrupt`) passes
+    through when the stage's processes are gone and `output` says which stages were not run.
+    """
     shares, environment = limits(stages, budget), setting.environment()
     end = time.monotonic() + budget
     write(results, output)
+
+    def keep(*more: StageResult) -> Results:
+        new = replace(results, stages=(*results.stages, *more))
+        write(new, output)
+        return new
+
     for place, stage in enumerate(stages):
         limit = end - time.monotonic() - sum(shares[place + 1 :])
-        tell(f"[{place + 1}/{len(stages)}] {stage.name}, {max(limit, 0):.0f} s at most")
-        done = run_stage(stage, setting, limit, environment)
-        results = replace(results, stages=(*results.stages, done))
-        write(results, output)
-        tell(f"[{place + 1}/{len(stages)}] {stage.name}: {done.status}, {done.seconds:.0f} s {done.note}".rstrip())
+        done: StageResult | None = None
+        try:
+            tell(f"[{place + 1}/{len(stages)}] {stage.name}, {max(limit, 0):.0f} s at most")
+            done = run_stage(stage, setting, limit, environment, keep)
+            results = keep(done)
+            tell(f"[{place + 1}/{len(stages)}] {stage.name}: {done.status}, {done.seconds:.0f} s {done.note}".rstrip())
+        except StoppedError as stopped:
+            done, reason = stopped.result, stopped.reason
+        except (KeyboardInterrupt, SystemExit) as error:
+            reason = error
+        else:
+            continue
+        results = replace(results, stages=results.stages[:place])
+        keep(*filter(None, [done]), *(StageResult(each.name, NOT_RUN, 0.0, 0.0, ENDED) for each in stages[place + 1 :]))
+        raise reason
     return results
 
 
-def run_stage(stage: Stage, setting: Setting, limit: float, environment: dict[str, str]) -> StageResult:
-    """Run one stage for `limit` seconds at most; whatever ends its process ends it alone."""
+class StoppedError(Exception):
+    """The script was ended during a stage, by `reason`; `result` is what the stage had come to."""
+
+    def __init__(self, result: StageResult, reason: BaseException):
+        super().__init__(result.note)
+        self.result, self.reason = result, reason
+
+
+def run_stage(
+    stage: Stage,
+    setting: Setting,
+    limit: float,
+    environment: dict[str, str],
+    keep: Callable[[StageResult], object] = lambda _: None,
+) -> StageResult:
+    """Run one stage for `limit` seconds at most; whatever ends its process ends it alone.
+
+    Args:
+        keep: given what the stage has come to whenever that is more than before.
+
+    Raises:
+        StoppedError: the script was ended meanwhile.
+    """
     if limit < 1:
-        return StageResult(stage.name, NO_TIME, 0.0, round(max(limit, 0), 1), "nothing was left of the time for all")
-    rows_file, said = setting.scratch / f"{stage.name}.rows", setting.scratch / f"{stage.name}.said"
+        return StageResult(stage.name, NOT_RUN, 0.0, round(max(limit, 0), 1), "nothing was left of the time for all")
+    journal, said = setting.scratch / f"{stage.name}.journal", setting.scratch / f"{stage.name}.said"
+    journal.touch()
     request = {
         "function": stage.function,
+        "arguments": stage.arguments,
         "needs": stage.needs,
         "device": setting.device,
         "sizes": setting.sizes,
         "scratch": str(setting.scratch),
         "bundles": str(setting.bundles),
         "seconds": limit,
-        "rows": str(rows_file),
+        "journal": str(journal),
     }
-    rows_file.touch()
-    start = time.monotonic()
-    with said.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gpu.worker"],
-            stdin=subprocess.PIPE,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=setting.scratch,
-            start_new_session=True,  # with all that it starts, to be ended together
-        )
-        try:
-            process.communicate(json.dumps(request).encode(), timeout=limit)
-            ended = _end(process.returncode, said)
-        except subprocess.TimeoutExpired:
-            ended = TIMED_OUT, f"stopped after {limit:.0f} s"
-        finally:
-            _kill(process)
-    rows, done = _rows(rows_file)
-    status, note = ended
-    if not status and not done:
-        status, note = CRASHED, "its process ended without a word"
-    elif not status:
-        status, note = _sum_up(rows)
-    return StageResult(stage.name, status, round(time.monotonic() - start, 1), round(limit, 1), note, rows)
+    start, kept = time.monotonic(), 0
+    process: StageProcess | None = None
 
+    def result(ended: tuple[str, str]) -> StageResult:
+        return read(journal, stage.name, ended, time.monotonic() - start, limit)
 
-def _sum_up(rows: Sequence[Row]) -> tuple[str, str]:
-    """The status of a stage that came to its end, and what a reader should know first."""
-    if not rows:
-        return FAILED, "it gave no row"
-    status = worst(row.status for row in rows)
-    notes = [f"{row.name}: {row.note}" for row in rows if row.status == status]
-    return status, "" if status == PASSED else notes[0] + (f" (and {len(notes) - 1} more)" if notes[1:] else "")
+    def look() -> None:
+        nonlocal kept
+        if (size := journal.stat().st_size) > kept:
+            kept = size
+            keep(result((NOT_RUN, ENDED)))  # as true as it can be, should nobody write this file again
 
-
-def _end(code: int, said: Path) -> tuple[str, str]:
-    if code == 0:
-        return "", ""
-    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    words = [line for line in said.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = f", having said: {words[-1].strip()[:200]}" if words else ""
-    return CRASHED, how + last.replace(str(ROOT), ".")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # also what the stage started and left
-    process.wait()
-
-
-def _rows(file: Path) -> tuple[tuple[Row, ...], bool]:
-    rows, done = [], False
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            document = json.loads(line)
-        except ValueError:  # cut while it was written
-            continue
-        if "done" in document:
-            done = True
-        else:
-            rows.append(Row(**document))
-    return tuple(rows), done
+    try:
+        process = StageProcess(request, said, environment, setting.scratch)
+        status, note = process.wait(limit, look)
+        if not process.end():
+            note += ", and can't be ended"
+        return result((status, note))
+    except (KeyboardInterrupt, SystemExit) as reason:
+        if process is not None:
+            process.end()
+        raise StoppedError(result((NOT_RUN, ENDED)), reason) from None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from gpu.clock import Device
-from gpu.results import FAILED, NO_TIME, NOT_INSTALLED, NOT_SUPPORTED, PASSED, Figure, Row, plain
-from gpu.sizes import Sizes
+from gpu.results import FAILED, NOT_INSTALLED, NOT_RUN, NOT_SUPPORTED, PASSED, Figure, Row, plain
+from gpu.sizes import SIZES, Sizes
 
 _OURS = ("gpu", "mdnet", "mdnet_calib", "mdnet_engines", "mdnet_export", "mdnet_rt")
 Work = Callable[[], dict[str, Figure] | None]
@@ -32,16 +33,34 @@ class CheckFailed(Exception):  # noqa: N818
         self.figures = figures or {}
 
 
-@dataclass
+class Report(Protocol):
+    """Takes down what a stage does, so that it outlives the stage's process."""
+
+    def expect(self, names: Sequence[str]) -> None: ...
+
+    def begin(self, name: str) -> None: ...
+
+    def row(self, row: Row) -> None: ...
+
+
+@dataclass(frozen=True)
 class Context:
-    """What a stage is given. `scratch` is shared by the stages of one run, `bundles` may be kept from run to run."""
+    """What a stage is given. `scratch` is shared by the stages of one run, `bundles` is kept from run to run."""
 
     device: Device
     sizes: Sizes
     scratch: Path
     bundles: Path
     deadline: float  # of time.monotonic
-    emit: Callable[[Row], None]
+    report: Report
+
+    def small(self) -> Context:
+        """The same with the small model."""
+        return replace(self, sizes=SIZES[self.sizes.small])
+
+    def expect(self, *names: str) -> None:
+        """Announce rows: where the stage ends too early, those that are missing are said to be."""
+        self.report.expect(names)
 
     def left(self) -> float:
         """Seconds until the stage is stopped."""
@@ -49,7 +68,8 @@ class Context:
 
     def series(self, works: Iterable[tuple[str, Work]]) -> None:
         """Attempt one thing after the other, each only where the time is left that the longest before it took."""
-        longest = 0.0
+        longest, works = 0.0, list(works)
+        self.expect(*(name for name, _ in works))
         for name, work in works:
             start = time.monotonic()
             self.attempt(name, work, needs_seconds=longest)
@@ -63,16 +83,17 @@ class Context:
         """
         if needs_seconds > self.left():
             note = f"it takes about {needs_seconds:.0f} s, {max(self.left(), 0):.0f} s were left"
-            self.emit(Row(name, NO_TIME, note))
+            self.report.row(Row(name, NOT_RUN, note))
             return None
+        self.report.begin(name)
         try:
             figures = work() or {}
         except Exception as error:
             status, note, figures = judge(error)
-            self.emit(Row(name, status, note, plain(figures)))
+            self.report.row(Row(name, status, note, plain(figures)))
             return None
         note = str(figures.pop("note", ""))
-        self.emit(Row(name, PASSED, note, plain(figures)))
+        self.report.row(Row(name, PASSED, note, plain(figures)))
         return figures
 
 

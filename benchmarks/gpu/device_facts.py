@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import torch
 
 from gpu.clock import Device, quiet_fp32
-from gpu.context import CheckFailed, Context
+from gpu.context import CheckFailed, Context, Work
 from gpu.results import Figure
 
 CEILINGS = "ceilings.json"
@@ -22,33 +24,35 @@ _CHAINS, _UNROLLED, _ROUNDS, _THREADS = 8, 8, 256, 256
 
 def run(context: Context) -> None:
     """Facts; copy bandwidth, rates of matrix products and of exponentials."""
-    context.attempt("facts", lambda: facts(context.device))
     found: dict[str, float] = {}
 
-    def ceiling(row: str, unit: str, scale: float, key: str, value: float) -> dict[str, Figure]:
+    def ceiling(unit: str, scale: float, key: str, measure: Callable[[], float]) -> dict[str, Figure]:
+        value = measure()
         if not value > 0:
             raise CheckFailed(f"measured {value}")
         found[key] = value
+        (context.scratch / CEILINGS).write_text(json.dumps(found), encoding="utf-8")
         return {unit: value / scale}
 
     device, sizes = context.device, context.sizes
     quiet_fp32()
-    context.attempt(
-        "copy bandwidth",
-        lambda: ceiling("copy", "GB/s, read and written", 1e9, "bytes", copy_rate(device, sizes.copy_bytes)),
-    )
-    for dtype in (torch.float16, torch.float32):
+
+    def product(dtype: torch.dtype) -> tuple[str, Work]:
         name = str(dtype).removeprefix("torch.")
-        context.attempt(
-            f"matrix product, {name}",
-            lambda dtype=dtype, name=name: ceiling(  # type: ignore[misc]
-                name, "TFLOP/s", 1e12, name, matmul_rate(device, sizes.matmul, dtype)
-            ),
-        )
-    context.attempt(
-        "exponentials", lambda: ceiling("exp", "G/s", 1e9, "exponentials", exponential_rate(device, sizes.copy_bytes))
-    )
-    (context.scratch / CEILINGS).write_text(json.dumps(found), encoding="utf-8")
+        measure = functools.partial(matmul_rate, device, sizes.matmul, dtype)
+        return f"matrix product, {name}", lambda: ceiling("TFLOP/s", 1e12, name, measure)
+
+    def bytes_copied() -> dict[str, Figure]:
+        return ceiling("GB/s, read and written", 1e9, "bytes", lambda: copy_rate(device, sizes.copy_bytes))
+
+    def exponentials() -> dict[str, Figure]:
+        return ceiling("G/s", 1e9, "exponentials", lambda: exponential_rate(device, sizes.copy_bytes))
+
+    works: list[tuple[str, Work]] = [("facts", lambda: facts(device)), ("copy bandwidth", bytes_copied)]
+    works += [product(torch.float16), product(torch.float32), ("exponentials", exponentials)]
+    context.expect(*(name for name, _ in works))
+    for name, work in works:
+        context.attempt(name, work)
 
 
 def ceilings(context: Context) -> dict[str, float]:

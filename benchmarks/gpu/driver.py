@@ -1,6 +1,6 @@
-"""`selective_scan.cu` launched from Python: the committed PTX, the CUDA driver by ctypes, tensors of PyTorch.
+"""`selective_scan.cu` launched from Python: the committed PTX, the driver by ctypes, PyTorch's tensors or `Buffer`s.
 
-PyTorch's context must be current, as it is once a tensor was made on the GPU.
+A context must be current: PyTorch's, as it is once a tensor was made on the GPU, or that of `start`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mdnet_engines.cuda import kernel as cuda_kernel
 
@@ -19,13 +21,60 @@ class DriverError(Exception):
     """The CUDA driver refused a call; the message has its words."""
 
 
+def call(name: str, *arguments: object) -> None:
+    """Call the driver.
+
+    Raises:
+        DriverError: see there.
+    """
+    cuda = ctypes.CDLL("libcuda.so.1")
+    if status := getattr(cuda, name)(*arguments):
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorString(status, ctypes.byref(text))
+        raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def start() -> None:
+    """Make the first GPU's primary context the current one, in a process without PyTorch."""
+    context = ctypes.c_void_p()
+    call("cuInit", 0)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+    call("cuCtxSetCurrent", context)
+
+
+class Buffer:
+    """A contiguous tensor in GPU memory of its own, which nothing frees; bfloat16 is the upper half of float32."""
+
+    def __init__(self, values: np.ndarray, dtype: str):
+        self.shape, self.dtype = values.shape, dtype
+        words = values.astype(np.float32)
+        stored = (words.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else words.astype(dtype)
+        self._stored, self._address = np.ascontiguousarray(stored), ctypes.c_uint64()
+        call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(stored.nbytes))
+        call(
+            "cuMemcpyHtoD_v2", self._address, ctypes.c_void_p(self._stored.ctypes.data), ctypes.c_size_t(stored.nbytes)
+        )
+
+    def data_ptr(self) -> int:
+        return self._address.value
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def read(self) -> np.ndarray:
+        """What it has now, when all that was enqueued is done."""
+        call("cuCtxSynchronize")
+        stored, size = self._stored, ctypes.c_size_t(self._stored.nbytes)
+        call("cuMemcpyDtoH_v2", ctypes.c_void_p(stored.ctypes.data), self._address, size)
+        return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else stored
+
+
 class Module:
     """Kernels of a PTX text, compiled by the driver for the GPU at hand."""
 
     def __init__(self, ptx: str):
-        self._cuda = ctypes.CDLL("libcuda.so.1")
         self._module = ctypes.c_void_p()
-        self._call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
+        call("cuModuleLoadData", ctypes.byref(self._module), ptx.encode())
 
     def launch(
         self,
@@ -37,16 +86,10 @@ class Module:
     ) -> None:
         """Enqueue a launch without dynamic shared memory on `stream`, a stream's handle; arguments as C values."""
         function = ctypes.c_void_p()
-        self._call("cuModuleGetFunction", ctypes.byref(function), self._module, kernel.encode())
+        call("cuModuleGetFunction", ctypes.byref(function), self._module, kernel.encode())
         places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         sizes = map(ctypes.c_uint, (*grid, threads, 1, 1, 0))
-        self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), places, None)
-
-    def _call(self, name: str, *arguments: object) -> None:
-        if status := getattr(self._cuda, name)(*arguments):
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(status, ctypes.byref(text))
-            raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+        call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), places, None)
 
 
 class ScanKernel:
@@ -55,7 +98,9 @@ class ScanKernel:
     def __init__(self) -> None:
         self._module = Module(cuda_kernel.ptx())
 
-    def __call__(self, inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool, stream: int | None = None) -> None:
+    def __call__(
+        self, inputs: Mapping[str, Tensor | Buffer], y: Tensor | Buffer, *, reverse: bool, stream: int | None = None
+    ) -> None:
         """Enqueue one scan into `y` on `stream`, by default PyTorch's current one.
 
         u, delta, z, y [batch, D, L] and B, C [batch, N, L] of one type; A [D, N], D [D], delta_bias [D] float32.

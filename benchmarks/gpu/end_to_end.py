@@ -23,7 +23,7 @@ _MOST_WORKERS = 16
 
 def run(context: Context) -> None:
     """One row, by the backend that the runtime takes by itself."""
-    context.attempt("fp16, JPEG files", lambda: stream(context))
+    context.series([("fp16, JPEG files", lambda: stream(context))])
 
 
 def stream(context: Context) -> dict[str, Figure]:

@@ -1,7 +1,8 @@
-"""The tests that are marked as needing a GPU. Without one they are skipped, which the row says."""
+"""The tests that are marked as needing a GPU. Without one they are skipped, which the rows say."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,23 +17,22 @@ _MARK = "pytest.mark." + "gpu"
 
 
 def run(context: Context) -> None:
-    """One row for all of them."""
-    context.attempt("pytest -m gpu", lambda: run_tests(context.scratch))
-
-
-def run_tests(scratch: Path) -> dict[str, Figure]:
-    """Run them in a process of their own."""
-    # Only files that have any, so that what others import need not be there.
+    """One row for each file that has any."""
+    # Only these files, so that what others import need not be there.
     files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if _MARK in file.read_text(encoding="utf-8")]
-    report = scratch / "tests.xml"
+    names = {str(file.relative_to(ROOT)): file for file in files}
+    context.expect(*names)
+    for name, file in names.items():
+        context.attempt(name, functools.partial(run_tests, context.scratch, file))
+
+
+def run_tests(scratch: Path, file: Path) -> dict[str, Figure]:
+    """Run a file's in a process of their own."""
+    report = scratch / f"{file.stem}.xml"
     options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", "--basetemp", str(scratch / "tests")]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *map(str, files)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "pytest", *options, str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if not report.exists():
         raise CheckFailed((done.stderr or done.stdout).strip().splitlines()[-1])

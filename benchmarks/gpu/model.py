@@ -1,10 +1,18 @@
-"""The whole model, and what all that run it share: images, PyTorch's scores, the checks and figures of a row."""
+"""The whole model, and what all that run it share: images, PyTorch's scores, the checks and figures of a row.
+
+Its random weights are made once and saved beside the bundles (`weights_file`), since a random generator need not give
+the same numbers on another machine. They repeat themselves, so that bundles travel in a fiftieth of their size: each
+large tensor is cut from one table of 2¹⁹ normal numbers. No engine looks for that, and every tensor starts elsewhere
+in the table, so that no two layers are the same.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +23,8 @@ from gpu.clock import Device, quiet_fp32
 from gpu.context import CheckFailed, Context
 from gpu.device_facts import ceilings
 from gpu.results import Figure
+from gpu.sizes import Sizes
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
 from mdnet.model.config import MDNetConfig
 from mdnet.model.net import MDNet, random_mdnet
 from mdnet.scan import mamba_ssm as scan_mamba
@@ -23,7 +33,8 @@ from mdnet_engines.parity.measure import Images, Outputs
 from mdnet_export.parity_images import parity_images
 
 SEED = 0
-"""Of the random weights: those of `mdnet-export build --random-init`."""
+_TABLE = 2**19  # numbers
+_LARGE = 2**14  # elements of a tensor that is cut from the table
 IMAGES_PER_S, MATMUL_SHARE = "images/s", "of the matrix product's rate"
 
 Score = Callable[[np.ndarray], np.ndarray]
@@ -42,16 +53,45 @@ class Reference:
         places = np.arange(size) % len(self.images.pixels)
         return self.images.pixels[places], places
 
+    def first(self) -> Reference:
+        """The first image alone."""
+        images = replace(self.images, names=self.images.names[:1], pixels=self.images.pixels[:1])
+        return Reference(images, {name: values[:1] for name, values in self.outputs.items()})
+
+
+def weights_file(sizes: Sizes, bundles: Path) -> Path:
+    """The checkpoint that a set of bundles is built from."""
+    return demo_checkpoint() if sizes.packaged else bundles / sizes.name / "weights.safetensors"
+
 
 def load_model(context: Context) -> MDNet:
-    """The model in float32 on the device."""
-    return random_mdnet(context.sizes.config(), SEED).to(context.device.kind)
+    """The model in float32 on the device: with the bundles' weights if they exist."""
+    file = weights_file(context.sizes, context.bundles)
+    model = load_checkpoint(file) if file.is_file() else random_model(context.sizes.config())
+    return model.to(context.device.kind)
+
+
+def random_model(config: MDNetConfig) -> MDNet:
+    """A model whose large tensors have the numbers of one table, each with the spread that PyTorch gave it."""
+    model, table = random_mdnet(config, SEED), np.random.default_rng(SEED).standard_normal(_TABLE, dtype=np.float32)
+    used: Counter[int] = Counter()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            width = tensor[0].numel() if tensor.ndim > 1 else 0
+            if not width or width > _TABLE or tensor.numel() < _LARGE:
+                continue
+            rows = table[: _TABLE // width * width].reshape(-1, width)
+            # Whole rows, so that what int8 makes of a row, with a scale of its own, repeats itself too.
+            places = (used[width] + np.arange(len(tensor))) % len(rows)
+            used[width] += 7
+            tensor.copy_(torch.from_numpy(rows[places]).reshape(tensor.shape) * round(float(tensor.std()), 4))
+    return model
 
 
 def reference(context: Context) -> Reference:
     """PyTorch's outputs, computed by the first stage that asks: on the device, the scan by the loop, no TF32."""
     images = parity_images(None, context.sizes.config().image_size, context.sizes.images)
-    file = context.scratch / "reference.npz"
+    file = context.scratch / f"reference-{context.sizes.name}.npz"
     if not file.exists():
         quiet_fp32()
         with patch.object(scan_mamba, "available", lambda *_: False):

@@ -33,10 +33,12 @@ _STEPS = ("u", "delta", "B", "C", "z")
 
 def eager(context: Context) -> None:
     """A row for the GPU against the CPU, then one for each precision and batch."""
+    against, precisions = "fp32, device against CPU", ("fp32", "fp16")
+    context.expect(against, *(name for each in precisions for name in _names(each, context.sizes.batches)))
     held = reference(context)
-    context.attempt("fp32, device against CPU", functools.partial(_against_cpu, context, held))
+    context.attempt(against, functools.partial(_against_cpu, context, held))
     use_kernel(context)
-    for precision in ("fp32", "fp16"):
+    for precision in precisions:
         model = prepare(context, precision)
         _rows(context, model, held, precision, context.sizes.batches)
         del model
@@ -44,6 +46,8 @@ def eager(context: Context) -> None:
 
 def compiled(context: Context) -> None:
     """`torch.compile` with fixed shapes, fp16: a compilation for each batch, so the first tells what the next takes."""
+    batches = context.sizes.compiled_batches
+    context.expect(*_names("fp16", batches))
     held = reference(context)
     use_kernel(context)
     model = prepare(context, "fp16")
@@ -55,7 +59,7 @@ def compiled(context: Context) -> None:
         fast = torch.compile(model, dynamic=False, backend=context.sizes.compiler)
         return _row(context, fast, held, "fp16", batch, known)
 
-    context.series((f"fp16, batch {n}", functools.partial(row, n)) for n in context.sizes.compiled_batches)
+    context.series(zip(_names("fp16", batches), (functools.partial(row, n) for n in batches), strict=True))
 
 
 def use_kernel(context: Context) -> None:
@@ -111,7 +115,12 @@ def _against_cpu(context: Context, held: Reference) -> dict[str, Figure]:
 def _rows(context: Context, model: nn.Module, held: Reference, precision: str, batches: tuple[int, ...]) -> None:
     known = functools.cache(functools.partial(singles, _score(context, model), held))
     row = functools.partial(_row, context, model, held, precision)
-    context.series((f"{precision}, batch {n}", functools.partial(row, n, known)) for n in batches)
+    works = (functools.partial(row, n, known) for n in batches)
+    context.series(zip(_names(precision, batches), works, strict=True))
+
+
+def _names(precision: str, batches: tuple[int, ...]) -> list[str]:
+    return [f"{precision}, batch {n}" for n in batches]
 
 
 def _row(

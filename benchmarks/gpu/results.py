@@ -14,12 +14,12 @@ KIND = "mdnet-gpu-check"
 SCHEMA = 1
 
 PASSED, FAILED, CRASHED, TIMED_OUT = "passed", "failed", "crashed", "timed out"
-NOT_INSTALLED, NOT_SUPPORTED, NO_TIME = "not installed", "not supported", "no time"
+NOT_INSTALLED, NOT_SUPPORTED, NOT_RUN = "not installed", "not supported", "not run"
 BAD = (CRASHED, TIMED_OUT, FAILED)
-STATUSES = (*BAD, PASSED, NOT_SUPPORTED, NOT_INSTALLED, NO_TIME)
+STATUSES = (*BAD, PASSED, NOT_SUPPORTED, NOT_INSTALLED, NOT_RUN)
 """In the order in which one row's status decides that of its stage. "Not supported" is said of a GPU or its runtime,
-"not installed" of a package, "no time" of what was not begun; none is a failure, and none is evidence. "Timed out" is
-what was begun and stopped."""
+"not installed" of a package, "not run" of what was not begun, or was under way when somebody ended the run; none is a
+failure, and none is evidence. "Timed out" is what was begun and stopped."""
 
 Figure = float | int | str
 

@@ -1,25 +1,34 @@
 """The scan's kernels under compute-sanitizer: accesses out of bounds, races in shared memory.
 
 Run as a program (`python -m gpu.sanitizer cuda FOLDER`) it is what runs there: a few launches, checked, every tensor in
-memory of its own. In the dry run the program runs by itself, and its kernels under the compiler's address sanitizer.
+memory of its own. It talks to the driver alone: with PyTorch the tools would look at PyTorch's start for longer than at
+our kernels. In the dry run the program runs by itself, and its kernels under the compiler's address sanitizer.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from gpu import driver
 from gpu.context import CheckFailed, Context, NotInstalled, NotSupported
 from gpu.results import Figure
+from mdnet_engines.cuda import kernel as cuda_kernel
+from mdnet_engines.ops.scan_shapes import INPUTS
 
 TOOLS = ("memcheck", "racecheck")
 _FOUND = 86  # exit code where it has something to report
+_PARAMETERS = ("A", "D", "delta_bias")  # always float32
 _SIZES = ((1, 33, 19, 16), (2, 3, 5, 64), (1, 1, 1, 1))
+
+Launch = Callable[[dict[str, np.ndarray], str, bool], np.ndarray]
+"""Inputs, the type of what has steps, and whether it is the reverse scan → y."""
 
 
 def run(context: Context) -> None:
@@ -35,12 +44,10 @@ def check(context: Context, tool: str) -> dict[str, Figure]:
         found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if found is None:
             raise NotInstalled("compute-sanitizer")
-        options = ["--tool", tool, "--error-exitcode", str(_FOUND)]
-        # PyTorch tries calls that may fail, which is not what is looked for.
-        options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = [found, *options, *command]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access just outside is another tensor
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        command = [found, "--tool", tool, "--error-exitcode", str(_FOUND), *command]
+    elif shutil.which("g++") is None:
+        raise NotInstalled("g++, for the emulation")
+    done = subprocess.run(command, capture_output=True, text=True)
     return {"note": read(tool, done.returncode, done.stdout + done.stderr)}
 
 
@@ -63,28 +70,58 @@ def read(tool: str, code: int, text: str) -> str:
     return next((line for line in reversed(lines) if "SUMMARY" in line), lines[-1] if lines else "")
 
 
+def arrays(sizes: tuple[int, int, int, int], seed: int) -> dict[str, np.ndarray]:
+    """Inputs of the operator, float32."""
+    batch, channels, length, states = sizes
+    random = np.random.default_rng(seed)
+    shapes = {
+        **dict.fromkeys(("u", "delta", "z"), (batch, channels, length)),
+        **dict.fromkeys(("B", "C"), (batch, states, length)),
+        "A": (channels, states),
+        **dict.fromkeys(("D", "delta_bias"), (channels,)),
+    }
+    made = {name: random.standard_normal(shapes[name], dtype=np.float32) for name in INPUTS}
+    return {**made, "A": -np.exp(made["A"])}
+
+
 def main() -> None:
     """Launch every kernel on small inputs; exit 1 where an output is not finite."""
-    import torch
-
-    from gpu.clock import Device
-    from gpu.kernels import open_kernel, random_tensors
-
-    kind: Any = sys.argv[1]
-    device = Device(kind)
-    kernel, what = open_kernel(device, Path(sys.argv[2]))
+    launch, dtypes = _on_gpu() if sys.argv[1] == "cuda" else _emulated(Path(sys.argv[2]))
     launches = 0
-    for dtype in (torch.float32, torch.float16, torch.bfloat16) if device.is_cuda else (torch.float32,):
+    for dtype in dtypes:
         for sizes in _SIZES:
             for reverse in (False, True):
-                inputs = random_tensors(sizes, dtype, device, seed=launches)
-                y = torch.full_like(inputs["u"], torch.nan)
-                kernel(inputs, y, reverse=reverse)
-                device.synchronize()
-                if not torch.isfinite(y).all():
+                if not np.isfinite(launch(arrays(sizes, seed=launches), dtype, reverse)).all():
                     sys.exit(f"{dtype}, {sizes}: not finite")
                 launches += 1
-    print(f"{launches} launches on {what}")
+    print(f"{launches} launches")
+
+
+def _on_gpu() -> tuple[Launch, tuple[str, ...]]:
+    driver.start()
+    kernel = driver.ScanKernel()
+
+    def launch(inputs: dict[str, np.ndarray], dtype: str, reverse: bool) -> np.ndarray:
+        types = {name: "float32" if name in _PARAMETERS else dtype for name in inputs}
+        y = driver.Buffer(np.full_like(inputs["u"], np.nan), dtype)
+        kernel(
+            {name: driver.Buffer(values, types[name]) for name, values in inputs.items()}, y, reverse=reverse, stream=0
+        )
+        return y.read()
+
+    return launch, ("float32", "float16", "bfloat16")
+
+
+def _emulated(folder: Path) -> tuple[Launch, tuple[str, ...]]:
+    import cuda_emulation
+
+    if not (program := folder / "launch").exists():  # by an earlier stage
+        program = cuda_emulation.build(cuda_kernel.source(), folder)
+
+    def launch(inputs: dict[str, np.ndarray], _: str, reverse: bool) -> np.ndarray:
+        return cuda_emulation.launch(program, folder, inputs, reverse=reverse)
+
+    return launch, ("float32",)
 
 
 if __name__ == "__main__":

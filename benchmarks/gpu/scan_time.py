@@ -23,19 +23,21 @@ TIMES_FLOOR = "× its floor"
 
 def run(context: Context) -> None:
     """Rows for each size and type: ours, the loop, mamba-ssm. The level-2 cache is overwritten before each run."""
+    others = (("PyTorch loop", scan_loop.scan), ("mamba-ssm", scan_mamba.scan))
+    kinds = [(sizes, dtype, _what(sizes, dtype)) for sizes in context.sizes.scans for dtype in DTYPES]
+    context.expect(*(f"{name}, {what}" for _, _, what in kinds for name in (OURS, *(name for name, _ in others))))
     kernel, _ = open_kernel(context.device, context.scratch)
-    for sizes in context.sizes.scans:
-        for dtype in DTYPES:
-            inputs = random_tensors(sizes, dtype, context.device, seed=0)
-            y = torch.empty_like(inputs["u"])
-            ordered = [inputs[name] for name in INPUTS]
-            what = f"{str(dtype).removeprefix('torch.')}, batch {sizes[0]}"
-            own = context.attempt(
-                f"{OURS}, {what}",
-                functools.partial(_ours, context, sizes, kernel, inputs, y),
-            )
-            for name, scan in (("PyTorch loop", scan_loop.scan), ("mamba-ssm", scan_mamba.scan)):
-                context.attempt(f"{name}, {what}", functools.partial(_other, context, name, scan, ordered, own))
+    for sizes, dtype, what in kinds:
+        inputs = random_tensors(sizes, dtype, context.device, seed=0)
+        y = torch.empty_like(inputs["u"])
+        ordered = [inputs[name] for name in INPUTS]
+        own = context.attempt(f"{OURS}, {what}", functools.partial(_ours, context, sizes, kernel, inputs, y))
+        for name, scan in others:
+            context.attempt(f"{name}, {what}", functools.partial(_other, context, name, scan, ordered, own))
+
+
+def _what(sizes: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, batch {sizes[0]}"
 
 
 def floor(context: Context, inputs: dict[str, Tensor], y: Tensor) -> dict[str, float]:

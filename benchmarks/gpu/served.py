@@ -7,8 +7,8 @@ builds its plans. Images come from the host and scores return to it in every run
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -39,23 +39,47 @@ OWN_OP, FUNCTION_BODY = "own op", "function body"
 
 
 def onnxruntime(context: Context) -> None:
-    """fp16: with our operator at every batch, with the function body at one."""
-    backend: Backend = "onnxruntime-cuda" if context.device.is_cuda else "onnxruntime-cpu"
-    held = reference(context)
-    for variant, batches in ((OWN_OP, context.sizes.batches), (FUNCTION_BODY, (context.sizes.goal_batch,))):
-        # Without the library sessions run the function body, as where mdnet was installed without it.
-        with nullcontext() if variant == OWN_OP else patch.object(native, "custom_op_library", lambda: None):
-            _rows(context, f"fp16, {variant}", held, batches, functools.partial(_open_ort, context, backend, variant))
+    """fp16 with our operator."""
+    name = f"fp16, {OWN_OP}"
+    context.expect(f"{name}, nodes", *_names(name, context.sizes.batches))
+    opening = functools.partial(_open_ort, context, _backend(context), OWN_OP)
+    _rows(context, name, reference(context), context.sizes.batches, opening)
 
 
-def tensorrt(context: Context) -> None:
-    """TensorRT 11, every precision there is a bundle of."""
-    _plans(context, "tensorrt", context.sizes.precisions)
+def function_body(context: Context) -> None:
+    """fp16 without our operator, as where mdnet was installed without its library: slow, so one image in one row."""
+    name = f"fp16, {FUNCTION_BODY}, one image"
+    context.expect(name)
+    held = reference(context).first()
+    with patch.object(native, "custom_op_library", lambda: None):
+        context.attempt(name, functools.partial(_one_image, context, held))
+
+
+def tensorrt_demo(context: Context) -> None:
+    """TensorRT 11 on the demo, fp16: plugin, plans and session at a size that takes seconds."""
+    _plans(context.small(), "tensorrt", "fp16")
+
+
+def tensorrt(context: Context, precision: str) -> None:
+    """TensorRT 11 at full size."""
+    _plans(context, "tensorrt", precision)
 
 
 def tensorrt_rtx(context: Context) -> None:
     """TensorRT-RTX, fp16."""
-    _plans(context, "tensorrt-rtx", ("fp16",))
+    _plans(context, "tensorrt-rtx", "fp16")
+
+
+def _backend(context: Context) -> Backend:
+    return "onnxruntime-cuda" if context.device.is_cuda else "onnxruntime-cpu"
+
+
+def _one_image(context: Context, held: Reference) -> dict[str, Figure]:
+    graphs = _open_ort(context, _backend(context), FUNCTION_BODY)
+    known = graphs.score(held.images.pixels).astype(np.float64)  # the first run, which also warms up
+    start = time.perf_counter()
+    figures = check_scores(graphs.score, held, 1, "fp16", known)
+    return {"ms": (time.perf_counter() - start) * 1e3, **figures}
 
 
 def _open_ort(context: Context, backend: Backend, variant: str) -> Graphs:
@@ -90,14 +114,14 @@ def _nodes(context: Context, graphs: Mapping[str, Any], provider: str) -> dict[s
     return figures
 
 
-def _plans(context: Context, runtime: PlanRuntime, precisions: tuple[str, ...]) -> None:
+def _plans(context: Context, runtime: PlanRuntime, precision: str) -> None:
+    build, batches = f"{precision}, plans", context.sizes.batches
+    context.expect(build, *_names(precision, batches))
     host = plan_process.probe(runtime)
-    held = reference(context)
-    for precision in precisions:
-        built = context.attempt(f"{precision}, plans", functools.partial(_build, context, host, precision))
-        if built is not None or host.problem:
-            opening = functools.partial(_open_plans, context, host, precision)
-            _rows(context, precision, held, context.sizes.batches, opening)
+    built = context.attempt(build, functools.partial(_build, context, host, precision))
+    if built is not None:
+        opening = functools.partial(_open_plans, context, host, precision)
+        _rows(context, precision, reference(context), batches, opening)
 
 
 def _build(context: Context, host: Host, precision: str) -> dict[str, Figure]:
@@ -115,14 +139,17 @@ def _build(context: Context, host: Host, precision: str) -> dict[str, Figure]:
 
 
 def _open_plans(context: Context, host: Host, precision: str) -> Graphs:
-    if host.problem:
-        raise NotInstalled(host.problem)
     bundle: Bundle = open_bundle(context, precision)
     try:
         usable_plans(bundle, host)
     except MDNetError as error:  # no GPU, or one that these plans are not for
         raise NotSupported(str(error).partition("; build plans")[0]) from None
     return open_choice(bundle, named(bundle, host.runtime))
+
+
+def _names(name: str, batches: tuple[int, ...]) -> list[str]:
+    """What `_rows` attempts."""
+    return [f"{name}, parity", *(f"{name}, batch {n}" for n in batches)]
 
 
 def _rows(
@@ -136,14 +163,15 @@ def _rows(
         opened.append(opening())
         return _gates(context, opened[0], held, name.partition(",")[0])
 
-    passed = context.attempt(f"{name}, parity", gates)
+    parity, *timed = _names(name, batches)
+    passed = context.attempt(parity, gates)
     if not opened:
         return
     graphs, precision = opened[0], name.partition(",")[0]
     if passed is not None:
         known = functools.cache(functools.partial(singles, graphs.score, held))
         row = functools.partial(_row, context, graphs, held, precision)
-        context.series((f"{name}, batch {n}", functools.partial(row, n, before, known)) for n in batches)
+        context.series((each, functools.partial(row, n, before, known)) for each, n in zip(timed, batches, strict=True))
     graphs.close()
 
 

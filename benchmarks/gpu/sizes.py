@@ -1,4 +1,4 @@
-"""How much of everything a run does: one set of sizes for a GPU, one for the dry run on a CPU."""
+"""How much of everything a run does: two sets of sizes for a GPU, full and small, one for the dry run on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Sizes:
     name: str
     preset: str
     changes: dict[str, int]  # of the preset
-    precisions: tuple[str, ...]  # of the bundles
+    precisions: tuple[str, ...]  # of the bundles, where this version can build them
     batches: tuple[int, ...]
     compiled_batches: tuple[int, ...]  # of torch.compile, each a compilation
     goal_batch: int  # at which the goals are looked at
@@ -29,6 +29,12 @@ class Sizes:
     seconds: float  # of repeats for each figure
     compiler: str  # of torch.compile
     jpeg_seconds: float
+    small: str  # the sizes with the small model
+
+    @property
+    def packaged(self) -> bool:
+        """Whether the model is the demo that comes with its weights; others have random ones."""
+        return self.preset == "demo" and not self.changes
 
     def config(self) -> MDNetConfig:
         """The model's."""
@@ -41,7 +47,7 @@ FULL = Sizes(
     name="full",
     preset="sd15-vim-s",
     changes={},
-    precisions=("fp16", "int8"),
+    precisions=("fp16", "int8", "fp8"),
     batches=(32, 1, 8, 64),
     compiled_batches=(32, 1, 8, 64),
     goal_batch=32,
@@ -54,6 +60,10 @@ FULL = Sizes(
     seconds=1.0,
     compiler="inductor",
     jpeg_seconds=5.0,
+    small="demo",
+)
+DEMO = replace(
+    FULL, name="demo", preset="demo", precisions=("fp16",), batches=(1, 8), goal_batch=8, images=16, seconds=0.3
 )
 TINY = Sizes(
     name="tiny",
@@ -72,5 +82,6 @@ TINY = Sizes(
     seconds=0.01,
     compiler="eager",  # catches the graph; what comes after takes a compiler minutes on two cores
     jpeg_seconds=0.2,
+    small="tiny",
 )
-SIZES = {sizes.name: sizes for sizes in (FULL, TINY)}
+SIZES = {sizes.name: sizes for sizes in (FULL, DEMO, TINY)}
