@@ -149,7 +149,9 @@ def _sequences(rows: Tensor, tokens: torch.Size) -> Tensor:
     return rows.view(-1, *tokens[:2])
 
 
-def _scan_inputs(z: Tensor, branch: tuple[Tensor, ...], kept: _Kept) -> tuple[Tensor, ...]:
+def _scan_inputs(
+    z: Tensor, branch: tuple[Tensor, ...], kept: _Kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `selective_scan` takes, as views."""
     *_, dt_proj, dt_bias, A, D = branch
     states = kept.mixed[dt_proj.shape[1] :].to(z.dtype).view(2, -1, *z.shape[1:])

@@ -189,14 +189,122 @@ def reference_scan(
 
     Shapes: u, delta, z [batch, D, L]; A [D, N]; B, C [batch, N, L]; D, delta_bias [D]; gives [batch, D, L].
     """
-    u, delta, A, B, C, D, z, delta_bias = (np.asarray(x, np.float64) for x in (u, delta, A, B, C, D, z, delta_bias))
+    return reference_states(u, delta, A, B, C, D, z, delta_bias, reverse=reverse)[0]
+
+
+def reference_states(
+    u: np.ndarray,
+    delta: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray | None = None,
+    z: np.ndarray | None = None,
+    delta_bias: np.ndarray | None = None,
+    h0: np.ndarray | None = None,
+    *,
+    reverse: bool = False,
+    softplus: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with the last state [batch, D, N], from `h0`; B, C may be [batch, G, N, L]."""
+    u, delta, A, B, C = (np.asarray(x, np.float64) for x in (u, delta, A, B, C))
     batch, channels, length = u.shape
-    h = np.zeros((batch, channels, A.shape[1]))
+    B, C = (np.repeat(x, channels // x.shape[1], 1) if x.ndim == 4 else x[:, None] for x in (B, C))  # (batch, D, N, L)
+    h = np.zeros((batch, channels, A.shape[1])) if h0 is None else np.asarray(h0, np.float64)
     y = np.empty_like(u)
     for t in range(length - 1, -1, -1) if reverse else range(length):
-        dt = np.logaddexp(0.0, delta[:, :, t] + delta_bias)  # softplus; (batch, D)
+        dt = delta[:, :, t] + (0 if delta_bias is None else delta_bias.astype(np.float64))  # (batch, D)
+        dt = np.logaddexp(0.0, dt) if softplus else dt
         decay = np.exp(dt[:, :, None] * A)  # (batch, D, N)
-        h = decay * h + (dt * u[:, :, t])[:, :, None] * B[:, None, :, t]
-        gate = z[:, :, t] / (1.0 + np.exp(-z[:, :, t]))
-        y[:, :, t] = ((h * C[:, None, :, t]).sum(axis=2) + D * u[:, :, t]) * gate
-    return y
+        h = decay * h + (dt * u[:, :, t])[:, :, None] * B[..., t]
+        y[:, :, t] = (h * C[..., t]).sum(axis=2)
+        if D is not None:
+            y[:, :, t] += D.astype(np.float64) * u[:, :, t]
+        if z is not None:
+            gate = z[:, :, t].astype(np.float64)
+            y[:, :, t] *= gate / (1.0 + np.exp(-gate))
+    return y, h
+
+
+@dataclass(frozen=True)
+class VariantCase(ScanCase):
+    """A call of version 2 of the operator: with `groups` B and C have four axes, with `state` there are h0 and h_last.
+
+    Hosts that have version 1 alone keep to `EVERY_CASE`.
+    """
+
+    groups: int = 0
+    without: tuple[str, ...] = ()
+    softplus: bool = True
+    state: bool = False
+
+
+def _variants(name: str, *sizes: int, **options: object) -> tuple[VariantCase, VariantCase]:
+    return (
+        VariantCase(name, *sizes, reverse=False, **options),  # type: ignore[arg-type]
+        VariantCase(f"{name}_reverse", *sizes, reverse=True, **options),  # type: ignore[arg-type]
+    )
+
+
+#                      batch, channels, length, states
+VARIANT_CASES: tuple[VariantCase, ...] = (
+    *_variants("state", 2, 19, 70, 17, state=True),
+    *_variants("state_of_one_step", 2, 35, 1, 17, state=True),
+    *_variants("state_of_one_state", 1, 3, 66, 1, state=True),
+    *_variants("state_of_a_decoder", 1, 96, 1, 16, state=True, without=("z",)),
+    *_variants("one_group", 2, 5, 9, 4, groups=1),
+    *_variants("groups", 2, 12, 67, 5, groups=3),
+    *_variants("groups_of_a_vector_and_more", 1, 38, 9, 3, groups=2),
+    *_variants("a_group_for_each_channel", 2, 3, 5, 2, groups=3, state=True),
+    *_variants("groups_of_views", 2, 8, 20, 4, groups=2, views=True),
+    *_variants("vmamba", 2, 64, 49, 1, groups=4, without=("z",)),
+    *_variants("one_step_of_groups", 2, 40, 1, 6, groups=2, state=True),
+    *_variants("without_z", 2, 5, 67, 4, without=("z",)),
+    *_variants("without_d", 2, 5, 67, 4, without=("D",)),
+    *_variants("without_delta_bias", 2, 5, 67, 4, without=("delta_bias",)),
+    *_variants("without_anything", 2, 5, 67, 4, without=("D", "z", "delta_bias")),
+    *_variants("raw_delta", 2, 5, 67, 4, softplus=False),
+    *_variants("raw_delta_of_one_step", 2, 5, 1, 4, softplus=False, without=("D", "z", "delta_bias")),
+    *_variants("everything", 2, 12, 67, 4, groups=2, without=("z", "D"), softplus=False, state=True),
+    *_variants("many_states", 1, 20, 20, 65, state=True),
+    *_variants("steep", 1, 4, 70, 4, state=True, delta_mean=1e5, delta_std=1e5),  # dt·A above 2²¹ in some tiles
+)
+HALF_VARIANT_CASES = tuple(
+    replace(case, name=f"{case.name}_{dtype}", dtype=dtype)
+    for case in VARIANT_CASES
+    if case.name.removesuffix("_reverse") in ("state", "state_of_one_step", "everything", "groups_of_views")
+    for dtype in ("float16", "bfloat16")
+)
+EVERY_VARIANT_CASE = [*VARIANT_CASES, *HALF_VARIANT_CASES]
+
+
+def make_variant_inputs(case: VariantCase, seed: int = 0) -> Inputs:
+    """Inputs by name, those of `case.without` left out; h0 is float32."""
+    inputs = make_inputs(case, seed)
+    random = np.random.default_rng([seed, 1])
+    if case.groups:
+        several = make_inputs(replace(case, states=case.groups * case.states), seed)
+        for name in ("B", "C"):
+            rows = several[name]
+            inputs[name] = (
+                rows.reshape(case.batch, case.groups, case.states, case.length)
+                if not case.views
+                else (
+                    np.lib.stride_tricks.as_strided(
+                        rows,
+                        (case.batch, case.groups, case.states, case.length),
+                        (rows.strides[0], rows.strides[1] * case.states, rows.strides[1], rows.strides[2]),
+                    )
+                )
+            )
+    if not case.softplus:  # sizes of steps, so that no state grows
+        inputs["delta"] = np.logaddexp(0, inputs["delta"].astype(np.float32) - 2).astype(inputs["delta"].dtype)
+        inputs["delta_bias"] = -inputs["delta_bias"] / 8
+    if case.state:
+        inputs["h0"] = random.standard_normal((case.batch, case.channels, case.states)).astype(np.float32)
+    return {name: value for name, value in inputs.items() if name not in case.without}
+
+
+def expected_of(case: VariantCase, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """y and the last state, by the reference."""
+    return reference_states(**inputs, reverse=case.reverse, softplus=case.softplus)

@@ -7,8 +7,10 @@ namespace {
 
 class Arena {
  public:
-  explicit Arena(size_t bytes) : memory_(allocate<char>(bytes)), next_(memory_) {}
-  ~Arena() { free(memory_); }
+  explicit Arena(size_t bytes) : Arena(bytes, nullptr, 0) {}
+  ~Arena() {
+    if (memory_ != local_) free(memory_);
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   explicit operator bool() const { return memory_; }
@@ -21,9 +23,24 @@ class Arena {
     return piece;
   }
 
+ protected:
+  Arena(size_t bytes, char* local, size_t local_size)
+      : local_(local), memory_(bytes <= local_size ? local : allocate<char>(bytes)), next_(memory_) {}
+
  private:
-  char* memory_;
+  char* const local_;
+  char* const memory_;
   char* next_;
+};
+
+// It allocates only where `size` bytes of its own do not do.
+template <size_t size>
+class LocalArena : public Arena {
+ public:
+  explicit LocalArena(size_t bytes) : Arena(bytes, own_, size) {}
+
+ private:
+  alignas(kAlignment) char own_[size];
 };
 
 }  // namespace

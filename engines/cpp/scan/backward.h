@@ -19,7 +19,7 @@ struct Backward {
   T *grad_B, *grad_C;                // [length][states], this task's part
   V* before;                         // [tiles][states]
   V *decay, *state;                  // [kTile][states]
-  V *carry, *grad_A;                 // [states]: decay[t+1] dL/dh[t+1]; dL/dA
+  V *carry, *grad_A;                 // [states]: dL/dh[t] from later steps; dL/dA
   V *grad_sum, *grad_dt, *grad_dtu;  // [kTile]
   T grad_D[W] = {}, grad_bias[W] = {};
 
@@ -37,7 +37,8 @@ struct Backward {
     grad_sum = arena.take<V>(kTile);
     grad_dt = arena.take<V>(kTile);
     grad_dtu = arena.take<V>(kTile);
-    for (int64_t n = 0; n < states; ++n) carry[n] = grad_A[n] = V{};
+    for (int64_t n = 0; n < states; ++n) grad_A[n] = V{};
+    g.read_states(out.h_last, carry);
   }
 
   void run() {
@@ -56,6 +57,7 @@ struct Backward {
       write_rows();
     }
     write_parameters();
+    g.write_states(carry, out.h0);
   }
 
   void save_state(int64_t k) {
@@ -64,11 +66,13 @@ struct Backward {
 
   V grad_y(int i, int64_t t) const { return g.steps_of(out.grad, i, t); }
 
+  V grad_ungated(int i, int64_t t) const { return g.gated() ? grad_y(i, t) * silu<T>(g.z(i, t)) : grad_y(i, t); }
+
   // The gradient of the ungated output, transposed.
   void load_gradients() {
     for (int64_t t = 0; t < g.steps; t += W) {
       V rows[W];
-      for (int i = 0; i < W; ++i) rows[i] = i < g.lanes ? grad_y(i, t) * silu<T>(g.z(i, t)) : V{};
+      for (int i = 0; i < W; ++i) rows[i] = i < g.lanes ? grad_ungated(i, t) : V{};
       transpose(rows);
       for (int i = 0; i < W; ++i) {
         grad_sum[t + i] = rows[i];
@@ -145,16 +149,23 @@ struct Backward {
       transpose(dtus);
       const int64_t count = g.steps - t;
       for (int i = 0; i < g.lanes; ++i) {
-        const V u = g.u(i, t), z = g.z(i, t), grad = grad_y(i, t), delta = g.biased_delta(i, t);
-        const V gate = sigmoid<T>(z), grad_sum_row = grad * silu<T>(z);
-        const V y = sums[i] + g.skip(i) * u;
-        const V grad_delta = (dts[i] + dtus[i] * u) * sigmoid<T>(delta);  // the sigmoid is the derivative of softplus
-        write<T>(output(out.z, i) + t, grad * y * gate * (T(1) + z * (T(1) - gate)), count);
-        write<T>(output(out.u, i) + t, dtus[i] * softplus<T>(delta) + grad_sum_row * g.skip(i), count);
+        const V u = g.u(i, t), delta = g.biased_delta(i, t);
+        const V grad_sum_row = grad_ungated(i, t);
+        V y = sums[i], skipped{}, grad_delta = dts[i] + dtus[i] * u;
+        if (g.skips()) {
+          y += g.skip(i) * u;
+          skipped = grad_sum_row * g.skip(i);
+        }
+        if (g.gated()) {
+          const V z = g.z(i, t), gate = sigmoid<T>(z);
+          write<T>(output(out.z, i) + t, grad_y(i, t) * y * gate * (T(1) + z * (T(1) - gate)), count);
+        }
+        if (!g.scan.no_softplus) grad_delta = grad_delta * sigmoid<T>(delta);  // the derivative of softplus
+        write<T>(output(out.u, i) + t, multiply_add<T>(dtus[i], g.step_size(delta), skipped), count);
         write<T>(output(out.delta, i) + t, grad_delta, count);
-        const V skipped = grad_sum_row * u;
+        const V grad_skip = grad_sum_row * u;
         for (int64_t j = 0; j < W && j < count; ++j) {
-          grad_D[i] += skipped[j];
+          grad_D[i] += grad_skip[j];
           grad_bias[i] += grad_delta[j];
         }
       }
@@ -166,8 +177,8 @@ struct Backward {
   void write_parameters() {
     for (int i = 0; i < g.lanes; ++i) {
       const int64_t channel = g.channel(i);
-      static_cast<T*>(out.D)[channel] = grad_D[i];
-      static_cast<T*>(out.delta_bias)[channel] = grad_bias[i];
+      if (g.skips()) static_cast<T*>(out.D)[channel] = grad_D[i];
+      if (g.scan.delta_bias) static_cast<T*>(out.delta_bias)[channel] = grad_bias[i];
       for (int64_t n = 0; n < states; ++n) {
         static_cast<T*>(out.A)[channel * states + n] = grad_A[n][i];
       }

@@ -3,7 +3,7 @@
 
 #include "common/arena.h"
 #include "common/arithmetic.h"
-#include "scan/scan.h"
+#include "scan/kernel.h"
 #include "simd/math.h"
 #include "simd/transpose.h"
 
@@ -17,7 +17,32 @@ const IO* row(const MdnetRows& rows, int64_t image, int64_t index) {
   return static_cast<const IO*>(rows.data) + image * rows.batch_stride + index * rows.row_stride;
 }
 
-// The channels of one task, kWidth of them or fewer, and the tile that the scan has reached.
+// What a task works on: channels that share B and C, kWidth of them or fewer.
+struct Lanes {
+  int64_t image, group;  // of B and C
+  int64_t first, end;    // channels; those after `end` are for other tasks
+  static Lanes of(const MdnetScan& scan, int64_t image, int64_t group, int64_t first, int64_t width) {
+    const int64_t of_group = channels_of_a_group(scan), start = group * of_group + first;
+    return {image, group, start, smaller(start + width, (group + 1) * of_group)};
+  }
+};
+
+// W columns of W rows that lie side by side in memory, transposed: vector i has what the lanes have in column n + i.
+template <typename T>
+void read_columns(const T* rows, int64_t stride, int64_t lanes, int64_t n, Vector<T> (&columns)[kWidth<T>]) {
+  for (int i = 0; i < kWidth<T>; ++i) {
+    columns[i] = i < lanes ? read<T>(rows + i * stride + n, stride - n) : Vector<T>{};
+  }
+  transpose(columns);
+}
+
+template <typename T>
+void write_columns(T* rows, int64_t stride, int64_t lanes, int64_t n, Vector<T> (&columns)[kWidth<T>]) {
+  transpose(columns);
+  for (int i = 0; i < lanes; ++i) write<T>(rows + i * stride + n, columns[i], stride - n);
+}
+
+// The channels of one task, and the tile that the scan has reached.
 template <typename T, typename IO>
 struct ChannelGroup {
   using Scalar = T;
@@ -26,9 +51,10 @@ struct ChannelGroup {
 
   const MdnetScan& scan;
   int64_t image, first, lanes;   // lanes in use; the others hold zeros
+  int64_t mix;                   // the first row of B and C
   int64_t start = 0, steps = 0;  // the current tile
   bool bounded = true;           // |dt A log2(e)| stays below 2^21 in the current tile
-  T steepest[W] = {};            // per lane: the largest |A log2(e)|
+  T steepest[W];                 // per lane: the largest |A log2(e)|
 
   V *A2, *h;        // [states]: A log2(e); the state
   V *dt, *dtu, *y;  // [kTile]
@@ -38,8 +64,8 @@ struct ChannelGroup {
     return (2 * states + 3 * kTile) * sizeof(V) + 2 * states * kTile * sizeof(T) + 7 * kAlignment;
   }
 
-  ChannelGroup(const MdnetScan& scan, int64_t image, int64_t first, Arena& arena)
-      : scan(scan), image(image), first(first), lanes(smaller(W, scan.channels - first)) {
+  ChannelGroup(const MdnetScan& scan, const Lanes& task, Arena& arena)
+      : scan(scan), image(task.image), first(task.first), lanes(task.end - task.first), mix(task.group * scan.states) {
     const int64_t states = scan.states;
     A2 = arena.take<V>(states);
     h = arena.take<V>(states);
@@ -48,15 +74,37 @@ struct ChannelGroup {
     y = arena.take<V>(kTile);
     B = arena.take<T>(states * kTile);
     C = arena.take<T>(states * kTile);
-    const T* A = static_cast<const T*>(scan.A) + first * scan.states;
-    for (int64_t n = 0; n < states; ++n) {
-      A2[n] = h[n] = V{};
-      for (int64_t i = 0; i < lanes; ++i) {
-        const T a = A[i * scan.states + n] * T(1.44269504088896340736);
-        A2[n][i] = a;
-        const T magnitude = a < 0 ? -a : a;
-        if (!(magnitude <= steepest[i])) steepest[i] = magnitude;  // a NaN stays, so nothing is bounded
+    const T* A = static_cast<const T*>(scan.A) + first * states;
+    V steep{};
+    for (int64_t n = 0; n < states; n += W) {
+      V columns[W];
+      read_columns(A, states, lanes, n, columns);
+      for (int64_t j = 0; j < W && n + j < states; ++j) {
+        A2[n + j] = columns[j] * T(1.44269504088896340736);
+        const V magnitude = at_least(A2[n + j], -A2[n + j]);
+        steep = (steep >= magnitude) | (steep != steep) ? steep : magnitude;  // a NaN stays: nothing is bounded
       }
+    }
+    store(steepest, steep);
+    read_states(scan.h0, h);
+  }
+
+  // States of the group, [states], from and to the layout of h0; zeros if there is none.
+  void read_states(const void* from, V* to) const {
+    const int64_t states = scan.states;
+    for (int64_t n = 0; n < states; n += W) {
+      V columns[W] = {};
+      if (from) read_columns(static_cast<const T*>(from) + channel(0) * states, states, lanes, n, columns);
+      for (int64_t j = 0; j < W && n + j < states; ++j) to[n + j] = columns[j];
+    }
+  }
+  void write_states(const V* from, void* to) const {
+    const int64_t states = scan.states;
+    if (!to) return;
+    for (int64_t n = 0; n < states; n += W) {
+      V columns[W] = {};
+      for (int64_t j = 0; j < W && n + j < states; ++j) columns[j] = from[n + j];
+      write_columns(static_cast<T*>(to) + channel(0) * states, states, lanes, n, columns);
     }
   }
 
@@ -70,7 +118,7 @@ struct ChannelGroup {
     start = position * kTile;
     steps = smaller(kTile, scan.length - start);
     for (int64_t n = 0; n < scan.states; ++n) {
-      const IO *b = row<IO>(scan.B, image, n) + start, *c = row<IO>(scan.C, image, n) + start;
+      const IO *b = row<IO>(scan.B, image, mix + n) + start, *c = row<IO>(scan.C, image, mix + n) + start;
       for (int64_t t = 0; t < steps; t += W) {
         store(B + n * kTile + t, read<T>(b + t, steps - t));
         store(C + n * kTile + t, read<T>(c + t, steps - t));
@@ -84,9 +132,9 @@ struct ChannelGroup {
           step[i] = added[i] = V{};
           continue;
         }
-        step[i] = softplus<T>(biased_delta(i, t));
+        step[i] = step_size(biased_delta(i, t));
         added[i] = step[i] * u(i, t);
-        exponents += step[i] * steepest[i];
+        exponents += (scan.no_softplus ? at_least(step[i], -step[i]) : step[i]) * steepest[i];
       }
       transpose(step);
       transpose(added);
@@ -104,8 +152,12 @@ struct ChannelGroup {
   V u(int i, int64_t t) const { return steps_of(scan.u, i, t); }
   V z(int i, int64_t t) const { return steps_of(scan.z, i, t); }
   V biased_delta(int i, int64_t t) const {
-    return steps_of(scan.delta, i, t) + static_cast<const T*>(scan.delta_bias)[first + i];
+    const V delta = steps_of(scan.delta, i, t);
+    return scan.delta_bias ? delta + static_cast<const T*>(scan.delta_bias)[first + i] : delta;
   }
+  V step_size(V biased_delta) const { return scan.no_softplus ? biased_delta : softplus<T>(biased_delta); }
+  bool gated() const { return scan.z.data; }
+  bool skips() const { return scan.D; }
   T skip(int i) const { return static_cast<const T*>(scan.D)[first + i]; }
   V steps_of(const MdnetRows& rows, int i, int64_t t) const {
     return read<T>(row<IO>(rows, image, first + i) + start + t, steps - t);
@@ -122,6 +174,11 @@ Order order_of(const G& group) {
   return group.scan.reverse ? Order{group.steps - 1, -1, group.steps} : Order{0, 1, group.steps};
 }
 
+template <bool Bounded, typename T>
+Vector<T> next_state(Vector<T> h, Vector<T> dt, Vector<T> A2, Vector<T> dtu, Vector<T> B) {
+  return multiply_add<T>(exp2_product<Bounded, T>(dt, A2), h, dtu * B);
+}
+
 // Scan the tile for the states n, n + 1, ... Unrolled, so that they stay in registers.
 template <bool Bounded, typename G, size_t... I>
 void scan_states(G& g, int64_t n, std::index_sequence<I...>) {
@@ -134,7 +191,9 @@ void scan_states(G& g, int64_t n, std::index_sequence<I...>) {
   for (int64_t count = 0; count < order.count; ++count, t += order.step) {
     const Vector<T> dt = g.dt[t], dtu = g.dtu[t];
     Vector<T> sum = g.y[t];
-    ((h[I] = exp2_product<Bounded, T>(dt, A2[I]) * h[I] + dtu * B[I * kTile + t], sum += h[I] * C[I * kTile + t]), ...);
+    ((h[I] = next_state<Bounded, T>(h[I], dt, A2[I], dtu, splat(B[I * kTile + t])),
+      sum = multiply_add<T>(h[I], splat(C[I * kTile + t]), sum)),
+     ...);
     g.y[t] = sum;
   }
   ((g.h[n + I] = h[I]), ...);

@@ -6,11 +6,17 @@
 #include "scan/backward.h"
 #include "scan/channel_group.h"
 #include "scan/kernel.h"
+#include "scan/single_step.h"
 #include "simd/builds.h"
 #include "simd/flush_to_zero.h"
 
 namespace MDNET_NAMESPACE {
 namespace {
+
+constexpr size_t kLocalBytes = 32 << 10;  // on the stack: enough for 20 states and for most models
+// The work of a vector of channels in one step is its states and about eight more for softplus, the gate and y; below
+// some 10 microseconds of it, handing a task to a thread costs more than it saves.
+constexpr int64_t kWorkOfStep = 8, kWorkOfTask = 1 << 11;
 
 template <typename T, typename IO>
 void write_y(ChannelGroup<T, IO>& g) {
@@ -21,41 +27,68 @@ void write_y(ChannelGroup<T, IO>& g) {
     transpose(rows);
     for (int i = 0; i < g.lanes; ++i) {
       IO* y = static_cast<IO*>(g.scan.y) + g.channel(i) * g.scan.length + g.start + t;
-      write<T>(y, (rows[i] + g.skip(i) * g.u(i, t)) * silu<T>(g.z(i, t)), g.steps - t);
+      Vector<T> value = rows[i];
+      if (g.skips()) value = multiply_add<T>(splat(g.skip(i)), g.u(i, t), value);
+      if (g.gated()) value *= silu<T>(g.z(i, t));
+      write<T>(y, value, g.steps - t);
     }
   }
 }
 
 template <typename T, typename IO>
-int forward_group(const MdnetScan& scan, int64_t task) {
+int forward_lanes(const MdnetScan& scan, const Lanes& task) {
   using G = ChannelGroup<T, IO>;
-  const int64_t groups = ceil_div(scan.channels, G::W);
-  Arena arena(G::bytes(scan.states));
+  if (scan.length == 1) return single_step<T, IO>(scan, task), MDNET_OK;
+  LocalArena<kLocalBytes> arena(G::bytes(scan.states));
   if (!arena) return MDNET_NO_MEMORY;
-  G group(scan, task / groups, task % groups * G::W, arena);
+  G group(scan, task, arena);
   for (int64_t k = 0; k < group.tiles(); ++k) {
     group.load_tile(k);
     scan_tile(group);
     write_y(group);
   }
+  group.write_states(group.h, scan.h_last);
   return MDNET_OK;
 }
 
-int64_t forward_tasks(const MdnetScan& scan) {
-  return scan.batch * ceil_div(scan.channels, scan.type == MDNET_FLOAT64 ? kWidth<double> : kWidth<float>);
+// The forward pass, cut into tasks: each has some groups of channels of one image that share B and C.
+struct Cut {
+  int64_t width, of_task, tasks_of_group;  // channels of a vector, and of a task
+
+  explicit Cut(const MdnetScan& scan) : width(scan.type == MDNET_FLOAT64 ? kWidth<double> : kWidth<float>) {
+    const int64_t channels = channels_of_a_group(scan), vectors = ceil_div(channels, width);
+    const int64_t work = scan.length * (scan.states + kWorkOfStep);  // of a vector
+    of_task = ceil_div(vectors, larger(1, smaller(vectors, vectors * work / kWorkOfTask))) * width;
+    tasks_of_group = ceil_div(channels, of_task);
+  }
+};
+
+template <typename T, typename IO>
+int forward_task(const MdnetScan& scan, int64_t task) {
+  const Cut cut(scan);
+  const int64_t part = task % cut.tasks_of_group, group = task / cut.tasks_of_group % groups_of(scan);
+  const int64_t image = task / cut.tasks_of_group / groups_of(scan);
+  const Lanes all = Lanes::of(scan, image, group, part * cut.of_task, cut.of_task);
+  for (int64_t first = all.first; first < all.end; first += cut.width) {
+    const Lanes some{image, group, first, smaller(first + cut.width, all.end)};
+    if (const int status = forward_lanes<T, IO>(scan, some)) return status;
+  }
+  return MDNET_OK;
 }
+
+int64_t forward_tasks(const MdnetScan& scan) { return scan.batch * groups_of(scan) * Cut(scan).tasks_of_group; }
 
 int forward(const MdnetScan& scan, int64_t task) {
   [[maybe_unused]] const FlushToZero guard;
   switch (scan.type) {
     case MDNET_FLOAT32:
-      return forward_group<float, float>(scan, task);
+      return forward_task<float, float>(scan, task);
     case MDNET_FLOAT64:
-      return forward_group<double, double>(scan, task);
+      return forward_task<double, double>(scan, task);
     case MDNET_FLOAT16:
-      return forward_group<float, Half>(scan, task);
+      return forward_task<float, Half>(scan, task);
     default:
-      return forward_group<float, Bfloat>(scan, task);
+      return forward_task<float, Bfloat>(scan, task);
   }
 }
 
@@ -63,16 +96,16 @@ template <typename T>
 int backward_split(const MdnetScan& scan, const MdnetScanGradients& out, int64_t task) {
   using G = ChannelGroup<T, T>;
   const int64_t tiles = ceil_div(scan.length, kTile);
-  const int64_t splits = ceil_div(scan.channels, kSplitChannels);
-  const int64_t image = task / splits, split = task % splits;
-  const int64_t shared = scan.length * scan.states, part = (split * scan.batch + image) * shared;
+  const int64_t groups = groups_of(scan), splits = ceil_div(channels_of_a_group(scan), kSplitChannels);
+  const int64_t split = task % splits, mix = task / splits % groups, image = task / splits / groups;
+  const int64_t shared = scan.length * scan.states, part = ((split * scan.batch + image) * groups + mix) * shared;
   T *grad_B = static_cast<T*>(out.B) + part, *grad_C = static_cast<T*>(out.C) + part;
   for (int64_t i = 0; i < shared; ++i) grad_B[i] = grad_C[i] = 0;
-  const int64_t end = smaller(scan.channels, (split + 1) * kSplitChannels);
-  for (int64_t first = split * kSplitChannels; first < end; first += G::W) {
+  const Lanes all = Lanes::of(scan, image, mix, split * kSplitChannels, kSplitChannels);
+  for (int64_t first = all.first; first < all.end; first += G::W) {
     Arena arena(G::bytes(scan.states) + Backward<T>::bytes(tiles, scan.states));
     if (!arena) return MDNET_NO_MEMORY;
-    G group(scan, image, first, arena);
+    G group(scan, {image, mix, first, smaller(first + G::W, all.end)}, arena);
     Backward<T>(group, out, grad_B, grad_C, arena).run();
   }
   return MDNET_OK;

@@ -12,7 +12,7 @@ namespace {
 
 bool sensible(const MdnetScan& scan) {
   return scan.batch > 0 && scan.channels > 0 && scan.length > 0 && scan.states > 0 && scan.type >= MDNET_FLOAT32 &&
-         scan.type <= MDNET_BFLOAT16;
+         scan.type <= MDNET_BFLOAT16 && scan.groups >= 0 && scan.channels % groups_of(scan) == 0;
 }
 
 // The backward pass where `gradients` is not null.
@@ -20,7 +20,8 @@ int run(const MdnetScan* scan, const MdnetScanGradients* gradients, const Host& 
   if (!scan || !sensible(*scan) || (gradients && scan->type > MDNET_FLOAT64)) return MDNET_BAD_ARGUMENT;
   const ScanKernel* kernel = build_for(scan->isa, scan_builds);
   if (!kernel) return MDNET_NO_ISA;
-  const int64_t tasks = gradients ? scan->batch * mdnet_scan_splits(scan->channels) : kernel->forward_tasks(*scan);
+  const int64_t parts = groups_of(*scan) * mdnet_scan_splits(channels_of_a_group(*scan));
+  const int64_t tasks = gradients ? scan->batch * parts : kernel->forward_tasks(*scan);
   return host.run_and_check(tasks, [&](int64_t task) {
     return gradients ? kernel->backward(*scan, *gradients, task) : kernel->forward(*scan, task);
   });
@@ -30,7 +31,7 @@ int run(const MdnetScan* scan, const MdnetScanGradients* gradients, const Host& 
 
 extern "C" {
 
-int64_t mdnet_scan_splits(int64_t channels) { return ceil_div(channels, kSplitChannels); }
+int64_t mdnet_scan_splits(int64_t channels_of_a_group) { return ceil_div(channels_of_a_group, kSplitChannels); }
 
 int mdnet_scan(const MdnetScan* scan, MdnetParallelFor parallel_for, void* host) {
   return run(scan, nullptr, {parallel_for, host});

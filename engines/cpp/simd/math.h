@@ -26,6 +26,19 @@ inline Vector<float> at_least(Vector<float> a, Vector<float> low) { return _mm25
 inline Vector<float> at_most(Vector<float> a, Vector<float> high) { return _mm256_min_ps(high, a); }
 #endif
 
+// a b + c, rounded once where the processor can: the compiler's own choice may differ from one place to another.
+template <typename T>
+inline Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {
+#if MDNET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return Vector<T>(_mm512_fmadd_ps(a, b, c));
+  if constexpr (sizeof(T) == 8) return Vector<T>(_mm512_fmadd_pd(a, b, c));
+#elif MDNET_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return Vector<T>(_mm256_fmadd_ps(a, b, c));
+  if constexpr (sizeof(T) == 8) return Vector<T>(_mm256_fmadd_pd(a, b, c));
+#endif
+  return a * b + c;
+}
+
 // 1 / a for a >= 1 (infinity and NaN included).
 template <typename T>
 inline Vector<T> reciprocal(Vector<T> a) {
@@ -60,20 +73,19 @@ inline Vector<double> exp2_fraction(Vector<double> r) {
   return p;
 }
 
-// 2^(a b) where |a b| < 2^21 in every lane, or, unless `Bounded`, anything.
-template <bool Bounded, typename T>
-inline Vector<T> exp2_product(Vector<T> a, Vector<T> b) {
+// 2^x for any x.
+template <typename T>
+inline Vector<T> exp2_of(Vector<T> x) {
   using R = Traits<T>;
 #if MDNET_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {  // scalef saturates to 0 and inf by itself
-    Vector<T> x = a * b;
-    if constexpr (!Bounded) x = at_most(at_least(x, splat<T>(-300)), splat<T>(300));
+    x = at_most(at_least(x, splat<T>(-300)), splat<T>(300));
     const Vector<T> k = (x + R::kMagic) - R::kMagic;
     return Vector<T>(_mm512_maskz_scalef_ps(0xffff, __m512(exp2_fraction(x - k)), __m512(k)));
   }
 #endif
   // 2^k is assembled in the exponent's bits: 0 for the lowest k, inf for the highest.
-  const Vector<T> x = at_most(at_least(a * b, splat<T>(-R::kBias)), splat<T>(R::kBias + 1));
+  x = at_most(at_least(x, splat<T>(-R::kBias)), splat<T>(R::kBias + 1));
   const Vector<T> shifted = x + R::kMagic;
   const Vector<T> k = shifted - R::kMagic;
   Bits<T> bits;
@@ -84,9 +96,27 @@ inline Vector<T> exp2_product(Vector<T> a, Vector<T> b) {
   return exp2_fraction(x - k) * power;
 }
 
+// 2^(a b) where |a b| < 2^21 in every lane, or, unless `Bounded`, anything. Where both may be used they agree to the
+// bit.
+template <bool Bounded, typename T>
+inline Vector<T> exp2_product(Vector<T> a, Vector<T> b) {
+#if MDNET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vector<T> k = multiply_add<T>(a, b, splat(Traits<T>::kMagic)) - Traits<T>::kMagic;
+    __m512 r = _mm512_fmsub_ps(a, b, k);
+    // Beyond 2^21 r may be any number, or NaN where a b is infinite: then 1 will do, since k decides the result. Of r
+    // and 1 this takes the one nearer to 0, and the number where one is NaN.
+    constexpr int kSmallerMagnitude = 0b0010;
+    if constexpr (!Bounded) r = _mm512_maskz_range_ps(0xffff, r, _mm512_set1_ps(1.0f), kSmallerMagnitude);
+    return Vector<T>(_mm512_maskz_scalef_ps(0xffff, __m512(exp2_fraction(r)), __m512(k)));
+  }
+#endif
+  return exp2_of<T>(a * b);
+}
+
 template <typename T>
 inline Vector<T> exp_of(Vector<T> x) {
-  return exp2_product<false, T>(x, splat<T>(T(1.44269504088896340736)));
+  return exp2_of<T>(x * T(1.44269504088896340736));
 }
 
 // log(1 + e) for 0 <= e <= 1 as 2 atanh(e / (2 + e)), accurate relative to the result down to e = 0.

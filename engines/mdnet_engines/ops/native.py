@@ -42,6 +42,8 @@ class Scan(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("type", "reverse", "isa")),
         *((name, Rows) for name in ("u", "delta", "z", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "y")),
+        *((name, ctypes.c_int32) for name in ("groups", "no_softplus")),
+        *((name, ctypes.c_void_p) for name in ("h0", "h_last")),
     ]
 
 
@@ -51,6 +53,7 @@ class Gradients(ctypes.Structure):
     _fields_ = [
         ("grad", Rows),
         *((name, ctypes.c_void_p) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),
+        *((name, ctypes.c_void_p) for name in ("h_last", "h0")),
     ]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mdnet_engines.errors import MDNetError
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+INPUTS_V2 = (*INPUTS, "h0")
 ANY = -1
 """A size that is not known yet, such as TensorRT's symbolic batch; fits every size."""
 
@@ -26,22 +27,47 @@ def check_shapes(
     delta_bias: Sequence[int],
 ) -> None:
     """Raise `ShapeError`, naming both shapes, where an input does not fit `u` and `A`, or is empty."""
-    u, A = tuple(u), tuple(A)
+    found = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    _compare(tuple(u), tuple(A), found, groups=None)
+
+
+def check_shapes_v2(
+    u: Sequence[int],
+    delta: Sequence[int],
+    A: Sequence[int],
+    B: Sequence[int],
+    C: Sequence[int],
+    D: Sequence[int] | None = None,
+    z: Sequence[int] | None = None,
+    delta_bias: Sequence[int] | None = None,
+    h0: Sequence[int] | None = None,
+) -> None:
+    """The same for version 2 of the operator: optional inputs may be None, B and C may have an axis of groups."""
+    inputs = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "h0": h0}
+    found = {name: shape for name, shape in inputs.items() if shape is not None}
+    groups = B[1] if len(B) == 4 else None
+    if len(B) != len(C) and {len(B), len(C)} == {3, 4}:
+        raise ShapeError(f"B is {tuple(B)}, C {tuple(C)}: both have an axis of groups, or none has")
+    _compare(tuple(u), tuple(A), found, groups)
+    if groups is not None and (groups < 1 or u[1] % groups):
+        raise ShapeError(f"B is {tuple(B)}: its {groups} groups can't share the {u[1]} channels of u {tuple(u)} evenly")
+
+
+def _compare(u: tuple[int, ...], A: tuple[int, ...], shapes: Mapping[str, Sequence[int]], groups: int | None) -> None:
     if len(u) != 3 or len(A) != 2:
         raise ShapeError(f"u must be (batch, channels, length), A (channels, states); got {u} and {A}")
     if 0 in u or 0 in A:
         raise ShapeError(f"u {u} or A {A} has an empty axis")
     (batch, channels, length), states = u, A[1]
     expected = {
-        "delta": (delta, (batch, channels, length)),
-        "A": (A, (channels, states)),
-        "B": (B, (batch, states, length)),
-        "C": (C, (batch, states, length)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, channels, length)),
-        "delta_bias": (delta_bias, (channels,)),
+        **dict.fromkeys(("delta", "z"), u),
+        "A": (channels, states),
+        **dict.fromkeys(("B", "C"), (batch, states, length) if groups is None else (batch, groups, states, length)),
+        **dict.fromkeys(("D", "delta_bias"), (channels,)),
+        "h0": (batch, channels, states),
     }
-    for name, (found, wanted) in expected.items():
+    for name, found in shapes.items():
+        wanted = expected[name]
         if len(found) != len(wanted) or any(
             ANY not in sizes and sizes[0] != sizes[1] for sizes in zip(found, wanted, strict=True)
         ):
