@@ -16,12 +16,14 @@ import onnxscript
 import torch
 from onnxscript import opset18 as op
 
-import mdnet.scan  # noqa: F401 # registers the operator that the table is about
+import mdnet.scan  # noqa: F401 # registers the operators that the table is about
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.ops import scan_v2
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_engines.tensorrt.plugin import PARSER_ATTRIBUTES
 
 _FLOAT, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+_ACTIVATIONS = ("u", "delta", "B", "C", "z")
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -31,7 +33,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     export of a float64 model raises `MDNetError`: no host has float64.
     """
     scan_op.register_schemas()
-    return {torch.ops.mdnet.selective_scan.default: _translate}
+    scan_v2.register_schemas()
+    return {
+        torch.ops.mdnet.selective_scan.default: _translate,
+        torch.ops.mdnet.selective_scan_v2.default: _translate_v2,
+    }
 
 
 def attach_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -39,8 +45,12 @@ def attach_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     used = {node.op_type for node in _with_inner(nodes) if node.domain == scan_op.DOMAIN}
     there = {function.name for function in proto.functions if function.domain == scan_op.DOMAIN}
-    proto.functions.extend(scan_op.function(name) for name in sorted(used - there))
+    proto.functions.extend(_body(name) for name in sorted(used - there))
     return proto
+
+
+def _body(name: str) -> onnx.FunctionProto:
+    return scan_v2.VARIANTS[name].function() if name in scan_v2.VARIANTS else scan_op.function(name)
 
 
 def _with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -53,16 +63,45 @@ def _with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _translate(u, delta, A, B, C, D, z, delta_bias, reverse=False):  # type: ignore[no-untyped-def]
-    if any(value.dtype == _DOUBLE for value in (u, delta, A, B, C, D, z, delta_bias)):
-        raise MDNetError("the selective scan can't be exported in float64; export the model in float32: model.float()")
-    mixed = len({value.dtype for value in (u, delta, B, C, z)}) > 1
-    activations = [_float(value) if mixed else value for value in (u, delta, B, C, z)]
-    u_, delta, B, C, z = activations
-    A, D, delta_bias = (_float(value) for value in (A, D, delta_bias))
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    inputs, mixed = _typed(given)
     operators = onnxscript.values.Opset(scan_op.DOMAIN, scan_op.VERSION)
     scan = operators.SelectiveScanReverse if reverse else operators.SelectiveScan
-    y = scan(u_, delta, A, B, C, D, z, delta_bias, **PARSER_ATTRIBUTES)
+    y = scan(*inputs.values(), **PARSER_ATTRIBUTES)
     return op.CastLike(y, u) if mixed else y
+
+
+def _translate_v2(  # type: ignore[no-untyped-def]
+    u, delta, A, B, C, D, z, delta_bias, h0, reverse, delta_softplus, return_last_state
+):
+    state = return_last_state or h0 is not None
+    variant = scan_v2.Variant(reverse, z is not None, delta_softplus, state)
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "h0": h0}
+    inputs, mixed = _typed({name: value for name, value in given.items() if value is not None})
+    for name in ("D", "delta_bias"):
+        if name not in inputs:
+            inputs[name] = _zeros(op.Shape(A, start=0, end=1))
+    if state and h0 is None:
+        inputs["h0"] = _zeros(op.Concat(op.Shape(u, start=0, end=1), op.Shape(A), axis=0))
+    scan = getattr(onnxscript.values.Opset(scan_op.DOMAIN, scan_op.VERSION), variant.name)
+    outputs = scan(*(inputs[name] for name in variant.inputs))
+    # The PyTorch operator always has two results: the second is empty where nobody asks for it.
+    y, h_last = outputs if state else (outputs, _zeros(op.Constant(value_ints=[0])))
+    return op.CastLike(y, u) if mixed else y, h_last
+
+
+def _typed(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The inputs in the types that the operators take; and whether the activations, now float32, had several."""
+    if any(value.dtype == _DOUBLE for value in given.values()):
+        raise MDNetError("the selective scan can't be exported in float64; export the model in float32: model.float()")
+    mixed = len({value.dtype for name, value in given.items() if name in _ACTIVATIONS}) > 1
+    return {
+        name: value if name in _ACTIVATIONS and not mixed else _float(value) for name, value in given.items()
+    }, mixed
+
+
+def _zeros(shape: Any) -> Any:
+    return op.ConstantOfShape(shape)
 
 
 def _float(value):  # type: ignore[no-untyped-def]

@@ -77,6 +77,84 @@ def test_every_type_exports_to_a_file_that_runs_everywhere(kind: str) -> None:
         assert np.abs(got - expected).max() <= limit * np.abs(expected).max()
 
 
+class Decoder(nn.Module):
+    """A scan of version 2 whose state goes in and out, in two groups."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("A", -torch.rand(6, 4))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        mix = x[:, :4].unflatten(1, (1, 4)).expand(-1, 2, -1, -1)
+        return selective_scan(x, x.abs(), self.A, mix, mix, h0=state, return_last_state=True, **self.options)
+
+
+def exported_decoder(module: Decoder, x: Tensor, state: Tensor) -> onnx.ModelProto:
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    program = torch.onnx.export(
+        module.eval(),
+        (x, state),
+        dynamo=True,
+        opset_version=18,
+        dynamic_shapes=({0: batch, 2: length}, {0: batch}),
+        custom_translation_table=translation_table(),
+        verbose=False,
+    )
+    assert program is not None
+    return attach_functions(program.model_proto)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"delta_softplus": False}], ids=str)
+def test_a_model_with_a_state_runs_in_pieces_of_any_length(options: dict[str, bool]) -> None:
+    module = Decoder(**options)
+    model = exported_decoder(module, torch.randn(2, 6, 9), torch.randn(2, 6, 4))
+    onnx.checker.check_model(model, full_check=True)
+    x, state = torch.randn(3, 6, 12), torch.randn(3, 6, 4)
+    expected, last = (value.numpy() for value in module(x, state))
+    reverse = options.get("reverse", False)
+    for session in sessions(model):
+        name_x, name_state = (value.name for value in session.get_inputs())
+        pieces, h = {}, state.numpy()
+        spans = [slice(0, 7), slice(7, 8), slice(8, 12)]
+        for span in spans[::-1] if reverse else spans:
+            pieces[span.start], h = session.run(None, {name_x: x[..., span].numpy(), name_state: h})
+        got = np.concatenate([pieces[span.start] for span in spans], axis=2)
+        for one, other in ((got, expected), (h, last)):
+            assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+
+
+class Bare(nn.Module):
+    """No D, z, delta_bias or state; half activations but for B and C where `mixed`."""
+
+    def __init__(self, last_state: bool = False, mixed: bool = False) -> None:
+        super().__init__()
+        self.last_state, self.mixed = last_state, mixed
+        self.register_buffer("A", -torch.rand(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        mix = torch.cat([x, x[:, :1]], dim=1)
+        x = x.half() if self.mixed else x
+        return selective_scan(x, x, self.A, mix, mix, return_last_state=self.last_state)
+
+
+@pytest.mark.parametrize("module", [Bare(), Bare(last_state=True), Bare(mixed=True)], ids=["y", "state", "mixed"])
+def test_missing_inputs_are_filled_in(module: Bare) -> None:
+    x = torch.randn(2, 3, 9)
+    model = exported(module, x)
+    onnx.checker.check_model(model, full_check=True)
+    results = module(x)
+    expected = results if isinstance(results, tuple) else (results,)
+    for session in sessions(model):
+        for got, one in zip(session.run(None, {session.get_inputs()[0].name: x.numpy()}), expected, strict=True):
+            limit = 2.0**-10 if module.mixed else 1e-5
+            assert got.dtype == one.numpy().dtype
+            assert np.abs(got - one.numpy()).max() <= limit * np.abs(one.numpy()).max()
+    (scan,) = (node for node in model.graph.node if node.domain == scan_op.DOMAIN)
+    assert scan.op_type == ("SelectiveScan2NoZState" if module.last_state else "SelectiveScan2NoZ")
+    assert not scan.attribute  # TensorRT has no plugin for it yet
+
+
 def test_float64_is_refused_in_words() -> None:
     with pytest.raises(Exception, match="float64") as error:  # the exporter wraps what a translation raises
         exported(Block(torch.float64, torch.float64).double(), torch.randn(2, 3, 9))

@@ -63,6 +63,7 @@ struct Signature {
   char output;
   int flags;  // what else the node needs to know
   const char* provider;
+  const char* more_outputs;  // the types of those after the first
 
   static OrtElementType type_of(char letter) {
     return letter == 'f' ? ORT_FLOAT : letter == 'h' ? ORT_FLOAT16 : letter == 'g' ? ORT_BFLOAT16 : ORT_UINT8;
@@ -105,10 +106,10 @@ class Run {
   }
 
   template <typename T>
-  OrtStatus* output(const int64_t* sizes, size_t rank, T** data) const {
+  OrtStatus* output(const int64_t* sizes, size_t rank, T** data, size_t index = 0) const {
     OrtValue* value = nullptr;
     void* bytes = nullptr;
-    MDNET_TRY(api_.KernelContext_GetOutput(context_, 0, sizes, rank, &value));
+    MDNET_TRY(api_.KernelContext_GetOutput(context_, index, sizes, rank, &value));
     MDNET_TRY(api_.GetTensorMutableData(value, &bytes));
     *data = static_cast<T*>(bytes);
     return nullptr;
@@ -136,21 +137,23 @@ class Run {
   OrtStatus* problem_ = nullptr;  // that ONNX Runtime had with its threads
 };
 
-// T is derived from Node. All operators have one output, and all their inputs are required. Sessions keep pointers to
-// an Op.
+// T is derived from Node. All inputs and outputs of an operator are required. Sessions keep pointers to an Op.
 template <typename T>
 struct Op : OrtCustomOp {
   const Signature signature;
 
-  constexpr Op(const char* name, const char* inputs, char output, int flags = 0, const char* provider = kCpu)
-      : OrtCustomOp{}, signature{name, inputs, output, flags, provider} {
+  constexpr Op(const char* name, const char* inputs, char output, int flags = 0, const char* provider = kCpu,
+               const char* more_outputs = "")
+      : OrtCustomOp{}, signature{name, inputs, output, flags, provider, more_outputs} {
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp* op) { return of(op).name; };
     GetExecutionProviderType = [](const OrtCustomOp* op) { return of(op).provider; };
     GetInputTypeCount = [](const OrtCustomOp* op) { return strlen(of(op).inputs); };
     GetInputType = [](const OrtCustomOp* op, size_t i) { return Signature::type_of(of(op).inputs[i]); };
-    GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
-    GetOutputType = [](const OrtCustomOp* op, size_t) { return Signature::type_of(of(op).output); };
+    GetOutputTypeCount = [](const OrtCustomOp* op) { return 1 + strlen(of(op).more_outputs); };
+    GetOutputType = [](const OrtCustomOp* op, size_t i) {
+      return Signature::type_of(i ? of(op).more_outputs[i - 1] : of(op).output);
+    };
     GetInputCharacteristic = GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return ORT_REQUIRED; };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ORT_MEM_DEFAULT; };
     GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
