@@ -42,7 +42,13 @@ def build(source: str, folder: Path) -> Path:
 
 
 def launch(
-    program: Path, folder: Path, inputs: Mapping[str, np.ndarray], *, reverse: bool, kernel: str = ""
+    program: Path,
+    folder: Path,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    reverse: bool,
+    small: bool | None = None,
+    kernel: str = "",
 ) -> np.ndarray:
     """Run one launch on the operator's inputs; gives y [batch, channels, length] in the type of u.
 
@@ -51,6 +57,7 @@ def launch(
         folder: where the tensors are handed over.
         inputs: by name; u, delta, B, C and z of one type, A, D and delta_bias float32.
         reverse: which direction's kernel `mdnet_engines.cuda.kernel` is asked for.
+        small: whether that is the one for small launches; by default the sizes decide.
         kernel: the entry point instead, by name.
 
     Raises:
@@ -59,8 +66,11 @@ def launch(
     u, A = inputs["u"], inputs["A"]
     for name, values in inputs.items():
         (folder / name).write_bytes(np.ascontiguousarray(values).tobytes())
-    name = kernel or cuda_kernel.kernel_name(reverse=reverse, dtype=u.dtype.name, states=A.shape[1])
-    sizes = (*u.shape, A.shape[1], u.itemsize, cuda_kernel.THREADS, cuda_kernel.CHANNELS_PER_BLOCK)
+    states = A.shape[1]
+    if small is None:
+        small = cuda_kernel.is_small(*u.shape[:2], states)
+    name = kernel or cuda_kernel.kernel_name(reverse=reverse, dtype=u.dtype.name, states=states, small=small)
+    sizes = (*u.shape, states, u.itemsize, cuda_kernel.THREADS, cuda_kernel.channels_per_block(name))
     try:
         done = subprocess.run(
             [str(program), name, str(folder), *map(str, sizes)],

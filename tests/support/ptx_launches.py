@@ -40,8 +40,8 @@ class Launch:
     arguments: tuple[str | int, ...]
 
 
-def by_tensorrt(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:
-    """The plugin's launches, its symbolic grid worked out for each case's batch.
+def by_tensorrt(cases: Sequence[ScanCase], folder: Path) -> list[list[Launch]]:
+    """The plugin's launches of each case, one for each tactic, with its symbolic grid worked out for the case's batch.
 
     TensorRT passes the inputs, then the plugin's scalars, then the output.
     """
@@ -56,14 +56,18 @@ def by_tensorrt(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:
         for case in cases
     ]
     answers = _answer([str(_PROBE), "aot_of_each", json.dumps({"nodes": nodes})], environment)
-    made = []
-    for case, answer in zip(cases, answers, strict=True):
-        grid, block, scalars, shared = (answer[key][str(case.batch)] for key in ("grid", "block", "scalars", "shared"))
-        assert shared == [0]
-        made.append(
-            Launch(answer["ptx"], answer["kernel"], tuple(grid), tuple(block), (*scan_op.INPUTS, *scalars, "y"))
-        )
-    return made
+    return [
+        [_of_tactic(tactic, str(case.batch)) for tactic in answer.values()]
+        for case, answer in zip(cases, answers, strict=True)
+    ]
+
+
+def _of_tactic(answer: dict[str, Any], batch: str) -> Launch:
+    assert answer["shared"][batch] == [0]
+    arguments = (*scan_op.INPUTS, *answer["scalars"][batch], "y")
+    return Launch(
+        answer["ptx"], answer["kernel"], tuple(answer["grid"][batch]), tuple(answer["block"][batch]), arguments
+    )
 
 
 def by_library(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:

@@ -23,8 +23,10 @@ extern "C" __attribute__((visibility("hidden"))) const char mdnet_ptx[];
 namespace {
 
 // What the PTX was compiled for; tests/engines/cuda/test_launch.py compares them.
-constexpr unsigned kThreads = 128, kChannelsPerBlock = 32;
+constexpr unsigned kThreads = 128;
 constexpr int64_t kMaxStates = 64, kMaxLength = 1 << 25;
+// Launches of at most so many blocks take a kernel whose blocks have fewer channels, if there is one.
+constexpr int64_t kChannelsPerBlock = 32, kSmallChannelsPerBlock = 8, kSmallBlocks = 216;
 
 using CUresult = int;
 using CUcontext = struct CUctx_st*;
@@ -107,6 +109,8 @@ CUresult current_module(CUmodule* module) {
   return result;
 }
 
+int64_t blocks_for(int64_t channels, int64_t per_block) { return (channels + per_block - 1) / per_block; }
+
 }  // namespace
 
 extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
@@ -118,20 +122,20 @@ extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
   CUmodule module;
   if (CUresult result = current_module(&module)) return explain("to load the selective scan", result);
   const char* type = scan.type == MDNET_FLOAT32 ? "f32" : scan.type == MDNET_FLOAT16 ? "f16" : "bf16";
+  const int capacity = scan.states <= 4 ? 4 : scan.states <= 16 ? 16 : 64;
+  const bool small = capacity == 16 && scan.batch * blocks_for(scan.channels, kSmallChannelsPerBlock) <= kSmallBlocks;
   char name[64];
-  snprintf(name, sizeof name, "selective_scan_%s_%s_n%d", scan.reverse ? "reverse" : "forward", type,
-           scan.states <= 4    ? 4
-           : scan.states <= 16 ? 16
-                               : 64);
+  snprintf(name, sizeof name, "selective_scan_%s_%s_n%d%s", scan.reverse ? "reverse" : "forward", type, capacity,
+           small ? "_small" : "");
   CUfunction kernel;
   if (CUresult result = driver().cuModuleGetFunction(&kernel, module, name)) return explain("to find a kernel", result);
 
   int channels = int(scan.channels), length = int(scan.length), states = int(scan.states);
   void* arguments[] = {&scan.u.data, &scan.delta.data, &scan.A,   &scan.B.data, &scan.C.data, &scan.D,
                        &scan.z.data, &scan.delta_bias, &channels, &length,      &states,      &scan.y};
-  const unsigned blocks = unsigned((scan.channels + kChannelsPerBlock - 1) / kChannelsPerBlock);
-  if (CUresult result = driver().cuLaunchKernel(kernel, unsigned(scan.batch), blocks, 1, kThreads, 1, 1, 0, stream,
-                                                arguments, nullptr)) {
+  const int64_t blocks = blocks_for(scan.channels, small ? kSmallChannelsPerBlock : kChannelsPerBlock);
+  if (CUresult result = driver().cuLaunchKernel(kernel, unsigned(scan.batch), unsigned(blocks), 1, kThreads, 1, 1, 0,
+                                                stream, arguments, nullptr)) {
     return explain("to launch the selective scan", result);
   }
   return nullptr;

@@ -8,10 +8,13 @@ on. Whoever changes `selective_scan.cu` makes it anew, with the extra
 
     python -m mdnet_engines.cuda.kernel
 
-A launch has `THREADS` threads a block and a grid of (batch, ⌈channels / CHANNELS_PER_BLOCK⌉, 1), no dynamic shared
-memory, and the arguments `ARGUMENTS`: pointers to contiguous tensors, shaped as in `mdnet_engines.ops.selective_scan`,
-and three int32. A, D and delta_bias are float32; the other tensors are all of the kernel's type. A sequence is shorter
-than 2²⁵.
+A launch has `THREADS` threads a block and a grid of (batch, ⌈channels / channels_per_block(kernel)⌉, 1), no dynamic
+shared memory, and the arguments `ARGUMENTS`: pointers to contiguous tensors, shaped as in
+`mdnet_engines.ops.selective_scan`, and three int32. A, D and delta_bias are float32; the other tensors are all of the
+kernel's type. A sequence is shorter than 2²⁵.
+
+For the usual 16 states there is a second kernel for small launches, with four times as many blocks. Either takes any
+batch. `is_small` says which one the native library chooses; TensorRT times both when it builds an engine.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ from mdnet_engines.ops.scan_shapes import INPUTS
 
 THREADS = 128
 CHANNELS_PER_BLOCK = 32
+SMALL_CHANNELS_PER_BLOCK = 8
 MAX_STATES = 64
+# Two blocks for each of an A100's 108 multiprocessors: beyond, the other kernel has fewer instructions to issue on the
+# busiest one (docs/scan-kernels.md).
+SMALL_BLOCKS = 216
 ARGUMENTS = (*INPUTS, "channels", "length", "states", "y")
 
 COMPILED_FOR = "compute_80"  # the oldest with bfloat16; newer GPUs run it just as well
@@ -42,10 +49,11 @@ _SOURCE = _DIRECTORY / "selective_scan.cu"
 _PTX = _DIRECTORY / "selective_scan.ptx"
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _CAPACITIES = (4, 16, MAX_STATES)  # states that a kernel has registers for
+_SMALL_CAPACITY = 16
 
 
-def kernel_name(*, reverse: bool, dtype: Dtype, states: int) -> str:
-    """The entry point for activations of `dtype` and `states` states a channel.
+def kernel_name(*, reverse: bool, dtype: Dtype, states: int, small: bool = False) -> str:
+    """The entry point for activations of `dtype` and `states` states a channel; `small`: that for small launches.
 
     Raises:
         MDNetError: there is no such kernel.
@@ -55,7 +63,24 @@ def kernel_name(*, reverse: bool, dtype: Dtype, states: int) -> str:
     if not 1 <= states <= MAX_STATES:
         raise MDNetError(f"the CUDA scan has no kernel for {states} states a channel; it takes 1 to {MAX_STATES}")
     capacity = next(capacity for capacity in _CAPACITIES if states <= capacity)
-    return f"selective_scan_{'reverse' if reverse else 'forward'}_{_TYPES[dtype]}_n{capacity}"
+    if small and capacity != _SMALL_CAPACITY:
+        raise MDNetError(f"the CUDA scan has no kernel for small launches of {states} states a channel")
+    return f"selective_scan_{'reverse' if reverse else 'forward'}_{_TYPES[dtype]}_n{capacity}{'_small' * small}"
+
+
+def has_small(states: int) -> bool:
+    """Whether there is a second kernel, for small launches, for so many states a channel."""
+    return next((capacity for capacity in _CAPACITIES if states <= capacity), None) == _SMALL_CAPACITY
+
+
+def is_small(batch: int, channels: int, states: int) -> bool:
+    """Whether a launch of these sizes should take the kernel for small ones."""
+    return has_small(states) and batch * -(-channels // SMALL_CHANNELS_PER_BLOCK) <= SMALL_BLOCKS
+
+
+def channels_per_block(kernel: str) -> int:
+    """What a block of an entry point takes: the grid's second size follows from it."""
+    return SMALL_CHANNELS_PER_BLOCK if kernel.endswith("_small") else CHANNELS_PER_BLOCK
 
 
 def source() -> str:

@@ -12,7 +12,7 @@
 //
 // A block has 32 channels of one batch element; four lanes share a channel's states. Time goes by in tiles of 16 steps:
 // the next tile travels from global memory to registers while this one is worked on in shared memory. That turns it:
-// threads side by side move steps, which coalesces, but compute channels.
+// threads side by side move steps, which coalesces, but compute channels. `scan_small` shares the work out differently.
 //
 // Compiles with NVRTC and nvcc for compute capability 8.0 and later, and includes nothing. As plain C++ it needs what
 // tests/support/cuda_on_cpu has instead of CUDA and of the PTX instructions below.
@@ -278,9 +278,177 @@ __device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __
   }
 }
 
+// The same scan for launches that leave most of a GPU empty, of up to 16 states. A channel has 16 lanes with one state
+// each, a block 8 channels: there are four times as many warps, which issue two fifths of the instructions each. A warp
+// is then alone on its scheduler, and nobody works while it waits. So a tile has 32 steps, of which more overlap, and
+// one barrier, since shared memory has two tiles.
+constexpr int kSmallLanes = 16;
+constexpr int kSmallChannels = kThreads / kSmallLanes;
+constexpr int kSmallSteps = 32;                            // a warp moves whole rows of a tile
+constexpr int kSmallRows = kThreads / kSmallSteps;         // that all threads together move at once
+constexpr int kSmallPasses = kSmallChannels / kSmallRows;  // for those of u, delta, z and y
+constexpr int kSmallMixPasses = kSmallLanes / kSmallRows;  // for those of B and C
+
+// Rows of 36 words: a quad of each of eight rows is in different banks. Rows of `sum` are 16 modulo 32 words apart, for
+// the two channels of a warp.
+struct SmallTile {
+  Vector<4> dt[kSmallChannels][kSmallSteps / 4 + 1], dtu[kSmallChannels][kSmallSteps / 4 + 1];
+  Vector<4> B[kSmallLanes][kSmallSteps / 4 + 1], C[kSmallLanes][kSmallSteps / 4 + 1];
+  float sum[kSmallChannels][kSmallSteps + 16];  // of the states
+};
+
+// The sums over 16 lanes of 16 values each; lane i gets the i-th. Neighbours come first, since they are made first.
+__device__ float transposing_sum(float (&x)[kSmallLanes], int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kSmallLanes; distance *= 2) {
+    const bool odd = lane & distance;
+#pragma unroll
+    for (int i = 0; i < kSmallLanes / (2 * distance); ++i) {
+      const float keep = odd ? x[2 * i + 1] : x[2 * i], give = odd ? x[2 * i] : x[2 * i + 1];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, distance);
+    }
+  }
+  return x[0];
+}
+
+template <typename T, int kForward>
+class SmallMover {
+  static __device__ int step() { return threadIdx.x % kSmallSteps; }
+  static __device__ int row() { return threadIdx.x / kSmallSteps; }  // of channels and of states
+
+ public:
+  __device__ SmallMover(const T* u, const T* delta, const T* B, const T* C, const float* D, const T* z, T* y,
+                        const float* delta_bias, int channels, int length, int states)
+      : rows_(static_cast<long long>(length) * kSmallRows) {
+    const int channel = blockIdx.y * kSmallChannels + row(), first = kForward > 0 ? step() : length - 1 - step();
+    const long long at = (static_cast<long long>(blockIdx.x) * channels + channel) * length + first;
+    const long long mix_at = (static_cast<long long>(blockIdx.x) * states + row()) * length + first;
+    u_ = u + at, delta_ = delta + at, z_ = z + at, y_ = y + at, B_ = B + mix_at, C_ = C + mix_at;
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i) {
+      const bool inside = channel + i * kSmallRows < channels;
+      end_[i] = inside ? length - step() : 0;
+      bias_[i] = inside ? delta_bias[channel + i * kSmallRows] : 0.0f;
+      skip_[i] = inside ? D[channel + i * kSmallRows] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kSmallMixPasses; ++i) mix_end_[i] = row() + i * kSmallRows < states ? length - step() : 0;
+  }
+
+  // Global memory to registers, for the tile that begins at step `begin`: the first, and then one after the other.
+  // Beyond the tensors' ends they keep what they had, as in `Mover`.
+  __device__ void fetch(int begin) {
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i)
+      if (begin < end_[i]) {
+        u_next_[i] = u_[i * rows_];
+        delta_next_[i] = delta_[i * rows_];
+        z_next_[i] = z_[i * rows_];
+      }
+#pragma unroll
+    for (int i = 0; i < kSmallMixPasses; ++i)
+      if (begin < mix_end_[i]) {
+        B_next_[i] = B_[i * rows_];
+        C_next_[i] = C_[i * rows_];
+      }
+    constexpr int forward = kForward * kSmallSteps;
+    u_ += forward, delta_ += forward, z_ += forward, B_ += forward, C_ += forward;
+  }
+
+  // Registers to shared memory. The thread keeps what it needs itself of its elements, once their sums are known.
+  __device__ void stage(SmallTile& tile) {
+    float dt[kSmallPasses];  // all before the first is written, so that they overlap
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i) dt[i] = softplus(to_float(delta_next_[i]) + bias_[i]);
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i) {
+      const float u = to_float(u_next_[i]);
+      tile.dt[row() + i * kSmallRows][step() / 4].v[step() % 4] = dt[i];
+      tile.dtu[row() + i * kSmallRows][step() / 4].v[step() % 4] = dt[i] * u;
+      u_staged_[i] = u;
+      z_staged_[i] = to_float(z_next_[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSmallMixPasses; ++i) {
+      tile.B[row() + i * kSmallRows][step() / 4].v[step() % 4] = to_float(B_next_[i]);
+      tile.C[row() + i * kSmallRows][step() / 4].v[step() % 4] = to_float(C_next_[i]);
+    }
+  }
+
+  // The tile that was staged is the one to be stored next.
+  __device__ void advance() {
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i) u_done_[i] = u_staged_[i], z_done_[i] = z_staged_[i];
+  }
+
+  // y of the tile that begins at step `begin` to global memory; as `fetch`, one after the other.
+  __device__ void store(const SmallTile& tile, int begin) {
+#pragma unroll
+    for (int i = 0; i < kSmallPasses; ++i) {
+      const float y = fmaf(skip_[i], u_done_[i], tile.sum[row() + i * kSmallRows][step()]) * silu(z_done_[i]);
+      if (begin < end_[i]) assign(y_[i * rows_], y);
+    }
+    y_ += kForward * kSmallSteps;
+  }
+
+ private:
+  const T *u_, *delta_, *z_, *B_, *C_;                // this thread's first element of the next tile to be fetched
+  T* y_;                                              // and to be stored
+  const long long rows_;                              // elements in kSmallRows rows
+  int end_[kSmallPasses], mix_end_[kSmallMixPasses];  // tiles that begin before have that element
+  float bias_[kSmallPasses], skip_[kSmallPasses];
+  T u_next_[kSmallPasses] = {}, delta_next_[kSmallPasses] = {}, z_next_[kSmallPasses] = {};
+  T B_next_[kSmallMixPasses] = {}, C_next_[kSmallMixPasses] = {};
+  float u_staged_[kSmallPasses], z_staged_[kSmallPasses], u_done_[kSmallPasses], z_done_[kSmallPasses];
+};
+
+template <typename T, int kForward>
+__device__ void scan_small(SmallTile (&tiles)[2], const T* __restrict__ u, const T* __restrict__ delta,
+                           const float* __restrict__ A, const T* __restrict__ B, const T* __restrict__ C,
+                           const float* __restrict__ D, const T* __restrict__ z, const float* __restrict__ delta_bias,
+                           int channels, int length, int states, T* __restrict__ y) {
+  const int lane = threadIdx.x % kSmallLanes, row = threadIdx.x / kSmallLanes;
+  const int channel = blockIdx.y * kSmallChannels + row;
+  const long long at = static_cast<long long>(channel) * states + lane;
+  const float decay_rate = channel < channels && lane < states ? A[at] * kLog2e : 0.0f;
+  float h = 0.0f;
+  SmallMover<T, kForward> mover(u, delta, B, C, D, z, y, delta_bias, channels, length, states);
+  mover.fetch(0);
+  mover.stage(tiles[0]);
+  for (int begin = 0; begin < length; begin += kSmallSteps) {
+    SmallTile& tile = tiles[begin / kSmallSteps % 2];
+    SmallTile& other = tiles[(begin / kSmallSteps + 1) % 2];
+    __syncthreads();  // this tile is staged, the sums of the one before are complete
+    if (begin + kSmallSteps < length) mover.fetch(begin + kSmallSteps);
+    if (begin > 0) mover.store(other, begin - kSmallSteps);
+    mover.advance();
+#pragma unroll
+    for (int group = 0; group < kSmallSteps / kSmallLanes; ++group) {
+      float product[kSmallLanes];
+#pragma unroll
+      for (int i = 0; i < kSmallLanes / 4; ++i) {
+        const int quad = group * (kSmallLanes / 4) + i;
+        const Vector<4> dt = tile.dt[row][quad], dtu = tile.dtu[row][quad];
+        const Vector<4> b = tile.B[lane][quad], c = tile.C[lane][quad];
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          h = fmaf(ex2(dt.v[step] * decay_rate), h, dtu.v[step] * b.v[step]);
+          product[4 * i + step] = h * c.v[step];
+        }
+      }
+      tile.sum[row][group * kSmallLanes + lane] = transposing_sum(product, lane);
+    }
+    if (begin + kSmallSteps < length) mover.stage(other);
+  }
+  __syncthreads();
+  const int last = (length - 1) / kSmallSteps;
+  mover.store(tiles[last % 2], last * kSmallSteps);
+}
+
 }  // namespace
 
-// At least six blocks a multiprocessor: 80 registers a thread, which nothing spills. Four blocks and 128 for 64 states.
+// At least six blocks a multiprocessor: 80 registers a thread, which nothing spills. Four blocks and 128 for 64 states
+// and for small launches.
 #define SELECTIVE_SCAN(direction, forward, suffix, T, capacity)                                           \
   extern "C" __global__ void __launch_bounds__(kThreads, capacity > 16 ? 4 : 6)                           \
       selective_scan_##direction##_##suffix##_n##capacity(                                                \
@@ -289,8 +457,16 @@ __device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __
     __shared__ Tile<capacity> tile;                                                                       \
     scan<T, capacity, forward>(tile, u, delta, A, B, C, D, z, delta_bias, channels, length, states, y);   \
   }
-#define SELECTIVE_SCANS(...) \
-  SELECTIVE_SCAN(__VA_ARGS__, 4) SELECTIVE_SCAN(__VA_ARGS__, 16) SELECTIVE_SCAN(__VA_ARGS__, 64)
+#define SELECTIVE_SCAN_SMALL(direction, forward, suffix, T)                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads, 4) selective_scan_##direction##_##suffix##_n16_small( \
+      const T* u, const T* delta, const float* A, const T* B, const T* C, const float* D, const T* z,          \
+      const float* delta_bias, int channels, int length, int states, T* y) {                                   \
+    __shared__ SmallTile tiles[2];                                                                             \
+    scan_small<T, forward>(tiles, u, delta, A, B, C, D, z, delta_bias, channels, length, states, y);           \
+  }
+#define SELECTIVE_SCANS(...)     \
+  SELECTIVE_SCAN(__VA_ARGS__, 4) \
+  SELECTIVE_SCAN(__VA_ARGS__, 16) SELECTIVE_SCAN(__VA_ARGS__, 64) SELECTIVE_SCAN_SMALL(__VA_ARGS__)
 SELECTIVE_SCANS(forward, 1, f32, float)
 SELECTIVE_SCANS(forward, 1, f16, Half)
 SELECTIVE_SCANS(forward, 1, bf16, BFloat16)

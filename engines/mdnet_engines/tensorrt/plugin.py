@@ -26,7 +26,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mdnet_engines.cuda.kernel import CHANNELS_PER_BLOCK, THREADS, Dtype, kernel_name, ptx
+from mdnet_engines.cuda.kernel import THREADS, Dtype, channels_per_block, has_small, kernel_name, ptx
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.ops import native
 from mdnet_engines.ops.scan_shapes import check_shapes
@@ -36,6 +36,10 @@ PLUGINS = {"SelectiveScan": False, "SelectiveScanReverse": True}  # the ONNX ope
 # What TensorRT's parser reads on a node. Without the first, a function body takes precedence over the plugin; without
 # the second it does not know which of the plugin's two implementations to build.
 PARSER_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "aot": 1}
+
+# Where there are two kernels, TensorRT times both at the profile's best batch size and keeps the faster one, which then
+# runs at every size. The numbers must be positive; 0 is what it passes if none were offered.
+TACTIC_LARGE, TACTIC_SMALL = 1, 2
 
 _DTYPES: dict[str, Dtype] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's names → ours
 _MAJOR = 11
@@ -78,6 +82,8 @@ def _register(name: str, reverse: bool) -> None:
         combination = trtp.AutoTuneCombination()
         combination.pos([0, 1, 3, 4, 6, 8], "FP32|FP16|BF16", "LINEAR")  # u, delta, B, C, z, y: all of the same type
         combination.pos([2, 5, 7], "FP32", "LINEAR")  # A, D, delta_bias
+        if has_small(A.shape[1]):
+            combination.tactics([TACTIC_LARGE, TACTIC_SMALL])
         return [combination]
 
     @trtp.aot_impl(plugin_id)
@@ -86,12 +92,14 @@ def _register(name: str, reverse: bool) -> None:
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         check_shapes(*(tensor.shape for tensor in (u, delta, A, B, C, D, z, delta_bias)))
         batch, channels, length = u.shape_expr
+        # The number of states chooses the kernel, so it must be a number here, not a symbol.
+        kernel = kernel_name(
+            reverse=reverse, dtype=_DTYPES[u.dtype.name], states=A.shape[1], small=tactic == TACTIC_SMALL
+        )
         grid = trtp.KernelLaunchParams(
-            grid_x=batch, grid_y=trtp.cdiv(channels, CHANNELS_PER_BLOCK), block_x=THREADS, shared_mem=0
+            grid_x=batch, grid_y=trtp.cdiv(channels, channels_per_block(kernel)), block_x=THREADS, shared_mem=0
         )
         scalars = trtp.SymIntExprs.from_tuple((channels, length, A.shape_expr[1]))
-        # The number of states chooses the kernel, so it must be a number here, not a symbol.
-        kernel = kernel_name(reverse=reverse, dtype=_DTYPES[u.dtype.name], states=A.shape[1])
         return kernel, ptx_of(kernel), grid, scalars
 
     @trtp.impl(plugin_id)

@@ -32,6 +32,11 @@ KERNELS = {
     cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=capacity): capacity
     for reverse, dtype, capacity in product((False, True), DTYPES, CAPACITIES)
 }
+SMALL_KERNELS = [
+    cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=16, small=True)
+    for reverse, dtype in product((False, True), DTYPES)
+]
+ALL_KERNELS = {*KERNELS, *SMALL_KERNELS}
 ENTRY = re.compile(r"^\.visible \.entry (\w+)\((.*?)\)(.*?)^\}", re.DOTALL | re.MULTILINE)
 
 
@@ -60,7 +65,13 @@ def test_the_smallest_kernel_that_holds_the_states_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"), [({"states": 65}, "65"), ({"states": 0}, "1 to 64"), ({"dtype": "float64"}, "float64")]
+    ("wrong", "says"),
+    [
+        ({"states": 65}, "65"),
+        ({"states": 0}, "1 to 64"),
+        ({"dtype": "float64"}, "float64"),
+        ({"states": 4, "small": True}, "small launches of 4 states"),
+    ],
 )
 def test_a_call_without_a_kernel_is_refused_in_one_line(wrong: dict, says: str) -> None:
     with pytest.raises(MDNetError, match=says) as caught:
@@ -83,7 +94,7 @@ def test_the_same_nvrtc_gives_the_committed_ptx_again() -> None:
 
 def test_every_kernel_takes_the_arguments_in_their_order() -> None:
     found = entries(cuda_kernel.ptx())
-    assert found.keys() == KERNELS.keys()
+    assert found.keys() == ALL_KERNELS
     expected = ["u32" if argument in SCALARS else "u64" for argument in cuda_kernel.ARGUMENTS]
     assert all(types == expected for types, _ in found.values())
     # All pointers look alike in PTX: their order is the operator's, and the source's.
@@ -98,7 +109,7 @@ def test_every_kernel_takes_the_arguments_in_their_order() -> None:
 def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     text = compiled(arch)
     assert f".target sm_{arch.removeprefix('compute_')}" in text
-    assert entries(text).keys() == KERNELS.keys()
+    assert entries(text).keys() == ALL_KERNELS
 
 
 def test_nvrtc_says_in_one_line_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +145,19 @@ def test_one_exponential_for_each_state_and_step(name: str, capacity: int) -> No
     assert body.count("bar.sync") == 2
 
 
+@pytest.mark.parametrize("name", SMALL_KERNELS)
+def test_a_small_kernel_makes_no_exponential_twice(name: str) -> None:
+    _, body = entries(cuda_kernel.ptx())[name]
+    steps, elements = 32, 2  # of a tile; of its 8 × 32 that each of 128 threads prepares
+    places = 2  # in the text where a tile is prepared, and where it is stored: in the loop, and before or after it
+    assert body.count("ex2.approx.ftz.f32") == steps + 2 * places * elements
+    assert body.count("rcp.approx.ftz.f32") == places * elements
+    assert ".local" not in body
+    assert "call" not in body
+    assert body.count("shfl.sync.bfly") == 15 * steps // 16
+    assert body.count("bar.sync") == 2  # one in the loop
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
     if shutil.which("ptxas") is None:
@@ -148,10 +172,10 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers.*?(\d+) bytes smem"
     found = re.findall(report, done.stderr, re.DOTALL)
-    assert {name for name, *_ in found} == KERNELS.keys()
+    assert {name for name, *_ in found} == ALL_KERNELS
     for name, spilt, registers, shared in found:
         assert int(spilt) == 0, name
-        blocks = 4 if KERNELS[name] == 64 else 6  # on a multiprocessor, of 65536 registers
+        blocks = 4 if KERNELS.get(name, 64) == 64 else 6  # on a multiprocessor, of 65536 registers
         assert int(registers) * cuda_kernel.THREADS * blocks <= 65536, name
         assert int(shared) <= 20 * 1024, name  # four or five blocks where there is least, on sm_89 and sm_120
 
@@ -174,51 +198,73 @@ def building(source: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The kernels as they are: `run(inputs, reverse=…)`."""
+    """The kernels as they are: `run(inputs, reverse=…, small=…)`."""
     folder = tmp_path_factory.mktemp("scan")
     program = building(cuda_kernel.source(), folder)
-    return lambda inputs, reverse=False: cuda_emulation.launch(program, folder, inputs, reverse=reverse)
+
+    def call(inputs: dict[str, np.ndarray], reverse: bool = False, small: bool = False) -> np.ndarray:
+        return cuda_emulation.launch(program, folder, inputs, reverse=reverse, small=small)
+
+    return call
 
 
-@pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
-def test_kernel_agrees_with_the_reference(case: ScanCase, run: Run) -> None:
+WITH_SMALL = [case for case in EVERY_CASE if cuda_kernel.has_small(case.states)]
+CASES_AND_KERNELS = [*((case, False) for case in EVERY_CASE), *((case, True) for case in WITH_SMALL)]
+
+
+@pytest.mark.parametrize(
+    ("case", "small"), CASES_AND_KERNELS, ids=[f"{case.name}{'-small' * small}" for case, small in CASES_AND_KERNELS]
+)
+def test_kernel_agrees_with_the_reference(case: ScanCase, small: bool, run: Run) -> None:
     inputs = make_inputs(case)
-    got = run(inputs, case.reverse)
+    got = run(inputs, case.reverse, small)
     assert got.dtype == NUMPY_TYPES[case.dtype]
     assert_close(got, reference_scan(**inputs, reverse=case.reverse), case.dtype)
 
 
-@pytest.mark.parametrize("states", [1, 3, 4, 5, 16, 17, 33, 64])
+STATES_AND_KERNELS = [*((n, False) for n in (1, 3, 4, 5, 16, 17, 33, 64)), *((n, True) for n in (5, 15, 16))]
+
+
+@pytest.mark.parametrize(("states", "small"), STATES_AND_KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_every_kernel_takes_sizes_that_fill_no_tile(states: int, dtype: str, reverse: bool, run: Run) -> None:
+def test_every_kernel_takes_sizes_that_fill_no_tile(
+    states: int, small: bool, dtype: str, reverse: bool, run: Run
+) -> None:
     case = ScanCase("", batch=3, channels=37, length=35, states=states, reverse=reverse, dtype=dtype)
     inputs = make_inputs(case)
-    assert_close(run(inputs, reverse), reference_scan(**inputs, reverse=reverse), dtype)
+    assert_close(run(inputs, reverse, small), reference_scan(**inputs, reverse=reverse), dtype)
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 257])
-@pytest.mark.parametrize("channels", [31, 32, 33])
-def test_every_length_around_a_tile(length: int, channels: int, run: Run) -> None:
+TILES = [
+    *product((1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 257), (31, 32, 33), (False,)),
+    *product((1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257), (7, 8, 9), (True,)),
+]
+
+
+@pytest.mark.parametrize(("length", "channels", "small"), TILES)
+def test_every_length_around_a_tile(length: int, channels: int, small: bool, run: Run) -> None:
     for reverse in (False, True):
         inputs = make_inputs(ScanCase("", 1, channels, length, states=16, reverse=reverse, dtype="float16"))
-        assert_close(run(inputs, reverse), reference_scan(**inputs, reverse=reverse), "float16")
+        assert_close(run(inputs, reverse, small), reference_scan(**inputs, reverse=reverse), "float16")
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reverse_scan_equals_flipped_forward(dtype: str, run: Run) -> None:
+def test_reverse_scan_equals_flipped_forward(dtype: str, small: bool, run: Run) -> None:
     inputs = make_inputs(ScanCase("", batch=2, channels=33, length=41, states=16, reverse=False, dtype=dtype))
     flipped = {name: x if name in PARAMETERS else x[:, :, ::-1] for name, x in inputs.items()}
     # The same operations in the same order.
-    np.testing.assert_array_equal(run(inputs, reverse=True), run(flipped)[:, :, ::-1])
+    np.testing.assert_array_equal(run(inputs, True, small), run(flipped, False, small)[:, :, ::-1])
 
 
-def test_each_image_of_a_batch_is_its_own(run: Run) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_each_image_of_a_batch_is_its_own(small: bool, run: Run) -> None:
     inputs = make_inputs(ScanCase("", batch=5, channels=33, length=20, states=16, reverse=False))
-    whole = run(inputs)
+    whole = run(inputs, small=small)
     for image in range(5):
         alone = {name: x if name in PARAMETERS else x[image : image + 1] for name, x in inputs.items()}
-        np.testing.assert_array_equal(run(alone)[0], whole[image])
+        np.testing.assert_array_equal(run(alone, small=small)[0], whole[image])
 
 
 ODD_VALUES = [
@@ -227,21 +273,22 @@ ODD_VALUES = [
 ]
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("states", [5, 16])  # with and without states that only fill up
 @pytest.mark.parametrize(("reverse", "dtype"), [(False, "float32"), (True, "float16")])
 def test_what_is_not_finite_spoils_what_depends_on_it_and_nothing_else(
-    reverse: bool, dtype: str, states: int, run: Run
+    reverse: bool, dtype: str, states: int, small: bool, run: Run
 ) -> None:
     # A slow decay: in float64 too, an infinite state outlives the sequence.
     inputs = make_inputs(ScanCase("", 2, 33, 37, states, reverse, dtype, delta_mean=-2.0))
     inputs["A"] /= 50
-    clean, untroubled = reference_scan(**inputs, reverse=reverse), run(inputs, reverse)
+    clean, untroubled = reference_scan(**inputs, reverse=reverse), run(inputs, reverse, small)
     for tensor, value in ODD_VALUES:
         spoilt = {**inputs, tensor: inputs[tensor].copy()}
         spoilt[tensor][(1, 2, 18)[: inputs[tensor].ndim] if tensor not in PARAMETERS else 32] = value
         with np.errstate(all="ignore"):
             expected = reference_scan(**spoilt, reverse=reverse)
-        got = run(spoilt, reverse)
+        got = run(spoilt, reverse, small)
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(np.isfinite(got), finite, f"{value} in {tensor}")
         assert not finite.all() or (tensor == "delta" and value == -np.inf)  # which only stops the clock for a step

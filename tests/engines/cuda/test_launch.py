@@ -51,25 +51,41 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def test_every_kernel_is_launched_by_its_name(launch: Launch) -> None:
-    kinds = list(itertools.product((False, True), ("float32", "float16", "bfloat16"), (1, 4, 5, 16, 17, 64)))
-    answer = launch(*({**CALL, "reverse": r, "dtype": d, "states": n} for r, d, n in kinds))
+    states = (1, 4, 5, 16, 17, 64)
+    kinds = list(itertools.product((False, True), ("float32", "float16", "bfloat16"), states, (False, True)))
+    answer = launch(*({**CALL, "reverse": r, "dtype": d, "states": n, "batch": 1 if s else 64} for r, d, n, s in kinds))
     assert not any(answer["said"])
-    expected = [cuda_kernel.kernel_name(reverse=r, dtype=d, states=n) for r, d, n in kinds]  # type: ignore[arg-type]
+    expected = [
+        cuda_kernel.kernel_name(reverse=r, dtype=d, states=n, small=s and cuda_kernel.has_small(n))  # type: ignore[arg-type]
+        for r, d, n, s in kinds
+    ]
     assert [call["kernel"] for call in answer["calls"] if "kernel" in call] == expected
     assert answer["image"] == cuda_kernel.ptx()
 
 
-@pytest.mark.parametrize("channels", [1, 32, 33, 768])
-def test_grid_and_arguments_are_the_kernels(channels: int, launch: Launch) -> None:
-    answer = launch({**CALL, "channels": channels})
+@pytest.mark.parametrize("states", [4, 16, 17])
+@pytest.mark.parametrize("channels", [1, 8, 32, 33, 768])
+def test_grid_and_arguments_are_the_kernels(channels: int, states: int, launch: Launch) -> None:
+    answer = launch({**CALL, "channels": channels, "states": states})
     (call,) = (call for call in answer["calls"] if "kernel" in call)
-    blocks = -(-channels // cuda_kernel.CHANNELS_PER_BLOCK)
+    small = cuda_kernel.is_small(CALL["batch"], channels, states)
+    assert call["kernel"].endswith("_small") == small
+    blocks = -(-channels // (8 if small else 32))
     assert call["grid"] == [CALL["batch"], blocks, 1]
     assert call["block"] == [cuda_kernel.THREADS, 1, 1]
     assert (call["shared"], call["stream"]) == (0, CALL["stream"])
-    sizes = {**CALL, "channels": channels}
+    sizes = {**CALL, "channels": channels, "states": states}
     expected = [sizes.get(name, 4096 * (i + 1)) for i, name in enumerate(cuda_kernel.ARGUMENTS)]
     assert call["values"] == expected
+
+
+def test_the_sizes_alone_choose_the_kernel(launch: Launch) -> None:
+    limit = cuda_kernel.SMALL_BLOCKS
+    sizes = [(1, 8 * limit), (1, 8 * limit + 1), (limit, 8), (limit, 9), (limit + 1, 1), (2, 768), (3, 768), (4, 384)]
+    answer = launch(*({**CALL, "batch": batch, "channels": channels} for batch, channels in sizes))
+    small = [call["kernel"].endswith("_small") for call in answer["calls"] if "kernel" in call]
+    assert small == [cuda_kernel.is_small(batch, channels, CALL["states"]) for batch, channels in sizes]
+    assert small == [True, False, True, False, False, True, False, True]
 
 
 def test_a_context_loads_the_module_once(launch: Launch) -> None:

@@ -16,6 +16,7 @@ from ptx_launches import Launch
 from ptx_on_cpu import PtxError
 from scan_cases import EVERY_CASE, ScanCase, assert_close, make_inputs, reference_scan
 
+from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import native
 
 IN_EVERY_RUN = (
@@ -29,8 +30,12 @@ CASES = [
 ]
 
 
+# More than a small launch: the native library takes the other kernel.
+LARGE = ScanCase("large", batch=28, channels=57, length=37, states=13, reverse=True, dtype="bfloat16")
+
+
 @pytest.fixture(scope="module")
-def by_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
+def by_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> list[list[Launch]]:
     if reason := tensorrt_stubs.missing():
         pytest.skip(reason)
     return ptx_launches.by_tensorrt(EVERY_CASE, tmp_path_factory.mktemp("tensorrt"))
@@ -40,7 +45,7 @@ def by_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
 def by_library(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
     if native.custom_op_library() is None or cuda_stub.COMPILER is None:
         pytest.skip("needs the native library and a C compiler")
-    return ptx_launches.by_library(EVERY_CASE, tmp_path_factory.mktemp("cuda"))
+    return ptx_launches.by_library([*EVERY_CASE, LARGE], tmp_path_factory.mktemp("cuda"))
 
 
 def check(launch: Launch, case: ScanCase) -> None:
@@ -53,8 +58,10 @@ def test_the_cases_of_every_run_exist() -> None:
 
 
 @pytest.mark.parametrize("place", CASES)
-def test_as_tensorrt_launches_it_the_ptx_agrees_with_the_reference(place: int, by_tensorrt: list[Launch]) -> None:
-    check(by_tensorrt[place], EVERY_CASE[place])
+def test_as_tensorrt_launches_it_the_ptx_agrees_with_the_reference(place: int, by_tensorrt: list[list[Launch]]) -> None:
+    assert len(by_tensorrt[place]) == 1 + cuda_kernel.has_small(EVERY_CASE[place].states)
+    for launch in by_tensorrt[place]:  # with either kernel, where there are two
+        check(launch, EVERY_CASE[place])
 
 
 @pytest.mark.parametrize("place", CASES)
@@ -62,18 +69,26 @@ def test_as_onnxruntime_launches_it_the_ptx_agrees_with_the_reference(place: int
     check(by_library[place], EVERY_CASE[place])
 
 
+def test_either_kernel_is_launched_by_the_library(by_library: list[Launch]) -> None:
+    check(by_library[-1], LARGE)
+    assert by_library[-1].kernel.endswith("_n16")
+    assert {launch.kernel.endswith("_n16_small") for launch in by_library} == {False, True}
+
+
 # Faults that are planted in the PTX, or in its launch.
 
-SMALL = ScanCase("small", batch=2, channels=19, length=35, states=13, reverse=False, dtype="float16")
+SMALL = ScanCase("small", batch=2, channels=35, length=70, states=13, reverse=False, dtype="float16")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """A launch in which channels, length and states end within a block, a tile, a lane."""
-    if native.custom_op_library() is None or cuda_stub.COMPILER is None:
-        pytest.skip("needs the native library and a C compiler")
-    (launch,) = ptx_launches.by_library([SMALL], tmp_path_factory.mktemp("cuda"))
-    return launch
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
+    """Launches of both kernels, in which channels, length and states end within a block, a tile, a lane."""
+    if reason := tensorrt_stubs.missing():
+        pytest.skip(reason)
+    ((large, small),) = ptx_launches.by_tensorrt([SMALL], tmp_path_factory.mktemp("both"))
+    check(large, SMALL)
+    check(small, SMALL)
+    return {"n16": large, "n16_small": small}
 
 
 def planted(launch: Launch, pattern: str, into: str, place: int = 0) -> Launch:
@@ -86,17 +101,21 @@ def planted(launch: Launch, pattern: str, into: str, place: int = 0) -> Launch:
 
 
 DIFFERS = "off by up to"
+SHARED = r"(ld\.shared\.v4\.f32 .*\[%rd\d+)\+(\d+)\]"
 FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
-    "a wrong offset in shared memory": ((r"(ld\.shared\.v4\.f32 .*\[%rd\d+)\+2560\]", r"\1+2576]"), DIFFERS),
-    "one that is not aligned": ((r"(ld\.shared\.v4\.f32 .*\[%rd\d+)\+2560\]", r"\1+2564]"), "no multiple of 16"),
-    "one past the end": ((r"(st\.shared\.f32 .*\[%rd\d+)\+7680\]", r"\1+12800]"), "outside of shared memory"),
-    "a wrong offset of an input": ((r"(ld\.global\.u16 .*\[%rd\d+)\+16\]", r"\1+18]"), "outside of all|off by"),
-    "a wrong offset of the output": ((r"(st\.global\.u16 .*\[%rd\d+)\+16\]", r"\1+14]"), "second time"),
-    "no barrier before the scan": ((r"bar\.sync\s+0;", ""), "shared memory that"),
-    "no barrier after the scan": ((r"bar\.sync\s+0;", "", 1), "without a barrier between"),
+    "a wrong offset in shared memory": ((SHARED, r"\1+16]"), f"{DIFFERS}|never written"),
+    "one that is not aligned": ((SHARED, r"\1+4]"), "no multiple of 16"),
+    "one past the end": ((SHARED, r"\1+65536]"), "outside of shared memory"),
+    "a wrong element of an input": (
+        (r"(ld\.global\.u16\s+%\w+, \[%rd\d+)\+?\d*\]", r"\1+2]", 1),
+        "outside of all|off by",
+    ),
+    "a wrong element of the output": ((r"(st\.global\.u16 \s*\[%rd\d+)\+?\d*\]", r"\1+2]"), "second time|outside of"),
+    "no barrier at first": ((r"bar\.sync\s+0;", ""), "shared memory that"),
+    "no barrier at last": ((r"bar\.sync\s+0;", "", 1), "shared memory that"),
     "swapped operands of a sum": (
         (r"sub\.s32 (.*), (%r\d+), (%r\d+);", r"sub.s32 \1, \3, \2;"),
-        "outside of|off by|no thread writes",
+        "outside|off|no thread",
     ),
     "swapped factor and term": ((r"fma\.rn\.f32 (.*), (%f\d+), (%f\d+);", r"fma.rn.f32 \1, \3, \2;", 40), DIFFERS),
     "swapped choices": ((r"selp\.f32 (.*), (%f\d+), (%f\d+), ", r"selp.f32 \1, \3, \2, "), DIFFERS),
@@ -104,58 +123,64 @@ FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
     "a bound that lets one too many in": ((r"setp\.ge\.s32", "setp.gt.s32", 0), "outside of all"),
     "a shuffle of other lanes": ((r"mov\.u32 (\s*%r\d+), 2;", r"mov.u32 \1, 4;"), DIFFERS),
     "an exponential of the wrong state": ((r"(ex2\.approx\.ftz\.f32 %f\d+), (%f\d+);", r"\1, %f1;", 20), DIFFERS),
-    "a loop that ends early": ((r"setp\.lt\.s32 ", "setp.gt.s32 ", -1), "no thread writes"),
+    "a loop that ends early": ((r"setp\.lt\.s32 ", "setp.gt.s32 ", -1), "no thread writes|off by"),
     "an instruction that is not known": ((r"rcp\.approx\.ftz", "rsqrt.approx.ftz"), "rsqrt.* is not known here"),
 }
 
 
+@pytest.mark.parametrize("kernel", ["n16", "n16_small"])
 @pytest.mark.parametrize(("fault", "says"), FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_is_found(fault: tuple[str, str, int], says: str, small: Launch) -> None:
-    check(small, SMALL)
+def test_a_planted_fault_is_found(fault: tuple[str, str, int], says: str, kernel: str, both: dict[str, Launch]) -> None:
     with pytest.raises((PtxError, AssertionError), match=says) as caught:
-        check(planted(small, *fault), SMALL)
+        check(planted(both[kernel], *fault), SMALL)
     if caught.type is PtxError and "no thread writes" not in str(caught.value):
         assert re.match(r"line \d+: ", str(caught.value))
 
 
+@pytest.mark.parametrize("kernel", ["n16", "n16_small"])
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"grid": (1, 1, 1)}, "no thread writes"),
-        ({"grid": (3, 1, 1)}, "outside of all tensors"),
+        ({"grid": (1, 3, 1)}, "no thread writes"),
+        ({"grid": (3, 3, 1)}, "outside of all tensors"),
         ({"block": (256, 1, 1)}, "at most 128 threads"),
         ({"block": (96, 1, 1)}, "never written"),
     ],
 )
-def test_a_wrong_launch_is_found(change: dict[str, tuple[int, ...]], says: str, small: Launch) -> None:
+def test_a_wrong_launch_is_found(
+    change: dict[str, tuple[int, ...]], says: str, kernel: str, both: dict[str, Launch]
+) -> None:
     with pytest.raises(PtxError, match=says):
-        check(replace(small, **change), SMALL)
+        check(replace(both[kernel], **change), SMALL)
 
 
-def test_swapped_arguments_are_found(small: Launch) -> None:
+def test_swapped_arguments_are_found(both: dict[str, Launch]) -> None:
+    launch = both["n16_small"]
     for first, second in ((0, 1), (3, 4), (8, 9), (8, 11), (0, 11)):
-        swapped = list(small.arguments)
+        swapped = list(launch.arguments)
         swapped[first], swapped[second] = swapped[second], swapped[first]
         with pytest.raises((PtxError, AssertionError)):
-            check(replace(small, arguments=tuple(swapped)), SMALL)
+            check(replace(launch, arguments=tuple(swapped)), SMALL)
     with pytest.raises(PtxError, match="takes 12 arguments, not 11"):
-        check(replace(small, arguments=small.arguments[:-1]), SMALL)
+        check(replace(launch, arguments=launch.arguments[:-1]), SMALL)
 
 
 @pytest.mark.slow
-def test_nearly_every_instruction_that_is_left_out_is_missed(small: Launch) -> None:
+@pytest.mark.parametrize("kernel", ["n16", "n16_small"])
+def test_nearly_every_instruction_that_is_left_out_is_missed(kernel: str, both: dict[str, Launch]) -> None:
     """The rest can be spared: zeros for channels that no one stores, branches around what has bounds of its own."""
-    lines = small.ptx.splitlines()
-    start = next(i for i, line in enumerate(lines) if f".entry {small.kernel}(" in line)
+    launch = both[kernel]
+    lines = launch.ptx.splitlines()
+    start = next(i for i, line in enumerate(lines) if f".entry {launch.kernel}(" in line)
     body = range(start, lines.index("}", start))
     instructions = [i for i in body if re.match(r"\t(@|[a-z]).*;$", lines[i])][::4]
     spared = []
     for i in instructions:
         without = "\n".join([*lines[:i], "", *lines[i + 1 :]])
         try:
-            check(replace(small, ptx=without), SMALL)
+            check(replace(launch, ptx=without), SMALL)
         except (PtxError, AssertionError):
             continue
         spared.append(f"{i + 1}: {lines[i].strip()}")
     assert len(instructions) > 200
-    assert len(spared) < 0.05 * len(instructions), spared
+    assert len(spared) <= 0.06 * len(instructions), spared

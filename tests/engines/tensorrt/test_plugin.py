@@ -177,32 +177,46 @@ def test_the_engine_gets_the_kernel_and_a_launch_that_covers_every_channel_once(
     name: str, dtype: str, channels: int, states: int, ask: Ask
 ) -> None:
     sizes = {**SIZES, "channels": channels, "states": states}
-    answer = ask("aot", name=name, dtype=dtype, sizes=sizes, batches=BATCHES)
-    kernel = cuda_kernel.kernel_name(reverse=name == scan_op.REVERSE, dtype=dtype, states=states)  # type: ignore[arg-type]
-    assert answer["kernel"] == kernel
-    assert ptx_parameters(answer["ptx"], kernel) == [PTX_TYPES[role(name)] for name in cuda_kernel.ARGUMENTS]
-    (threads,) = re.findall(r"\.maxntid (\d+), 1, 1", answer["ptx"])
-    for batch in map(str, BATCHES):
-        assert dict(zip(SCALARS, answer["scalars"][batch], strict=True)) == {
-            "channels": channels,
-            "length": sizes["length"],
-            "states": states,
-        }
-        assert answer["block"][batch] == [int(threads), 1, 1] == [cuda_kernel.THREADS, 1, 1]
-        assert answer["shared"][batch] == [0]
-        x, y, z = answer["grid"][batch]
-        assert (x, z) == (int(batch), 1)
-        per_block = cuda_kernel.CHANNELS_PER_BLOCK
-        covered = Counter(c for block in range(y) for c in range(block * per_block, (block + 1) * per_block))
-        assert {covered[c] for c in range(channels)} == {1}
-        assert all(block * per_block < channels for block in range(y))  # none without a channel
+    tactics = ask("aot", name=name, dtype=dtype, sizes=sizes, batches=BATCHES)
+    for tactic, answer in tactics.items():
+        kernel = cuda_kernel.kernel_name(
+            reverse=name == scan_op.REVERSE,
+            dtype=dtype,  # type: ignore[arg-type]
+            states=states,
+            small=int(tactic) == tensorrt_plugin.TACTIC_SMALL,
+        )
+        assert answer["kernel"] == kernel
+        assert ptx_parameters(answer["ptx"], kernel) == [PTX_TYPES[role(name)] for name in cuda_kernel.ARGUMENTS]
+        (threads,) = re.findall(r"\.maxntid (\d+), 1, 1", answer["ptx"])
+        for batch in map(str, BATCHES):
+            assert dict(zip(SCALARS, answer["scalars"][batch], strict=True)) == {
+                "channels": channels,
+                "length": sizes["length"],
+                "states": states,
+            }
+            assert answer["block"][batch] == [int(threads), 1, 1] == [cuda_kernel.THREADS, 1, 1]
+            assert answer["shared"][batch] == [0]
+            x, y, z = answer["grid"][batch]
+            assert (x, z) == (int(batch), 1)
+            per_block = cuda_kernel.channels_per_block(kernel)
+            covered = Counter(c for block in range(y) for c in range(block * per_block, (block + 1) * per_block))
+            assert {covered[c] for c in range(channels)} == {1}
+            assert all(block * per_block < channels for block in range(y))  # none without a channel
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", [1, 4, 5, 16, 17, 64])
+def test_tensorrt_may_time_both_kernels_where_there_are_two(states: int, ask: Ask) -> None:
+    answer = ask("aot", name=scan_op.FORWARD, dtype="float16", sizes={**SIZES, "states": states}, batches=BATCHES)
+    both = 4 < states <= 16
+    assert list(answer) == (["1", "2"] if both else ["0"])
+    assert len({each["kernel"] for each in answer.values()}) == len(answer)
+
+
+@pytest.mark.parametrize(("states", "small"), [*((states, False) for states in STATES), (16, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_ptx_of_one_kernel_is_that_kernel_alone(reverse: bool, dtype: str, states: int) -> None:
-    kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states)  # type: ignore[arg-type]
+def test_the_ptx_of_one_kernel_is_that_kernel_alone(reverse: bool, dtype: str, states: int, small: bool) -> None:
+    kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states, small=small)  # type: ignore[arg-type]
     whole, one = cuda_kernel.ptx(), tensorrt_plugin.ptx_of(kernel)
     assert re.findall(r"\.entry (\w+)", one) == [kernel]
     assert one.count("{") == one.count("}")
@@ -227,13 +241,19 @@ def test_just_in_time_launches_the_same_kernel(name: str, dtype: str, ask: Ask) 
     sizes = {**SIZES, "batch": 5}
     answer = ask("jit", name=name, dtype=dtype, sizes=sizes, stream=0x57)
     (call,) = (call for call in answer["calls"] if "kernel" in call)
-    kernel = cuda_kernel.kernel_name(reverse=name == scan_op.REVERSE, dtype=dtype, states=sizes["states"])  # type: ignore[arg-type]
+    assert cuda_kernel.is_small(5, sizes["channels"], sizes["states"])
+    kernel = cuda_kernel.kernel_name(
+        reverse=name == scan_op.REVERSE,
+        dtype=dtype,  # type: ignore[arg-type]
+        states=sizes["states"],
+        small=True,
+    )
     assert call["kernel"] == kernel
     expected = {**answer["pointers"], **sizes}
     assert dict(zip(cuda_kernel.ARGUMENTS, call["values"], strict=True)) == {
         argument: expected[argument] for argument in cuda_kernel.ARGUMENTS
     }
-    assert (call["grid"], call["block"]) == ([5, 2, 1], [cuda_kernel.THREADS, 1, 1])
+    assert (call["grid"], call["block"]) == ([5, 5, 1], [cuda_kernel.THREADS, 1, 1])
     assert (call["shared"], call["stream"]) == (0, 0x57)
 
 

@@ -36,14 +36,14 @@ _FLOATS = {
 _SPECIAL = re.compile(r"%(?:tid|ctaid|ntid|nctaid)\.[xyz]")
 _ENDS = ("bra", "ret", "bar.sync")
 _NAMES = {
-    **{name: getattr(np, name) for name in ("absolute", "fmin", "fmax", "where", "dtype")},
+    **{name: getattr(np, name) for name in ("absolute", "fmin", "fmax", "where")},
     **{name: function for name, function in vars(arithmetic).items() if callable(function)},
 }
 
 
 @dataclass(frozen=True)
 class Block:
-    """`end` is "next", "bra", "ret" or "bar.sync"; the first three may depend on the register `guard`."""
+    """`end` is "next", "bar.sync", "bra" or "ret"; the last two may depend on the register `guard`."""
 
     run: Callable[..., None]
     line: int  # of its last instruction

@@ -73,7 +73,8 @@ def parse(ptx: str, name: str) -> Kernel:
             shared_bytes = shared[match[2]] + int(match[3])
         elif match := _STATEMENT.match(line):
             operands = tuple(_OPERAND.findall(match[3]))
-            instructions.append(Instruction(number + 1, match[1] or "", match[2], operands))
+            opcode = match[2].removesuffix(".uni")  # a promise to ptxas, which this machine has no use for
+            instructions.append(Instruction(number + 1, match[1] or "", opcode, operands))
         else:
             raise PtxError(f"line {number + 1}: {line} is not understood")
     return Kernel(

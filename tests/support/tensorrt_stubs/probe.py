@@ -8,7 +8,8 @@ put the answers. The CUDA driver is the stub of tests/support/cuda_stub.
     undecided {name}                              the refusal of a node that does not say how to be built
     describe  {name, dtype, sizes, batches}       output types and shapes, the combinations of types and layouts
     misfit    {name, dtype, sizes, tensor}        the refusal of a node, one of whose tensors has other sizes
-    aot       {name, dtype, sizes, batches}       kernel, PTX, and for each batch its grid, block and scalars
+    aot       {name, dtype, sizes, batches}       for each tactic its kernel and PTX, and for each batch its grid, block
+                                                  and scalars
     aot_of_each {nodes}                           the same for many nodes, each {name, dtype, sizes, batches}
     jit       {name, dtype, sizes, stream}        what the CUDA driver is called with
 
@@ -176,7 +177,12 @@ def aot(name: str, dtype: str, sizes: dict[str, int], batches: list[int]) -> Any
     made, _, _ = described(name, dtype, sizes)
     in_out = [description(tensor, dtype, sizes) for tensor in (*INPUTS, "y")]
     made.get_supported_format_combinations(in_out, len(INPUTS))
-    made.set_tactic(0)
+    made.configure_plugin(in_out[: len(INPUTS)], in_out[len(INPUTS) :])
+    return {tactic: of_tactic(made, tactic, in_out, batches) for tactic in sorted(made.get_valid_tactics()) or [0]}
+
+
+def of_tactic(made: Any, tactic: int, in_out: list[trt.DynamicPluginTensorDesc], batches: list[int]) -> Any:
+    made.set_tactic(tactic)
     launch, scalars = Launch(), Scalars()
     made.get_launch_params([], in_out, len(INPUTS), launch, scalars, Builder())
     kernel, ptx = made.get_kernel([d.desc for d in in_out[:-1]], [in_out[-1].desc])
