@@ -209,7 +209,7 @@ def with_kernel(context, spoil):
     import torch
     from gpu import kernels, scan
 
-    def kernel(inputs, y, *, reverse):
+    def kernel(inputs, y, *, reverse, small):
         kernels._native(inputs, y, reverse=reverse)
         spoil(y)
     with patch.object(scan, "DTYPES", (torch.float32,)), patch.object(scan, "open_kernel", lambda *_: (kernel, "")):
@@ -809,6 +809,9 @@ others = {"A": tensor("A", D, N), "D": tensor("D", D), "delta_bias": tensor("del
 driver = Driver()
 kernel = ScanKernel()
 kernel({**steps, **mixes, **others}, tensor("y", B, D, L), reverse=True, stream=0x57)
+sixteen = {**others, "A": tensor("A", D, 16)}
+for small in (None, False):
+    kernel({**steps, **mixes, **sixteen}, tensor("y", B, D, L), reverse=True, small=small, stream=0x57)
 said = ""
 driver.refuse(2)
 try:
@@ -829,7 +832,11 @@ def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["image"] == len(cuda_kernel.ptx())
-    _, call = answer["calls"]
+    _, call, *other = answer["calls"]
+    assert [(each["kernel"], each["grid"]) for each in other] == [
+        ("selective_scan_reverse_f16_n16_small", [5, 5, 1]),
+        ("selective_scan_reverse_f16_n16", [5, 2, 1]),
+    ]
     assert call["kernel"] == cuda_kernel.kernel_name(reverse=True, dtype="float16", states=17)
     assert (call["grid"], call["block"], call["shared"], call["stream"]) == ([5, 2, 1], [128, 1, 1], 0, 0x57)
     sizes = {"channels": 33, "length": 197, "states": 17}
@@ -992,7 +999,7 @@ def test_pytorchs_scan_gives_the_kernel_what_it_takes(
     halves = [value.half().mT.contiguous().mT if value.ndim == 3 else value.half() for value in inputs.values()]
     for reverse in (False, True):
         y = scan_mamba.scan(*halves, reverse=reverse)
-        expected = scan_loop.scan(*halves, reverse=reverse)
+        expected, _ = scan_loop.scan(*halves, reverse=reverse)
         assert y.dtype is torch.float16
         torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)  # a rounding to half precision
     for name, value in given[0].items():

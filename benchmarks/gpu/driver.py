@@ -99,10 +99,17 @@ class ScanKernel:
         self._module = Module(cuda_kernel.ptx())
 
     def __call__(
-        self, inputs: Mapping[str, Tensor | Buffer], y: Tensor | Buffer, *, reverse: bool, stream: int | None = None
+        self,
+        inputs: Mapping[str, Tensor | Buffer],
+        y: Tensor | Buffer,
+        *,
+        reverse: bool,
+        small: bool | None = None,
+        stream: int | None = None,
     ) -> None:
         """Enqueue one scan into `y` on `stream`, by default PyTorch's current one.
 
+        `small` is for the kernel for small launches; by default the sizes decide, as in the native library.
         u, delta, z, y [batch, D, L] and B, C [batch, N, L] of one type; A [D, N], D [D], delta_bias [D] float32.
         """
         (batch, channels, length), states = inputs["u"].shape, inputs["A"].shape[1]
@@ -116,8 +123,10 @@ class ScanKernel:
             for name in cuda_kernel.ARGUMENTS
         ]
         dtype = str(inputs["u"].dtype).removeprefix("torch.")
-        kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states)
-        blocks = -(-channels // cuda_kernel.CHANNELS_PER_BLOCK)
+        if small is None:
+            small = cuda_kernel.is_small(batch, channels, states)
+        kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states, small=small)
+        blocks = -(-channels // cuda_kernel.channels_per_block(kernel))
         if stream is None:
             import torch
 

@@ -18,7 +18,10 @@ from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops.scan_shapes import INPUTS
 
 Kernel = Callable[..., None]
-"""`kernel(inputs, y, reverse=…)`: inputs by name, contiguous and on the device; the result goes into y."""
+"""`kernel(inputs, y, reverse=…, small=…)`: inputs by name, contiguous and on the device; the result goes into y.
+
+`small` says which of two kernels runs; by default the sizes do. Our CPU kernel has no use for it.
+"""
 PARAMETERS = ("A", "D", "delta_bias")  # always float32
 
 
@@ -82,15 +85,20 @@ def open_kernel(device: Device, scratch: Path) -> tuple[Kernel, str]:
     except (ValueError, OSError):  # no such compiler, or one without its sanitizers
         return _native, "our CPU kernel"
 
-    def emulated(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool) -> None:
+    def emulated(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool, small: bool | None = None) -> None:
         arrays = {name: _array(value) for name, value in inputs.items()}
-        made = cuda_emulation.launch(program, scratch, arrays, reverse=reverse)
+        made = cuda_emulation.launch(program, scratch, arrays, reverse=reverse, small=small)
         y.copy_(torch.from_numpy(made.astype(np.float32)))
 
     return emulated, "the CPU, thread by thread"
 
 
-def _native(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool) -> None:
+def both(states: int) -> tuple[bool, ...]:
+    """The values of `small` that there are kernels for."""
+    return (False, True) if cuda_kernel.has_small(states) else (False,)
+
+
+def _native(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool, small: bool | None = None) -> None:
     from mdnet.scan import selective_scan
 
     y.copy_(selective_scan(*(inputs[name] for name in INPUTS), reverse))

@@ -8,6 +8,7 @@ our kernels. In the dry run the program runs by itself, and its kernels under th
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,8 @@ _FOUND = 86  # exit code where it has something to report
 _PARAMETERS = ("A", "D", "delta_bias")  # always float32
 _SIZES = ((1, 33, 19, 16), (2, 3, 5, 64), (1, 1, 1, 1))
 
-Launch = Callable[[dict[str, np.ndarray], str, bool], np.ndarray]
-"""Inputs, the type of what has steps, and whether it is the reverse scan → y."""
+Launch = Callable[[dict[str, np.ndarray], str, bool, bool], np.ndarray]
+"""Inputs, the type of what has steps, whether it is the reverse scan, and the kernel for small launches → y."""
 
 
 def run(context: Context) -> None:
@@ -90,8 +91,9 @@ def main() -> None:
     launches = 0
     for dtype in dtypes:
         for sizes in _SIZES:
-            for reverse in (False, True):
-                if not np.isfinite(launch(arrays(sizes, seed=launches), dtype, reverse)).all():
+            kernels = (False, True) if cuda_kernel.has_small(sizes[3]) else (False,)
+            for reverse, small in itertools.product((False, True), kernels):
+                if not np.isfinite(launch(arrays(sizes, seed=launches), dtype, reverse, small)).all():
                     sys.exit(f"{dtype}, {sizes}: not finite")
                 launches += 1
     print(f"{launches} launches")
@@ -101,12 +103,11 @@ def _on_gpu() -> tuple[Launch, tuple[str, ...]]:
     driver.start()
     kernel = driver.ScanKernel()
 
-    def launch(inputs: dict[str, np.ndarray], dtype: str, reverse: bool) -> np.ndarray:
+    def launch(inputs: dict[str, np.ndarray], dtype: str, reverse: bool, small: bool) -> np.ndarray:
         types = {name: "float32" if name in _PARAMETERS else dtype for name in inputs}
         y = driver.Buffer(np.full_like(inputs["u"], np.nan), dtype)
-        kernel(
-            {name: driver.Buffer(values, types[name]) for name, values in inputs.items()}, y, reverse=reverse, stream=0
-        )
+        buffers = {name: driver.Buffer(values, types[name]) for name, values in inputs.items()}
+        kernel(buffers, y, reverse=reverse, small=small, stream=0)
         return y.read()
 
     return launch, ("float32", "float16", "bfloat16")
@@ -118,8 +119,8 @@ def _emulated(folder: Path) -> tuple[Launch, tuple[str, ...]]:
     if not (program := folder / "launch").exists():  # by an earlier stage
         program = cuda_emulation.build(cuda_kernel.source(), folder)
 
-    def launch(inputs: dict[str, np.ndarray], _: str, reverse: bool) -> np.ndarray:
-        return cuda_emulation.launch(program, folder, inputs, reverse=reverse)
+    def launch(inputs: dict[str, np.ndarray], _: str, reverse: bool, small: bool) -> np.ndarray:
+        return cuda_emulation.launch(program, folder, inputs, reverse=reverse, small=small)
 
     return launch, ("float32",)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu.context import CheckFailed, Context, NotInstalled
-from gpu.kernels import Kernel, cases_module, double, open_kernel, random_tensors, tensors
+from gpu.kernels import Kernel, both, cases_module, double, open_kernel, random_tensors, tensors
 from gpu.results import Figure
 from mdnet.scan import loop as scan_loop
 from mdnet.scan import mamba_ssm as scan_mamba
@@ -35,21 +35,23 @@ def run(context: Context) -> None:
 
 
 def check(context: Context, kernel: Kernel, what: str, dtype: torch.dtype, reverse: bool) -> dict[str, Figure]:
-    """Run every case of one type and direction; any that is off fails the row, which names it."""
+    """Run every case of one type and direction, with either kernel; any that is off fails the row, which names it."""
     seed, wrong, largest, count = secrets.randbelow(2**31), [], 0.0, 0
-    for name, inputs, expected in _cases(context, dtype, reverse, seed):
-        y = torch.full_like(inputs["u"], math.nan)
-        kernel(inputs, y, reverse=reverse)
-        got = y.double().cpu().numpy()
-        count += 1
-        if not np.isfinite(got).all():
-            wrong.append(f"{name} (not finite)")
-            continue
-        try:
-            cases_module().assert_close(got, expected, _name(dtype), cases_module().CUDA_TOLERANCE)
-        except AssertionError as error:
-            wrong.append(f"{name} ({error})")
-        largest = max(largest, float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))))
+    for case, inputs, expected in _cases(context, dtype, reverse, seed):
+        for small in both(inputs["A"].shape[1]):
+            name = f"{case}, small" if small else case
+            y = torch.full_like(inputs["u"], math.nan)
+            kernel(inputs, y, reverse=reverse, small=small)
+            got = y.double().cpu().numpy()
+            count += 1
+            if not np.isfinite(got).all():
+                wrong.append(f"{name} (not finite)")
+                continue
+            try:
+                cases_module().assert_close(got, expected, _name(dtype), cases_module().CUDA_TOLERANCE)
+            except AssertionError as error:
+                wrong.append(f"{name} ({error})")
+            largest = max(largest, float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))))
     figures: dict[str, Figure] = {"cases": count, "largest error, of the largest output": largest, "seed": seed}
     if wrong:
         raise CheckFailed(f"{len(wrong)} of {count} cases are wrong: {'; '.join(wrong)[:200]}", figures)
@@ -70,7 +72,7 @@ def _cases(
     for sizes in context.sizes.large_scans:
         inputs = random_tensors(sizes, dtype, device, seed)
         wide = double(inputs)
-        expected = scan_loop.scan(*(wide[name] for name in INPUTS), reverse=reverse)
+        expected, _ = scan_loop.scan(*(wide[name] for name in INPUTS), reverse=reverse)
         yield "×".join(map(str, sizes)), inputs, expected.cpu().numpy()
 
 
@@ -86,8 +88,8 @@ def check_mamba(context: Context) -> dict[str, Figure]:
     for reverse in (False, True):
         found = [scan_mamba.scan(*inputs, reverse=reverse), *scan_mamba.scan_backward(grad, *inputs, reverse=reverse)]
         expected = [
-            scan_loop.scan(*wide, reverse=reverse),
-            *scan_loop.scan_backward(grad.double(), *wide, reverse=reverse),
+            scan_loop.scan(*wide, reverse=reverse)[0],
+            *scan_loop.scan_backward(grad.double(), *wide, reverse=reverse)[: len(INPUTS)],
         ]
         for got, right in zip(found, expected, strict=True):
             largest = max(largest, float((got.double() - right).abs().max() / right.abs().max()))

@@ -14,10 +14,12 @@ from gpu.kernels import Kernel, open_kernel, random_tensors
 from gpu.results import Figure
 from mdnet.scan import loop as scan_loop
 from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops.scan_shapes import INPUTS
 
 DTYPES = (torch.float32, torch.float16)
 OURS = "selective_scan.cu"
+LARGE = f"{OURS} as for large launches"
 TIMES_FLOOR = "× its floor"
 
 
@@ -32,12 +34,20 @@ def run(context: Context) -> None:
         y = torch.empty_like(inputs["u"])
         ordered = [inputs[name] for name in INPUTS]
         own = context.attempt(f"{OURS}, {what}", functools.partial(_ours, context, sizes, kernel, inputs, y))
+        if _is_small(sizes):  # what the kernel for small launches gains
+            large = functools.partial(kernel, small=False)
+            context.attempt(f"{LARGE}, {what}", functools.partial(_ours, context, sizes, large, inputs, y))
         for name, scan in others:
             context.attempt(f"{name}, {what}", functools.partial(_other, context, name, scan, ordered, own))
 
 
 def _what(sizes: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}, batch {sizes[0]}"
+
+
+def _is_small(sizes: tuple[int, int, int, int]) -> bool:
+    batch, channels, _, states = sizes
+    return cuda_kernel.is_small(batch, channels, states)
 
 
 def floor(context: Context, inputs: dict[str, Tensor], y: Tensor) -> dict[str, float]:
@@ -63,7 +73,7 @@ def _ours(
 
 
 def _other(
-    context: Context, name: str, scan: Callable[..., Tensor], inputs: list[Tensor], own: dict[str, Figure] | None
+    context: Context, name: str, scan: Callable[..., object], inputs: list[Tensor], own: dict[str, Figure] | None
 ) -> dict[str, Figure]:
     if name == "mamba-ssm" and not scan_mamba.available(inputs[0], inputs[2]):
         raise NotInstalled(scan_mamba.problem(inputs[0].device) if inputs[0].is_cuda else f"{name}, which needs CUDA")
