@@ -167,8 +167,8 @@ def test_swapped_arguments_are_found(both: dict[str, Launch]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["n16", "n16_small"])
-def test_nearly_every_instruction_that_is_left_out_is_missed(kernel: str, both: dict[str, Launch]) -> None:
-    """The rest can be spared: zeros for channels that no one stores, branches around what has bounds of its own."""
+def test_leaving_out_nearly_any_instruction_is_found(kernel: str, both: dict[str, Launch]) -> None:
+    """The others do no harm: zeros for channels that no one stores, branches around what has bounds of its own."""
     launch = both[kernel]
     lines = launch.ptx.splitlines()
     start = next(i for i, line in enumerate(lines) if f".entry {launch.kernel}(" in line)
