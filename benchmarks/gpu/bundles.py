@@ -19,7 +19,7 @@ from gpu.sizes import SIZES, Sizes
 from mdnet_engines.bundle.files import Bundle, sha256_of
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, Precision
 
-_CALIBRATION_IMAGES = 8  # ranges of int8; more would change no speed, and these weights mean nothing
+_CALIBRATION_IMAGES = 8  # ranges of int8 and fp8; more would change no speed, and these weights mean nothing
 MAKE = "make gpu-bundles"
 
 
@@ -80,7 +80,7 @@ def build(sizes: Sizes, precision: Any, bundles: Path) -> None:
     if not file.exists():
         save_checkpoint(random_model(config), file)
     size = config.image_size
-    images = calibration_images(None, size, _CALIBRATION_IMAGES) if precision != "fp16" else None
+    images = calibration_images(None, size, _CALIBRATION_IMAGES) if precision in ("int8", "fp8") else None
     build_bundle(
         Weights("demo" if sizes.packaged else "random", config, file, sha256_of(file)),
         bundles / sizes.name / precision,

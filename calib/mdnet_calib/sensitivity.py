@@ -1,7 +1,7 @@
-"""Which blocks of a graph may be int8: as many as a budget on the score allows, the harmless ones first.
+"""Which blocks of a graph may be int8, or fp8: as many as a budget on the score allows, the harmless ones first.
 
 A block is a ResNet block, an attention layer, a feed-forward or a down-sampler: what the names of its nodes begin with.
-Everything is tried in int8 first. Only where that breaks the budget is each block tried alone, and the worst are put
+Everything is quantised first. Only where that breaks the budget is each block tried alone, and the worst are put
 back to float: as few as meet the budget, found by bisection over the blocks in order of harm.
 
 The budget is tighter than a bundle's gates, which are for images that nothing was chosen on. Least correlation: two
@@ -50,14 +50,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Choice:
-    """The blocks of a graph, in int8 or kept in float.
+    """The blocks of a graph, quantised or kept in float.
 
-    `alone` has, for each block, the drift with that block alone in int8; it is empty where everything was within the
+    `alone` has, for each block, the drift with that block alone quantised; it is empty where everything was within the
     budget at once.
     """
 
     nodes: list[str]
-    int8_blocks: list[str]
+    blocks: list[str]
     float_blocks: list[str]
     drift: Drift
     alone: dict[str, Drift]
@@ -76,26 +76,28 @@ def choose(
     drift_of: Callable[[list[str]], Drift],
     *,
     drift_alone: Callable[[list[str]], Drift] | None = None,
+    kind: str = "int8",
     progress: Progress = SILENT,
 ) -> Choice:
-    """The largest part of `nodes` in int8 that `budget` allows, in the graph's order.
+    """The largest part of `nodes` that `budget` allows to quantise, in the graph's order.
 
     Args:
         drift_of: quantises these nodes, scores the calibration images and compares with the float graphs.
         drift_alone: likewise for one block, where fewer images may do, since it only puts blocks in order.
+        kind: what they become, for progress.
 
     The result may be empty, when not even the most harmless block is within the budget.
     """
     blocks: dict[str, list[str]] = {}
     for node in nodes:
         blocks.setdefault(block_of(node), []).append(node)
-    progress.step(f"int8 in all {len(blocks)} blocks")
+    progress.step(f"{kind} in all {len(blocks)} blocks")
     everything = drift_of(list(nodes))
     if budget.allows(everything):
         return Choice(list(nodes), list(blocks), [], everything, {})
     alone = {}
     for i, (block, members) in enumerate(blocks.items(), 1):
-        progress.step(f"int8 in block {i} of {len(blocks)} alone: {block}")
+        progress.step(f"{kind} in block {i} of {len(blocks)} alone: {block}")
         alone[block] = (drift_alone or drift_of)(members)
     harm = {block: drift.mean_abs if math.isfinite(drift.mean_abs) else math.inf for block, drift in alone.items()}
     harmless_first = sorted(blocks, key=lambda block: (harm[block], block))
@@ -108,7 +110,7 @@ def choose(
     fits, drift, too_many = 0, nothing, len(blocks)
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        progress.step(f"int8 in the {count} most harmless of {len(blocks)} blocks")
+        progress.step(f"{kind} in the {count} most harmless of {len(blocks)} blocks")
         tried = drift_of(taken(count))
         if budget.allows(tried):
             fits, drift = count, tried

@@ -94,8 +94,8 @@ def build_bundle(
 
     Args:
         images: what parity is measured on.
-        calibration: for int8, what its ranges and blocks are chosen on; for fp16, where overflow is looked for (drawn
-            faces by default).
+        calibration: for int8 and fp8, what their ranges and blocks are chosen on; for fp16, where overflow is looked
+            for (drawn faces by default).
         force: write the bundle although a gate failed or int8 is slower than float; the manifest records it. On a CPU
             without VNNI slower int8 is still written: it may be for another machine.
         progress: receives each step.
@@ -107,8 +107,8 @@ def build_bundle(
             measured on calibration images.
     """
     check_replaceable(destination.resolve())
-    if precision == "int8" and calibration is None:
-        raise UsageError("int8 needs calibration images; give a folder of them with --calib")
+    if precision in ("int8", "fp8") and calibration is None:
+        raise UsageError(f"{precision} needs calibration images; give a folder of them with --calib")
     if calibration is not None:
         refuse_overlap(calibration.images, images.pixels, "images that parity is measured on")
     with write_bundle(destination) as folder:
@@ -222,6 +222,7 @@ def _write_draft(folder: Path, weights: Weights, precision: Precision, made: Pre
         parity=ParitySummary(passed=False, images=0, source="not measured yet", max_abs=None, mean_abs=None),
         calibration=made.calibration,
         int8=made.int8.facts() if made.int8 else None,
+        fp8=made.fp8.facts() if made.fp8 else None,
         float32_values=made.float32_values,
         provenance=Provenance(
             weights=weights.kind,

@@ -13,7 +13,7 @@ from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.console import show
 from mdnet_engines.errors import BundleError
 from mdnet_engines.tensorrt.plan_process import probe
-from mdnet_engines.tensorrt.plans import Host, check_plans, explain_incompatible, summary
+from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -77,6 +77,9 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     if int8 := manifest.int8:
         kept = f", in float: {', '.join(int8.float_blocks)}" if int8.float_blocks else ""
         facts["int8"] = f"{len(int8.int8_blocks)} blocks{kept}; {int8.speedup:.2f}× float on {int8.speedup_on}"
+    if fp8 := manifest.fp8:
+        kept = f", in float16: {', '.join(fp8.float_blocks)}" if fp8.float_blocks else ""
+        facts["fp8"] = f"{len(fp8.fp8_blocks)} blocks{kept}; {FOR_FP8}"
     for graph, values in manifest.float32_values.items():
         facts[f"float32 in {graph}"] = ", ".join(values)
     return facts

@@ -1,27 +1,34 @@
-"""The encoder in int8: calibrate, choose the blocks by what they do to the score, write Q/DQ graphs, time them.
+"""The encoder in int8 or fp8: calibrate, choose the blocks by what they do to the score, write Q/DQ graphs.
 
-Vim and fusion stay in float: the encoder is nine tenths of the work. For ONNX Runtime on the CPU their wide products
-are written in bfloat16 (`mdnet_calib.passes.bfloat16`), which needs no calibration.
+int8 is also timed, since it is for CPUs. Vim and fusion stay in float: the encoder is nine tenths of the work. For ONNX
+Runtime on the CPU their wide products are written in bfloat16 (`mdnet_calib.passes.bfloat16`), which needs no
+calibration; on GPUs they are float16.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 
 from mdnet_calib.cache import histograms
 from mdnet_calib.calibration_set import CalibrationSet, RangeMethod
+from mdnet_calib.passes import fp8
+from mdnet_calib.passes.graph_view import copy_of
 from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
 from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines.bundle.files import sha256_of
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Int8Facts, Precision
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
+from mdnet_engines.bundle.precision_facts import CalibrationFacts, Fp8Facts, Int8Facts
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.metrics import pearson
@@ -32,11 +39,13 @@ from mdnet_engines.sessions.openvino import OpenVINOSession
 from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export.graphs.cpu_variant import open_for_cpu, write_variants
+from mdnet_export.graphs.export import save_graph
 
 DRIFT_IMAGES = 64
 """Calibration images, at most, on which a choice of blocks is scored."""
 ORDER_IMAGES = 16
 """Of these, how many each block is scored on alone."""
+FP8_METHOD: RangeMethod = "minmax"  # a number with an exponent loses nothing to the outliers that it makes room for
 _SLOWER = 0.95  # of the float graph's speed
 
 
@@ -55,7 +64,7 @@ class Calibration:
             images=len(self.images.names),
             source=self.images.source,
             sha256=self.images.digest,
-            method=self.method if precision == "int8" else None,
+            method={"int8": self.method, "fp8": FP8_METHOD}.get(precision),
         )
 
 
@@ -83,22 +92,50 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Int8Result:
+class Quantised:
     """What became of the encoder."""
 
+    kind: ClassVar[str]
     choice: Choice
     budget: Budget
+
+    def for_people(self) -> dict[str, str]:
+        """For the report's list of facts."""
+        budget, drift = self.budget, self.choice.drift
+        facts = {
+            self.kind: f"{len(self.choice.blocks)} blocks of the encoder",
+            "budget on calibration images": f"max |Δscore| {budget.max_score_drift:g}, Pearson {budget.min_pearson:g}; "
+            f"used: {drift.max_abs:.3g}" + ("" if drift.pearson is None else f", {drift.pearson:.5f}"),
+        }
+        for block in self.choice.float_blocks:
+            alone = self.choice.alone[block]
+            facts[f"kept in float: {block}"] = (
+                f"alone in {self.kind} it moves a score by {alone.max_abs:.3g} at most, {alone.mean_abs:.3g} on average"
+            )
+        return facts
+
+    def _within_budget(self) -> dict[str, Any]:
+        return {
+            "float_blocks": self.choice.float_blocks,
+            "max_score_drift": self.budget.max_score_drift,
+            "min_pearson": self.budget.min_pearson,
+            "drift_max_abs": self.choice.drift.max_abs,
+            "drift_pearson": self.choice.drift.pearson,
+        }
+
+
+@dataclass(frozen=True)
+class Int8Result(Quantised):
+    """Of int8."""
+
+    kind = "int8"
     speed: Speed
 
     def facts(self) -> Int8Facts:
         """What the manifest says of it."""
         return Int8Facts(
-            int8_blocks=self.choice.int8_blocks,
-            float_blocks=self.choice.float_blocks,
-            max_score_drift=self.budget.max_score_drift,
-            min_pearson=self.budget.min_pearson,
-            drift_max_abs=self.choice.drift.max_abs,
-            drift_pearson=self.choice.drift.pearson,
+            int8_blocks=self.choice.blocks,
+            **self._within_budget(),
             speedup=round(self.speed.ratio, 3),
             speedup_on=f"{self.speed.backend}, batch {self.speed.batch}",
             slower_forced=self.speed.slower and not lacks_vnni(),
@@ -106,19 +143,20 @@ class Int8Result:
 
     def for_people(self) -> dict[str, str]:
         """For the report's list of facts."""
-        budget, drift = self.budget, self.choice.drift
-        facts = {
-            "int8": f"{len(self.choice.int8_blocks)} blocks of the encoder, {self.speed.ratio:.2f}× as fast as float "
-            f"({self.speed.backend}, batch {self.speed.batch})",
-            "budget on calibration images": f"max |Δscore| {budget.max_score_drift:g}, Pearson {budget.min_pearson:g}; "
-            f"used: {drift.max_abs:.3g}" + ("" if drift.pearson is None else f", {drift.pearson:.5f}"),
-        }
-        for block in self.choice.float_blocks:
-            alone = self.choice.alone[block]
-            facts[f"kept in float: {block}"] = (
-                f"alone in int8 it moves a score by {alone.max_abs:.3g} at most, {alone.mean_abs:.3g} on average"
-            )
-        return facts
+        facts = super().for_people()
+        speed = f"{self.speed.ratio:.2f}× as fast as float ({self.speed.backend}, batch {self.speed.batch})"
+        return {**facts, self.kind: f"{facts[self.kind]}, {speed}"}
+
+
+@dataclass(frozen=True)
+class Fp8Result(Quantised):
+    """Of fp8."""
+
+    kind = "fp8"
+
+    def facts(self) -> Fp8Facts:
+        """What the manifest says of it."""
+        return Fp8Facts(fp8_blocks=self.choice.blocks, **self._within_budget())
 
 
 def quantise_encoder(
@@ -138,38 +176,94 @@ def quantise_encoder(
     """
     file = folder / "encoder.onnx"
     proto = onnx.load(file)
-    if not (nodes := int8_nodes(proto)):
-        raise MDNetError("nothing in the encoder is wide enough to gain from int8; take --precision fp16")
-    thresholds = _thresholds(proto, nodes, _digest(file), calibration, progress)
+    nodes = _wide_enough(int8_nodes(proto), "int8")
+    thresholds = _thresholds(proto, activations(proto, nodes), _digest(file), calibration, calibration.method, progress)
     for name in ("vim", "fusion"):
         write_variants(onnx.load(folder / f"{name}.onnx"), folder / f"{name}.onnx")
     with TemporaryDirectory(prefix="mdnet-int8-", dir=folder.parent) as temporary:
         scratch = Path(temporary)
-        drift_of = _Drift(folder, scratch, proto, thresholds, calibration)
-        choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, progress=progress)
-        if not choice.nodes:
-            harm = min(drift.max_abs for drift in choice.alone.values())
-            raise MDNetError(
-                f"no block of the encoder can be int8: even the most harmless moves a score by {harm:.3g}, the budget "
-                f"is {calibration.budget.max_score_drift:g}; raise --max-score-drift or take --precision fp16"
-            )
-        if drift_of.written != choice.nodes:
-            write_variants(to_int8(proto, thresholds, choice.nodes), scratch / file.name)
-        del proto, drift_of
+        write = partial(_write_int8, scratch / file.name, proto, thresholds)
+        choice = _choose("int8", nodes, write, folder, scratch, calibration, progress)
+        del proto, write
         progress.step("timing int8 against float")
         speed = _time(folder, scratch, calibration.images.pixels)
-        for old in folder.glob("encoder.*"):
-            old.unlink()
-        for new in scratch.glob("encoder.*"):
-            new.rename(folder / new.name)
+        _replace_encoder(folder, scratch)
     return Int8Result(choice, calibration.budget, speed)
 
 
+def quantise_encoder_fp8(folder: Path, calibration: Calibration, *, progress: Progress = SILENT) -> Fp8Result:
+    """Rewrite `encoder.onnx` in a bundle's folder to fp8, the rest of it still float32.
+
+    Args, raises: as `quantise_encoder`; the range method is `FP8_METHOD`.
+    """
+    file = folder / "encoder.onnx"
+    proto = onnx.load(file)
+    nodes = _wide_enough(fp8.fp8_nodes(proto), "fp8")
+    tensors = fp8.activations(proto, nodes)
+    thresholds = _thresholds(proto, tensors, _digest(file), calibration, FP8_METHOD, progress)
+    with TemporaryDirectory(prefix="mdnet-fp8-", dir=folder.parent) as temporary:
+        scratch = Path(temporary)
+        write = partial(_write_fp8, scratch / file.name, proto, thresholds)
+        choice = _choose("fp8", nodes, write, folder, scratch, calibration, progress)
+        _replace_encoder(folder, scratch)
+    return Fp8Result(choice, calibration.budget)
+
+
+def _write_int8(file: Path, proto: onnx.ModelProto, thresholds: dict[str, float], nodes: list[str]) -> None:
+    write_variants(to_int8(copy_of(proto), thresholds, nodes), file)
+
+
+def _write_fp8(file: Path, proto: onnx.ModelProto, thresholds: dict[str, float], nodes: list[str]) -> None:
+    file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # onnx appends to an existing file
+    save_graph(fp8.to_fp8(copy_of(proto), thresholds, nodes), file)
+
+
+def _wide_enough(nodes: list[str], kind: str) -> list[str]:
+    if not nodes:
+        raise MDNetError(f"nothing in the encoder is wide enough to gain from {kind}; take --precision fp16")
+    return nodes
+
+
+def _choose(
+    kind: str,
+    nodes: list[str],
+    write: Callable[[list[str]], None],
+    folder: Path,
+    scratch: Path,
+    calibration: Calibration,
+    progress: Progress,
+) -> Choice:
+    """The nodes that the budget allows; `scratch` has the encoder with them."""
+    drift_of = _Drift(folder, scratch, write, calibration)
+    choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, kind=kind, progress=progress)
+    if not choice.nodes:
+        harm = min(drift.max_abs for drift in choice.alone.values())
+        raise MDNetError(
+            f"no block of the encoder can be {kind}: even the most harmless moves a score by {harm:.3g}, the budget "
+            f"is {calibration.budget.max_score_drift:g}; raise --max-score-drift or take --precision fp16"
+        )
+    if drift_of.written != choice.nodes:
+        write(choice.nodes)
+    return choice
+
+
+def _replace_encoder(folder: Path, scratch: Path) -> None:
+    for old in folder.glob("encoder.*"):
+        old.unlink()
+    for new in scratch.glob("encoder.*"):
+        new.rename(folder / new.name)
+
+
 def _thresholds(
-    proto: onnx.ModelProto, nodes: list[str], digest: str, calibration: Calibration, progress: Progress
+    proto: onnx.ModelProto,
+    tensors: list[str],
+    digest: str,
+    calibration: Calibration,
+    method: RangeMethod,
+    progress: Progress,
 ) -> dict[str, float]:
-    """The range of every value that int8 needs one for, from the calibration images or from their cache."""
-    images, tensors = calibration.images, activations(proto, nodes)
+    """The range of each of `tensors`, from the calibration images or from their cache."""
+    images = calibration.images
 
     def run_graph() -> dict[str, Histogram]:
         feeds = [{"image": image[None]} for image in images.pixels]
@@ -178,22 +272,15 @@ def _thresholds(
     found, cached = histograms(
         calibration.cache, graph=digest, images=images.digest, tensors=tensors, collect=run_graph
     )
-    progress.step(f"ranges by {calibration.method}" + (", from the cache" if cached else ""))
-    return {name: histogram.threshold(calibration.method) for name, histogram in found.items()}
+    progress.step(f"ranges by {method}" + (", from the cache" if cached else ""))
+    return {name: histogram.threshold(method) for name, histogram in found.items()}
 
 
 class _Drift:
-    """Scores the calibration images with some nodes in int8, and compares with the float graphs."""
+    """Scores the calibration images with some nodes quantised, and compares with the float graphs."""
 
-    def __init__(
-        self,
-        folder: Path,
-        scratch: Path,
-        proto: onnx.ModelProto,
-        thresholds: dict[str, float],
-        calibration: Calibration,
-    ):
-        self.scratch, self.proto, self.thresholds = scratch, proto, thresholds
+    def __init__(self, folder: Path, scratch: Path, write: Callable[[list[str]], None], calibration: Calibration):
+        self.scratch, self.write = scratch, write
         self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
         self.written: list[str] = []
         float_graphs: dict[GraphName, Session] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
@@ -204,9 +291,7 @@ class _Drift:
         self.tokens = [vim.run({"image": image})["tokens"] for image in self._images()]
 
     def __call__(self, nodes: list[str], count: int = DRIFT_IMAGES) -> Drift:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
-        write_variants(to_int8(proto, self.thresholds, nodes), self.scratch / "encoder.onnx")
+        self.write(nodes)
         self.written = nodes
         encoder = open_for_cpu(self.scratch, "encoder")
         scores = [

@@ -10,17 +10,18 @@ import numpy as np
 import onnx
 
 from mdnet_calib.passes.fp16 import near_overflow, to_fp16
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, CalibrationFacts, GraphName, Precision
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
+from mdnet_engines.bundle.precision_facts import CalibrationFacts
 from mdnet_engines.parity.measure import Outputs
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_export.graphs.export import save_graph
 from mdnet_export.graphs.gpu_variant import write_gpu_variant
-from mdnet_export.quantise import Calibration, Int8Result, quantise_encoder
+from mdnet_export.quantise import Calibration, Fp8Result, Int8Result, quantise_encoder, quantise_encoder_fp8
 
 FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision
 OVERFLOW_IMAGES = 8
-"""Of the images that int8 calibrates on, how many are watched for values too large for float16."""
+"""Of the images that int8 and fp8 calibrate on, how many are watched for values too large for float16."""
 
 Float32Values = Mapping[GraphName, list[str]]
 """By graph, the values that must not be float16."""
@@ -32,6 +33,7 @@ class PrecisionFacts:
 
     calibration: CalibrationFacts | None = None
     int8: Int8Result | None = None
+    fp8: Fp8Result | None = None
     float32_values: dict[GraphName, list[str]] = field(default_factory=dict)
 
     def for_people(self) -> dict[str, str]:
@@ -42,6 +44,8 @@ class PrecisionFacts:
         if self.int8 is not None:
             facts |= self.int8.for_people()
             facts["graphs for GPUs"] = "int8 in the same blocks, the rest float16"
+        if self.fp8 is not None:
+            facts |= self.fp8.for_people()
         for graph, values in self.float32_values.items():
             facts[f"kept in float32, {graph}"] = ", ".join(values)
         return facts
@@ -55,7 +59,7 @@ def rewrite(
     In int8, graphs for ONNX Runtime on the CPU and for GPUs come next to them.
 
     Args:
-        calibration: needed for int8; for fp16, where overflow is looked for.
+        calibration: needed for int8 and fp8; for fp16, where overflow is looked for.
 
     Raises:
         MDNetError: as `quantise_encoder`, or a value is not finite on a calibration image.
@@ -72,15 +76,19 @@ def rewrite(
         rewrite_fp16(folder, large, progress=progress)
         return PrecisionFacts(facts, float32_values=large)
     assert calibration is not None
+    if precision == "fp8":
+        fp8 = quantise_encoder_fp8(folder, calibration, progress=progress)
+        rewrite_fp16(folder, large, progress=progress)
+        return PrecisionFacts(facts, fp8=fp8, float32_values=large)
     int8 = quantise_encoder(folder, calibration, progress=progress)
     for name in GRAPH_NAMES:
         progress.step(f"rewriting {name} for GPUs")
         write_gpu_variant(folder / f"{name}.onnx", keep=FLOAT32_MODULES, float32_values=large.get(name, ()))
-    return PrecisionFacts(facts, int8, large)
+    return PrecisionFacts(facts, int8, float32_values=large)
 
 
 def rewrite_fp16(folder: Path, float32_values: Float32Values, *, progress: Progress = SILENT) -> None:
-    """Rewrite a folder's float32 graphs to float16 where they stand."""
+    """Rewrite a folder's graphs to float16 where they stand; what is quantised stays so."""
     for name in GRAPH_NAMES:
         progress.step(f"rewriting {name} to fp16")
         file = folder / f"{name}.onnx"
@@ -90,8 +98,9 @@ def rewrite_fp16(folder: Path, float32_values: Float32Values, *, progress: Progr
 
 
 def graph_precision(name: GraphName, precision: Precision) -> Precision:
-    """The precision of one graph in a bundle of `precision`: only the encoder becomes int8."""
-    return "fp32" if precision == "int8" and name != "encoder" else precision
+    """The precision of one graph in a bundle of `precision`: only the encoder becomes int8 or fp8."""
+    rest: dict[Precision, Precision] = {"int8": "fp32", "fp8": "fp16"}
+    return precision if name == "encoder" else rest.get(precision, precision)
 
 
 def _too_large(folder: Path, pixels: np.ndarray, progress: Progress) -> dict[GraphName, list[str]]:

@@ -38,14 +38,14 @@ def test_everything_within_the_budget_takes_one_run() -> None:
     choice = model.choose(0.15)
     assert model.asked == [model.nodes]
     assert choice.nodes == model.nodes
-    assert (choice.int8_blocks, choice.float_blocks, choice.alone) == (["a", "b", "c"], [], {})
+    assert (choice.blocks, choice.float_blocks, choice.alone) == (["a", "b", "c"], [], {})
     assert choice.drift.max_abs == pytest.approx(0.09)
 
 
 def test_the_worst_block_goes_back_to_float_and_is_recorded() -> None:
     model = Additive({"a": 0.05, "b": 0.5, "c": 0.03})
     choice = model.choose(0.15)
-    assert (choice.int8_blocks, choice.float_blocks) == (["a", "c"], ["b"])
+    assert (choice.blocks, choice.float_blocks) == (["a", "c"], ["b"])
     assert choice.nodes == ["a/conv1", "c/conv1", "a/conv2", "c/conv2"]  # in the graph's order, blocks whole
     assert choice.drift == model(choice.nodes)
     assert choice.alone == {block: model([f"{block}/conv1"]) for block in "abc"}
@@ -59,10 +59,10 @@ def test_as_many_of_the_most_harmless_blocks_as_fit(harms: list[int], limit: int
     choice = model.choose(float(limit), min_pearson=-math.inf)
     ascending = sorted(harms)
     fitting = max(n for n in range(len(harms) + 1) if sum(ascending[:n]) <= limit)
-    taken = [harms[int(block)] for block in choice.int8_blocks]
+    taken = [harms[int(block)] for block in choice.blocks]
     assert sorted(taken) == ascending[:fitting]
     assert choice.drift.max_abs == sum(taken)
-    assert sorted(choice.int8_blocks + choice.float_blocks) == list(model.harm)
+    assert sorted(choice.blocks + choice.float_blocks) == list(model.harm)
     bisection = math.ceil(math.log2(len(harms))) if len(harms) > 1 else 0
     assert len(model.asked) <= 1 + len(harms) + bisection
 
@@ -71,7 +71,7 @@ def test_blocks_may_be_put_in_order_by_fewer_images() -> None:
     """What is asked of each block alone decides the order only; what is kept is within the budget on all images."""
     model, quick = Additive({"a": 0.05, "b": 0.1, "c": 0.03}), Additive({"a": 0.3, "b": 0.2, "c": 0.1})
     choice = choose(model.nodes, Budget(0.15, 0), model, drift_alone=quick)
-    assert (choice.int8_blocks, choice.float_blocks) == (["b", "c"], ["a"])
+    assert (choice.blocks, choice.float_blocks) == (["b", "c"], ["a"])
     assert len(quick.asked) == 3
     assert choice.drift == Drift(0.13, 0.065, 1 - 0.13 / 100)
     assert choice.alone["a"].max_abs == 0.3
@@ -79,14 +79,14 @@ def test_blocks_may_be_put_in_order_by_fewer_images() -> None:
 
 def test_nothing_that_fits_gives_nothing() -> None:
     choice = Additive({"a": 0.2, "b": 0.3}).choose(0.15)
-    assert (choice.nodes, choice.int8_blocks, choice.float_blocks) == ([], [], ["a", "b"])
+    assert (choice.nodes, choice.blocks, choice.float_blocks) == ([], [], ["a", "b"])
     assert choice.drift == Drift(0, 0, None)
     assert choice.alone.keys() == {"a", "b"}
 
 
 def test_the_correlation_is_part_of_the_budget() -> None:
     """Within the score's limit together, but 0.04 of correlation is lost; 0.01 may be."""
-    assert Additive({"a": 1.0, "b": 3.0}).choose(100.0, min_pearson=0.99).int8_blocks == ["a"]
+    assert Additive({"a": 1.0, "b": 3.0}).choose(100.0, min_pearson=0.99).blocks == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_block_that_gives_nan_is_the_most_harmful() -> None:
     harm = {"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02, "e": 0.015}
     for broken in harm:
         choice = Additive(harm | {broken: math.nan}).choose(0.2)
-        assert choice.int8_blocks == [block for block in harm if block != broken]
+        assert choice.blocks == [block for block in harm if block != broken]
         assert choice.float_blocks == [broken]
 
 

@@ -21,7 +21,7 @@ from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet
 from mdnet_calib.passes.int8 import int8_nodes
 from mdnet_calib.sensitivity import Budget, block_of
 from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.sessions.onnxruntime import OrtSession
@@ -417,17 +417,19 @@ def test_parity_is_not_measured_on_calibration_images(few: CalibrationSet, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int8_without_calibration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="int8 needs calibration images"):
-        build_bundle(choose_weights(), tmp_path / "bundle", precision="int8", images=parity_images(None, 128, 2))
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_what_is_quantised_without_calibration_is_refused(precision: Precision, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{precision} needs calibration images"):
+        build_bundle(choose_weights(), tmp_path / "bundle", precision=precision, images=parity_images(None, 128, 2))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--calib", "few"], "--calib is for --precision int8 or fp16; fp32 has nothing to calibrate"),
+        (["--calib", "few"], "--calib is for --precision int8, fp8 or fp16; fp32 has nothing to calibrate"),
         (["--precision", "int8", "--checkpoint", "mine.safetensors"], "give a folder of some 64 with --calib DIR"),
+        (["--precision", "fp8", "--checkpoint", "mine.safetensors"], "fp8 needs images like those to be scored"),
         (["--precision", "int8", "--calib", "few"], "few has 1 usable images; calibration needs at least 8"),
         (["--precision", "int8", "--num-calib", "7"], "--num-calib is 7; calibration needs at least 8 images"),
         (["--precision", "fp16", "--num-calib", "7"], "--num-calib is 7; calibration needs at least 8 images"),

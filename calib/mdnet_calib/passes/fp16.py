@@ -9,9 +9,9 @@ What stays in float32, and why:
 - values that came near to float16's largest number on calibration images (`near_overflow`);
 - the inputs and outputs of the graph, so that graphs of different precision can be combined.
 
-A quantised graph (`mdnet_calib.passes.int8`) is rewritten likewise. A scale becomes float16 as any weight does, since
-TensorRT wants the scale's type to be that of the values around it, unless float16 would round it by too much: then the
-values that it scales stay in float32, and what computes with them.
+A quantised graph (`mdnet_calib.passes.int8`, `fp8`) is rewritten likewise. A scale becomes float16 as any weight does,
+since TensorRT wants the scale's type to be that of the values around it, unless float16 would round it by too much:
+then the values that it scales stay in float32, and what computes with them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 HEADROOM = 4
 """A value that reaches this part of float16's largest number on calibration images may pass it on others."""
-SCALES_OPSET = 19
-"""The first in which Q/DQ take scales in float16. ONNX Runtime 1.32 can't load a graph of opset 21 with such scales."""
+QDQ_OPSET = 19
+"""The first in which Q/DQ take float8, and scales in float16. Of opset 21, ONNX Runtime 1.32 can't load such graphs."""
 _SCALE_ROUNDING = 2.0**-8  # of itself, at most: half a step of a weight of 7 bits
 
 
@@ -173,7 +173,7 @@ class _Fp16Rewrite:
         if any(node.op_type in (QUANTISE, DEQUANTISE) for node in self.nodes):
             for opset in self.proto.opset_import:
                 if not opset.domain:
-                    opset.version = max(opset.version, SCALES_OPSET)
+                    opset.version = max(opset.version, QDQ_OPSET)
         return self.proto
 
     def _rewrite(self, node: onnx.NodeProto, half: bool, outputs: set[str]) -> None:

@@ -28,6 +28,7 @@ from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.system.cores import available_cores
 from mdnet_engines.system.machine import this_machine
+from mdnet_engines.tensorrt.plans import FOR_FP8
 
 SECONDS = 1.0
 """For which `tune` times a graph."""
@@ -114,6 +115,8 @@ def choose(bundle: Bundle, backend: Backend = "auto", *, threads: int = 0, check
         except MDNetError as error:
             reason = f"{choice} can't run here ({error})"
         if not reason:
+            if bundle.manifest.precision == "fp8" and not choice.on_gpu:
+                _LOG.warning(f"note: {bundle.path} is fp8, which is {FOR_FP8}")
             return choice
         _LOG.warning(f"note: passed over: {reason}")
         reasons.append(reason)

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName, Part
+from mdnet_engines.bundle.manifest import BackendCheck, GraphBackend, GraphName
+from mdnet_engines.bundle.part import Part
 from mdnet_engines.system.atomic import new_file
 from mdnet_engines.system.machine import Machine, cache_folder, processor_name, this_machine
 

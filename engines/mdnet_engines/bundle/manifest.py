@@ -38,8 +38,10 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from mdnet_engines.bundle.part import Part, Sha256
+from mdnet_engines.bundle.precision_facts import CalibrationFacts, Fp8Facts, Int8Facts
 from mdnet_engines.system.machine import Machine
 
 SCHEMA_VERSION: Final = 3
@@ -47,12 +49,11 @@ READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
 GraphName = Literal["encoder", "vim", "fusion"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "vim", "fusion")
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 GraphBackend = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "openvino-bf16", "tensorrt", "tensorrt-rtx"]
 PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
@@ -60,10 +61,6 @@ PORTABLE = "portable"
 """The target of a plan that was built for no GPU in particular."""
 RuntimeVersion = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}(\.[0-9]{1,6}){1,4}$")]
 Target = Annotated[str, StringConstraints(pattern=r"^(portable|sm_[0-9]{2,3}(-sm_[0-9]{2,3}){0,15})$")]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileEntry(Part):
@@ -86,14 +83,14 @@ class GpuGraph(Part):
     """The variant of a graph for GPUs: its file, and the weights that are in no other variant's `data`."""
 
     file: FileEntry
-    data: list[FileEntry] = []
+    data: list[FileEntry] = Field(default=[])
 
 
 class GraphEntry(Part):
     """One ONNX graph: its file, external weights if any, precision and signature."""
 
     file: FileEntry
-    data: list[FileEntry] = []
+    data: list[FileEntry] = Field(default=[])
     cpu: FileEntry | None = None
     """The same graph, on the same `data`, in the variant that ONNX Runtime's CPU kernels are fast for (int8 only)."""
     gpu: GpuGraph | None = None
@@ -178,7 +175,7 @@ class BackendCheck(Part):
     parity: ParitySummary
     failures: str = Field(default="", max_length=2000)
     """The gates that failed, with value and limit."""
-    snr_db: dict[str, float] = {}
+    snr_db: dict[str, float] = Field(default={})
     """Signal-to-noise ratio of every graph output on the bundle's probes, each graph fed with PyTorch's own inputs."""
 
 
@@ -202,38 +199,6 @@ class Provenance(Part):
     training: Training | None = None
     command: str
     versions: dict[str, str]
-
-
-class CalibrationFacts(Part):
-    """Which images the ranges of the graphs' values were measured on."""
-
-    images: int
-    source: str = Field(max_length=400)
-    sha256: Sha256
-    """Of all their pixels, preprocessed."""
-    method: str | None = Field(default=None, max_length=40)
-    """How an int8 range was made of the values seen; None where there is no int8."""
-
-    def __str__(self) -> str:
-        """For one line of output."""
-        return f"{self.images} images, {self.source}" + (f", ranges by {self.method}" if self.method else "")
-
-
-class Int8Facts(Part):
-    """Which blocks of the encoder are int8, within which budget, and what it brought."""
-
-    int8_blocks: list[str]
-    float_blocks: list[str]
-    """Those that broke the budget in int8."""
-    max_score_drift: float
-    min_pearson: float
-    drift_max_abs: float
-    """Largest |Δscore| on the calibration images, in rating points."""
-    drift_pearson: float | None = None
-    speedup: float
-    """Over the float encoder, on the machine of the build."""
-    speedup_on: str
-    slower_forced: bool = False
 
 
 class BatchRange(Part):
@@ -318,7 +283,7 @@ class Manifest(Part):
     graphs: dict[GraphName, GraphEntry]
     probes: FileEntry | None = None
     """None in version 1 alone."""
-    reports: list[FileEntry] = []
+    reports: list[FileEntry] = Field(default=[])
     engines: list[PlanSet] = Field(default=[], max_length=64)
     parity: ParitySummary
     """Of what `auto` took where the bundle was built."""
@@ -326,8 +291,9 @@ class Manifest(Part):
     """Every backend that `auto` could have taken there."""
     calibration: CalibrationFacts | None = None
     int8: Int8Facts | None = None
-    float32_values: dict[GraphName, list[str]] = {}
-    """Values of an fp16 graph that come too near to float16's largest number and stay in float32."""
+    fp8: Fp8Facts | None = None
+    float32_values: dict[GraphName, list[str]] = Field(default={})
+    """Values of a graph in float16 that come too near to float16's largest number and stay in float32."""
     provenance: Provenance
     licenses: list[str]
 

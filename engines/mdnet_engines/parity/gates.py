@@ -65,6 +65,16 @@ LIMITS: dict[str, Limits] = {
         graph_snr_db=10,
         batch_max_abs=2e-2,
     ),
+    "fp8": Limits(
+        score_max_abs=0.1,
+        score_mean_abs=0.02,
+        score_pearson=0.998,
+        pearson_needs_sd=0.2,
+        rating_loss=3e-3,
+        graph_cosine=0.95,
+        graph_snr_db=10,
+        batch_max_abs=2e-2,
+    ),
 }
 """The one table of thresholds."""
 

@@ -27,6 +27,7 @@ from mdnet_engines.tensorrt.plans import (
     OLDEST_PORTABLE,
     Host,
     check_plans,
+    explain_no_fp8,
     install_plans,
     plans_folder,
     scratch_folder,
@@ -90,7 +91,7 @@ def build_plans(
         progress: receives what the builder does, and notes.
 
     Raises:
-        UsageError: targets or options that this runtime does not build for.
+        UsageError: targets or options that this runtime does not build for, or a target without FP8 for an fp8 bundle.
         MDNetError: no runtime, no GPU where one is needed, no space, or TensorRT failed; the bundle is as it was.
     """
     if host.problem:
@@ -99,6 +100,9 @@ def build_plans(
         raise MDNetError(NEEDS_GPU)
     chosen = _targets(host, targets)
     _check_options(host, level=level, stripped=stripped, compatible=compatible)
+    for sm in _capabilities(host, chosen, compatible=compatible):
+        if reason := explain_no_fp8(bundle.manifest, sm):
+            raise UsageError(reason)
     built_for = host.gpu.sm if host.runtime == "tensorrt" and host.gpu else PORTABLE
     target = PORTABLE if compatible else "-".join(chosen) or built_for
     options: dict[str, Any] = {
@@ -180,6 +184,13 @@ def _targets(host: Host, wanted: Sequence[str]) -> list[str]:
         known = ", ".join(host.targets)
         raise UsageError(f"{NAMES[host.runtime]} {host.version} has no {unknown[0]}; it builds for {known} or current")
     return sorted(set(named), key=sm_number)
+
+
+def _capabilities(host: Host, targets: Sequence[str], *, compatible: bool) -> Sequence[str]:
+    """The compute capabilities that plans are known to be for: of a range, the oldest."""
+    if compatible:
+        return [f"sm_{OLDEST_PORTABLE}"]
+    return targets or ([host.gpu.sm] if host.runtime == "tensorrt" and host.gpu else [])
 
 
 def _check_options(host: Host, *, level: int | None, stripped: bool, compatible: bool) -> None:

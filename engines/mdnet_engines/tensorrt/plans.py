@@ -34,6 +34,8 @@ from mdnet_engines.tensorrt.plan_builder import NAMES
 ENGINES = "engines"
 _SCRATCH = ".building."
 OLDEST_PORTABLE = 80  # Turing, sm_75, gets plans of its own only
+_OLDEST_FP8 = 89  # Ada; then Hopper and Blackwell
+FOR_FP8 = "for GPUs that multiply in FP8: compute capability 8.9 (Ada, sm_89) or newer; a CPU computes it slowly"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def explain_incompatible(engines: PlanSet, manifest: Manifest, host: Host) -> st
         return f"built by {runtime} {engines.version}, this machine has {host.version}"
     if engines.platform and engines.platform != this_platform():
         return f"built on {engines.platform}, this machine is {this_platform()}"
+    if gpu is not None and (reason := explain_no_fp8(manifest, gpu.sm)):
+        return reason
     if gpu is None:
         return f"built for {_target(engines)}, this machine has no NVIDIA GPU (or no driver)"
     if not _runs_on(engines, host, gpu):
@@ -106,6 +110,16 @@ def explain_incompatible(engines: PlanSet, manifest: Manifest, host: Host) -> st
 
 def _numbers(version: str) -> list[int]:
     return [int(part) if part.isdecimal() else 0 for part in version.split(".")]
+
+
+def explain_no_fp8(manifest: Manifest, sm: str) -> str | None:
+    """Why plans of a bundle can't be for GPUs of compute capability `sm`, where it is fp8 and they have none."""
+    if manifest.precision != "fp8" or sm_number(sm) >= _OLDEST_FP8:
+        return None
+    return (
+        f"{sm} has no FP8, which this bundle is in and GPUs have from sm_{_OLDEST_FP8} on; "
+        "build one for it with: mdnet-export build --precision int8 (or fp16)"
+    )
 
 
 def _target(engines: PlanSet) -> str:
@@ -154,6 +168,8 @@ def usable_plans(bundle: Bundle, host: Host) -> PlanSet:
     Raises:
         MDNetError: there is none; says for each what it was built for, what was found, and the command that rebuilds.
     """
+    if host.gpu is not None and (reason := explain_no_fp8(bundle.manifest, host.gpu.sm)):
+        raise MDNetError(f"{bundle.path}: {reason}")  # no other plans would help
     command, reasons = rebuild_command(bundle, host.runtime), []
     built = [engines for engines in bundle.manifest.engines if engines.runtime == host.runtime]
     for engines in sorted(built, key=lambda engines: engines.compatible):

@@ -1,4 +1,4 @@
-"""The options of `mdnet-export build` that say what to calibrate on, and what int8 may cost."""
+"""The options of `mdnet-export build` that say what to calibrate on, and what int8 and fp8 may cost."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ if TYPE_CHECKING:
     from mdnet_export.quantise import Calibration
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_NUM_IMAGES: dict[str, int] = {"int8": 64, "fp16": 8}  # of --num-calib; fp16 only looks for overflow
+_NUM_IMAGES: dict[str, int] = {"int8": 64, "fp8": 64, "fp16": 8}  # of --num-calib; fp16 only looks for overflow
 _CANDIDATES = 4  # times as many images for --k-centre to choose from
 
 _OPTIONS = (
     click.option(
         "--calib",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
-        help="int8, fp16: folder of calibration images, or SCUT-FBP5500's root (its training images are used).",
+        help="int8, fp8, fp16: folder of calibration images, or SCUT-FBP5500's root (its training images are used).",
     ),
-    click.option("--num-calib", type=int, help="int8, fp16: how many of them. Default: 64 for int8, 8 for fp16."),
-    click.option("--k-centre", is_flag=True, help="int8: choose images that differ in the encoder's features."),
+    click.option("--num-calib", type=int, help="int8, fp8, fp16: how many of them. Default: 64; 8 for fp16."),
+    click.option("--k-centre", is_flag=True, help="int8, fp8: choose images that differ in the encoder's features."),
     click.option(
         "--range-method",
         type=click.Choice(get_args(RangeMethod)),
         default="percentile",
         show_default=True,
-        help="int8: how a value's range follows from the calibration images.",
+        help="int8: how a value's range follows from the calibration images (fp8: minmax).",
     ),
     click.option(
         "--max-score-drift",
         type=click.FloatRange(0, min_open=True),
         default=Budget.max_score_drift,
         show_default=True,
-        help="int8: largest |Δscore| on calibration images; blocks stay in float to keep it.",
+        help="int8, fp8: largest |Δscore| on calibration images; blocks stay in float to keep it.",
     ),
     click.option(
         "--min-pearson",
         type=click.FloatRange(0, 1),
         default=Budget.min_pearson,
         show_default=True,
-        help="int8: lowest Pearson correlation with the float scores.",
+        help="int8, fp8: lowest Pearson correlation with the float scores.",
     ),
     click.option(
         "--calib-cache",
         type=click.Path(path_type=Path, file_okay=False),
-        help="int8: keep histograms of the images here, for faster builds on them.",
+        help="int8, fp8: keep histograms of the images here, for faster builds on them.",
     ),
 )
 
@@ -88,10 +88,10 @@ def choose_calibration(
     """
     if precision == "fp32":
         if calib is not None:
-            raise UsageError("--calib is for --precision int8 or fp16; fp32 has nothing to calibrate")
+            raise UsageError("--calib is for --precision int8, fp8 or fp16; fp32 has nothing to calibrate")
         return None
-    if precision == "int8" and calib is None and weights.kind == "checkpoint":
-        raise UsageError("int8 needs images like those to be scored; give a folder of some 64 with --calib DIR")
+    if precision in ("int8", "fp8") and calib is None and weights.kind == "checkpoint":
+        raise UsageError(f"{precision} needs images like those to be scored; give a folder of some 64 with --calib DIR")
     from mdnet_export.parity_images import calibration_images
     from mdnet_export.quantise import Calibration
 

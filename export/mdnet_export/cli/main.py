@@ -15,6 +15,7 @@ from mdnet_engines.bundle.manifest import Precision
 from mdnet_engines.console import Command, say, show, show_progress
 from mdnet_engines.errors import MDNetError, require
 from mdnet_engines.parity.probes import PROBES
+from mdnet_engines.tensorrt.plans import FOR_FP8
 from mdnet_export.cli.calibration import calibration_options, choose_calibration
 from mdnet_export.cli.engines import build_unasked, engines
 from mdnet_export.cli.triton import triton
@@ -169,6 +170,8 @@ def _print_result(bundle: Bundle) -> None:
     say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
     if manifest.precision == "fp16":
         say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
+    if manifest.precision == "fp8":
+        say(f"fp8 is {FOR_FP8}")
     if manifest.int8 and manifest.int8.speedup < 1:
         say(f"note: on this machine int8 is {manifest.int8.speedup:.2f}× as fast as float ({manifest.int8.speedup_on})")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")

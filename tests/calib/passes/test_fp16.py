@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from mdnet_calib.passes.fp16 import SCALES_OPSET, near_overflow, to_fp16
+from mdnet_calib.passes.fp16 import QDQ_OPSET, near_overflow, to_fp16
 from mdnet_calib.passes.int8 import int8_nodes, to_int8
 from mdnet_engines.errors import MDNetError
 
@@ -282,7 +282,7 @@ def test_scales_become_half_and_int8_weights_stay() -> None:
     stored = {tensor.name: tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2}
     assert {name: tensor.raw_data for name, tensor in stored.items()} == weights
     assert {tensor.data_type for tensor in stored.values()} == {onnx.TensorProto.INT8}
-    assert [opset.version for opset in proto.opset_import if not opset.domain] == [SCALES_OPSET]
+    assert [opset.version for opset in proto.opset_import if not opset.domain] == [QDQ_OPSET]
     step = 20.0 / 127 / 2  # of y: a value that lies between two may go to either
     np.testing.assert_allclose(run(proto, x), expected, atol=1.01 * step)
 

@@ -41,7 +41,7 @@ OPENVINO = {**ORT, "encoder": "openvino", "fusion": "openvino"}
 BF16 = {**ORT, "encoder": "openvino-bf16", "fusion": "openvino-bf16"}
 
 
-@pytest.fixture(params=["fp32", "fp16", "int8"])
+@pytest.fixture(params=["fp32", "fp16", "int8", "fp8"])
 def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     return Bundle.open(write_small_bundle(tmp_path / "bundle", precision=request.param))
 

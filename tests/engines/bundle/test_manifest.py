@@ -120,6 +120,14 @@ DOCUMENT: dict[str, Any] = {
         "speedup_on": "onnxruntime-cpu, batch 1",
         "slower_forced": False,
     },
+    "fp8": {
+        "fp8_blocks": ["vae.mid_block.resnets.0"],
+        "float_blocks": [],
+        "max_score_drift": 0.05,
+        "min_pearson": 0.9997,
+        "drift_max_abs": 0.04,
+        "drift_pearson": 0.9999,
+    },
     "float32_values": {"vim": ["add_58"]},
     "provenance": {
         "weights": "checkpoint",

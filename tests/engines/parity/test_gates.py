@@ -79,6 +79,18 @@ def test_a_limit_is_the_precisions() -> None:
     assert "score max |Δ|" not in failed(lambda value: value + offset, "fp16")
 
 
+@pytest.mark.parametrize(("offset", "gates"), [(0.019, set()), (0.021, {"score mean |Δ|"})])
+def test_fp8_may_move_scores_by_0_02_on_average(offset: float, gates: set[str]) -> None:
+    assert failed(lambda value: value + offset, "fp8") == gates
+
+
+def test_fp8_may_move_one_score_by_0_1() -> None:
+    top = mean(PIXELS).max()
+    for offset, fails in ((0.099, False), (0.101, True)):
+        gates = failed(lambda value, by=offset: np.where(value == top, value + by, value), "fp8")  # type: ignore[misc]
+        assert ("score max |Δ|" in gates) is fails
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_fails(bad: float) -> None:
     assert "scores that are not finite" in failed(lambda value: value * 0 + np.float32(bad))

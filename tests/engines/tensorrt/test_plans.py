@@ -85,6 +85,24 @@ def names(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- preflight
 
 
+@pytest.mark.parametrize(("sm", "runs"), [("sm_80", False), ("sm_86", False), ("sm_89", True), ("sm_120", True)])
+@pytest.mark.parametrize("target", ["portable", "sm_86-sm_89-sm_120"])
+def test_fp8_plans_are_for_gpus_that_have_fp8(sm: str, runs: bool, target: str, tmp_path: Path) -> None:
+    """Whatever the plans were built for; no other plans would help, so none are proposed."""
+    bundle = install(Bundle.open(write_small_bundle(tmp_path / "fp8", precision="fp8")), target=target)
+    gpu = Gpu("some GPU", sm, "13.0")
+    host = Host("tensorrt-rtx", "1.7.1.116", gpu=gpu, targets=RTX_TARGETS)
+    engines = bundle.manifest.engines[0]
+    reason = explain_incompatible(engines, bundle.manifest, host)
+    if runs and (target == "portable" or sm in target):
+        assert reason is None
+        assert usable_plans(bundle, host) == engines
+    elif not runs:
+        assert reason is not None
+        with pytest.raises(MDNetError, match=rf"{sm} has no FP8, .* from sm_89 on; .*--precision int8 \(or fp16\)$"):
+            usable_plans(bundle, host)
+
+
 @pytest.mark.parametrize(
     ("built", "host", "words"),
     [

@@ -20,7 +20,7 @@ import tensorrt_hosts
 from small_bundle import write_small_bundle
 
 from mdnet_engines.bundle.files import Bundle
-from mdnet_engines.bundle.manifest import GRAPH_NAMES
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, Precision
 from mdnet_engines.errors import UsageError
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import check_plans, explain_incompatible, plan_path, plans_folder
@@ -146,6 +146,33 @@ def test_a_gpu_that_rtx_does_not_build_for_is_bad_usage(small: Path) -> None:
     result = run(small, "--backend", "tensorrt-rtx", "--gpu", "sm_90")
     assert result.returncode == 2
     assert "has no sm_90; it builds for " in refusal(result)
+
+
+@needs_rtx
+@pytest.mark.parametrize("gpus", ["sm_86", "sm_89,sm_86"])
+def test_fp8_is_not_built_for_a_gpu_without_it(gpus: str, tmp_path: Path) -> None:
+    folder = write_small_bundle(tmp_path / "mdnet-bundle", precision="fp8")
+    result = run(folder, "--backend", "tensorrt-rtx", "--gpu", gpus)
+    assert result.returncode == 2
+    line = refusal(result)
+    assert "sm_86 has no FP8" in line
+    assert "mdnet-export build --precision int8 (or fp16)" in line
+    assert not (folder / "engines").exists()
+
+
+@needs_rtx
+def test_the_demos_fp8_plans_are_built_for_ada_and_blackwell(bundles: dict[Precision, Bundle], tmp_path: Path) -> None:
+    """The products' factors are FP8 on their way in: what TensorRT fuses into FP8 kernels."""
+    folder = Path(shutil.copytree(bundles["fp8"].path, tmp_path / "mdnet-bundle"))
+    result = run(folder, "--backend", "tensorrt-rtx", "--gpu", "sm_89,sm_120")
+    assert result.returncode == 0, result.stderr
+    opened = Bundle.open(folder)
+    (engines,) = opened.manifest.engines
+    assert engines.target == "sm_89-sm_120"
+    layers = json.loads((plans_folder(opened, engines) / "layers.json").read_text())["graphs"]["encoder"]
+    quantised = [layer["outputs"][0].split()[0] for layer in layers if layer["type"] == "QUANTIZE"]
+    assert len(quantised) > 30
+    assert set(quantised) == {"FP8"}
 
 
 def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
