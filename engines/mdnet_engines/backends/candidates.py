@@ -182,6 +182,8 @@ def _find_plans(bundle: Bundle, runtime: PlanRuntime) -> Choice | None:
         plans = usable_plans(bundle, plan_process.probe(runtime))
     except MDNetError:
         return None
+    if plans.compatible:  # they hold code for the CPU: whoever gets a bundle from elsewhere has to ask for it by name
+        return None
     return Choice(dict.fromkeys(bundle.manifest.graphs, runtime), plans)
 
 

@@ -29,7 +29,7 @@ from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.system import machine
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt import plan_process
-from mdnet_engines.tensorrt.plans import Host
+from mdnet_engines.tensorrt.plans import Host, usable_plans
 
 SIZE = 64
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")
@@ -276,6 +276,21 @@ def test_auto_takes_plans_that_fit_this_gpu_and_scores_with_them(
     finally:
         graphs.close()
     assert graphs == {}
+
+
+def test_plans_with_code_for_the_cpu_run_only_when_asked_for_by_name(
+    fp32: Bundle, plans: dict[Any, Path], host: Callable[[Any, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "has_cuda", lambda: False)
+    bundle = with_plans(fp32, plans, "tensorrt")
+    host("tensorrt", "sm_90")
+    assert dict.fromkeys(ORT, "tensorrt") in [choice.graphs for choice in candidates(bundle)]
+    (plain,) = bundle.manifest.engines
+    changed = plain.model_copy(update={"compatible": True, "target": "portable"})
+    (bundle.path / "engines" / plain.folder).rename(bundle.path / "engines" / changed.folder)
+    bundle = Bundle(bundle.path, bundle.manifest.model_copy(update={"engines": [changed]}))
+    assert dict.fromkeys(ORT, "tensorrt") not in [choice.graphs for choice in candidates(bundle)]
+    assert usable_plans(bundle, plan_process.probe("tensorrt")) == changed  # what `--backend tensorrt` takes
 
 
 def test_plans_are_opened_with_what_their_options_ask_for(
