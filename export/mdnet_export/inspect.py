@@ -90,7 +90,8 @@ def _describe(bundle: Bundle, engines: PlanSet, host: Host) -> str:
     try:
         check_plans(bundle, engines)
         reason = explain_incompatible(engines, bundle.manifest, host)
-        verdict = f"not for this machine: {reason}" if reason else "runs here"
+        by_name = f" with --backend {engines.runtime}" if engines.compatible else ""  # `auto` does not take them
+        verdict = f"not for this machine: {reason}" if reason else f"runs here{by_name}"
     except BundleError as error:
         verdict = f"DAMAGED: {error}"
     return f"{engines.folder}, {summary(engines)}; {verdict}"

@@ -248,7 +248,10 @@ def test_every_option_reaches_the_manifest_and_inspect(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     print_bundle(Bundle.open(small))
-    assert "-portable, batch 1,8,32, for later versions too, 0.0 MB; runs here" in capsys.readouterr().out
+    assert (
+        "-portable, batch 1,8,32, for later versions too, 0.0 MB; runs here with --backend tensorrt\n"
+        in capsys.readouterr().out
+    )
     monkeypatch.setenv("STUB_GPU", "75")
     monkeypatch.setenv("STUB_GPUS", "2")
     print_bundle(Bundle.open(small))
