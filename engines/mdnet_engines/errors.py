@@ -22,6 +22,10 @@ class BundleError(MDNetError):
     """A bundle that can't be trusted or read: bad manifest, wrong hash, missing file, path outside itself."""
 
 
+class GpuLostError(MDNetError):
+    """The GPU or its driver is gone for this process: everything on it fails until the process starts again."""
+
+
 def printable(text: str | os.PathLike[str]) -> str:
     r"""Text for a terminal: on one line, without control characters, bytes of a name that aren't UTF-8 as `\xff`."""
     return "".join(c if c.isprintable() else _escaped(c) for c in os.fspath(text))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.errors import GpuLostError, MDNetError, first_line
 
 _FOR_GOOD = frozenset(
     {
@@ -26,10 +26,6 @@ _FOR_GOOD = frozenset(
     }
 )
 """Errors after which every call fails until the process starts again: so CUDA's documentation, or there is no GPU."""
-
-
-class GpuLostError(MDNetError):
-    """The GPU or its driver is gone for this process."""
 
 
 def call(name: str, *arguments: Any) -> Any:

@@ -89,6 +89,12 @@ def in_words(error: BaseException) -> str:
     return (failure[1] if failure else text) + hint
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether CUDA failed in a way after which this process can't use it any more: any but a lack of memory."""
+    text = first_line(error)
+    return bool(_FAILURE.search(text)) and not _NO_MEMORY.search(text)
+
+
 @functools.cache
 def _preload(ort: Any) -> None:
     """Load CUDA's libraries from the packages of the extras, or where the loader finds them.

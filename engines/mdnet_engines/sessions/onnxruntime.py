@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdnet_engines.errors import MDNetError, UsageError, first_line
+from mdnet_engines.errors import GpuLostError, MDNetError, UsageError, first_line
 from mdnet_engines.ops import native
 from mdnet_engines.sessions import cuda_provider
 from mdnet_engines.system.cores import available_cores
@@ -149,7 +149,8 @@ def _is_large(path: Path) -> bool:
 
 
 def _failed(error: Exception) -> MDNetError:
-    return MDNetError(f"ONNX Runtime failed: {cuda_provider.in_words(error)}")
+    kind = GpuLostError if cuda_provider.is_lost(error) else MDNetError
+    return kind(f"ONNX Runtime failed: {cuda_provider.in_words(error)}")
 
 
 def _register_scan(options: Any) -> None:

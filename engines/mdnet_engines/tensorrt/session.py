@@ -31,7 +31,7 @@ import numpy as np
 
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, PlanRuntime
 from mdnet_engines.cuda import runtime as cuda
-from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.errors import GpuLostError, MDNetError, UsageError
 from mdnet_engines.tensorrt.loaded_plans import Files, Model, Tensor
 from mdnet_engines.tensorrt.plan_builder import MODULES
 
@@ -205,8 +205,8 @@ class _Worker:
             cuda.call("cudaStreamSynchronize", self._main)
         except BaseException as error:
             lost = self._drain()  # what was enqueued before the failure still uses the buffers
-            if lost and isinstance(error, MDNetError) and not isinstance(error, cuda.GpuLostError):
-                raise cuda.GpuLostError(f"{error}; {lost}") from None
+            if lost and isinstance(error, MDNetError) and not isinstance(error, GpuLostError):
+                raise GpuLostError(f"{error}; {lost}") from None
             raise
         return {name: self._host[name][:rows].copy() for name in wanted}
 
@@ -243,13 +243,13 @@ class _Worker:
         if not self._contexts[size][graph].execute_async_v3(int(stream)):
             raise self._model.refused(f"failed to run {graph}")
 
-    def _drain(self) -> cuda.GpuLostError | None:
+    def _drain(self) -> GpuLostError | None:
         """Wait for what is enqueued; give the error after which nothing runs any more."""
         lost = None
         for stream in (self._main, self._side):
             try:
                 cuda.call("cudaStreamSynchronize", stream)
-            except cuda.GpuLostError as error:
+            except GpuLostError as error:
                 lost = error.with_traceback(None)
             except MDNetError:  # of what was enqueued
                 pass

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from mdnet_engines.errors import MDNetError, first_line
+from mdnet_engines.errors import GpuLostError, MDNetError, first_line
 
 
 class Job(Protocol):
@@ -54,14 +54,15 @@ class Batcher:
         self._score, self._deliver = score, deliver
         self._max_batch, self._max_wait = max_batch, max_wait
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lost = False
         # A daemon: a model that hangs must not keep the process from ending at the second signal.
         self._thread = threading.Thread(target=self._run, name="mdnet-model", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread runs."""
-        return self._thread.is_alive()
+        """Whether the model's thread runs, and has not lost its GPU."""
+        return self._thread.is_alive() and not self._lost
 
     def put(self, job: Job) -> None:
         """Queue an image. Called from any thread; never waits."""
@@ -109,6 +110,7 @@ class Batcher:
         try:
             return [float(score) for score in self._score(np.stack([job.image for job in batch]))]
         except MDNetError as error:
+            self._lost |= isinstance(error, GpuLostError)
             return error
         except Exception as error:  # the thread must outlive whatever a model raises
             return MDNetError(f"unexpected {type(error).__name__}: {first_line(error)}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mdnet_engines.sessions import cuda_provider
-from mdnet_engines.sessions.cuda_provider import in_words, problem
+from mdnet_engines.sessions.cuda_provider import in_words, is_lost, problem
 from mdnet_engines.system.gpu import Gpu
 
 COMPILER = shutil.which("cc")
@@ -204,3 +204,4 @@ SEE = "see nvidia-smi, and start again when it lists the GPU"
 )
 def test_an_error_of_cuda_is_told_without_its_source_line_and_with_the_next_step(text: str, words: str) -> None:
     assert in_words(RuntimeError(text)) == words
+    assert is_lost(RuntimeError(text)) == (SEE in words)

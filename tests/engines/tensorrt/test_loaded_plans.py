@@ -12,8 +12,7 @@ from gpu_stand_in import Gpu, assert_same, images, reference, write_plans, write
 from gpu_stand_in.cuda import FUNCTIONS
 
 from mdnet_engines.cuda import runtime
-from mdnet_engines.cuda.runtime import GpuLostError
-from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.errors import GpuLostError, MDNetError, UsageError
 from mdnet_engines.tensorrt.session import TensorRTSessions
 
 MAX_BATCH = 6

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.errors import GpuLostError, MDNetError
 from mdnet_rt.server.batcher import Batcher, Job, Scores
 
 DEADLINE = 60
+LOST = 15
 
 
 @dataclass(eq=False)
@@ -46,6 +47,8 @@ class Model:
             raise MDNetError("thirteen")
         if 14 in numbers:
             raise ZeroDivisionError
+        if LOST in numbers:
+            raise GpuLostError("gone")
         return numbers.astype(np.float32)
 
 
@@ -136,6 +139,16 @@ def test_a_model_that_fails_fails_its_batch_only(
     batcher.put(Number(1))
     assert delivered.get(timeout=DEADLINE) == ([1], [1.0])
     assert batcher.alive
+
+
+def test_a_model_that_lost_its_gpu_is_not_alive(
+    make: Callable[..., Batcher], delivered: queue.Queue[tuple[list[int], Scores]]
+) -> None:
+    batcher = make()
+    batcher.put(Number(LOST))
+    _, scores = delivered.get(timeout=DEADLINE)
+    assert isinstance(scores, GpuLostError)
+    assert not batcher.alive
 
 
 def test_closing_scores_what_was_put_before(
