@@ -14,7 +14,7 @@ IN_PARALLEL := -n 2 --no-loadscope-reorder
 NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
-.PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-bundles gpu-check clean
+.PHONY: help demo test test-slow test-all lint typecheck format ptx gpu-bundles gpu-kit gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,12 +48,17 @@ format: $(VENV)/.installed-test ## let ruff rewrite what it can
 ptx: $(VENV)/.installed-test ## compile selective_scan.cu into the PTX that is committed beside it
 	$(BIN)/python -m mdnet_engines.cuda.kernel
 
-# What gpu-bundles writes, and gpu-check runs.
+# Of gpu-check's: what gpu-bundles writes, and gpu-kit packs. KIT_PYTHON is the other machine's Python.
 BUNDLES ?= build/gpu-bundles
+KIT ?= build/gpu-kit
+KIT_PYTHON ?= 3.12
 GPU_CHECK = $(or $(wildcard $(BIN)/python),python3) benchmarks/gpu_check.py
 
 gpu-bundles: ## before gpu-check: build the bundles that it runs; needs no GPU
 	$(GPU_CHECK) bundles $(BUNDLES)
+
+gpu-kit: gpu-bundles ## before gpu-check on a machine without a package index: bundles and wheels in pieces of 58 MiB
+	$(GPU_CHECK) kit $(KIT) --bundles $(BUNDLES) --python $(KIT_PYTHON)
 
 # Installs nothing: a GPU machine may have no package index.
 gpu-check: ## prove on a GPU what takes one, in nine minutes (docs/gpu.md)

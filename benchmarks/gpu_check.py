@@ -6,6 +6,7 @@ row is written as soon as it is known, to benchmarks/results/<gpu>-<date>.json.
 run       run the stages (the default)
 render    make the tables of docs/gpu.md and README's line from the newest results
 bundles   before: build the bundles that the stages run, into DIR; needs no GPU
+kit       before: pack bundles and wheels for a machine without a package index, into DIR
 
 docs/gpu.md says what each stage does and what counts as verified.
 """
@@ -44,21 +45,26 @@ _PACKAGES = (
 def main() -> None:
     """Do what the command says; exit 1 where a stage that ran failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["run", "render", "bundles"], default="run")
-    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of bundles, to be written")
+    parser.add_argument("command", nargs="?", choices=["run", "render", "bundles", "kit"], default="run")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of bundles and kit, to be written")
     parser.add_argument("--dry-run", action="store_true", help="try the script itself, on the CPU and in small")
     parser.add_argument("--only", action="append", metavar="STAGE", help=f"of: {', '.join(s.name for s in STAGES)}")
     parser.add_argument("--bundles", type=Path, default=BUNDLES, help="folder that `bundles` wrote (%(default)s)")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="file of the results, in place of benchmarks/results")
+    kit = parser.add_argument_group("kit")
+    kit.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine (%(default)s)")
+    kit.add_argument("--wheel", action="append", type=Path, default=[], help="a file to add, such as TensorRT's own")
     options = parser.parse_args()
-    if (options.command == "bundles") != (options.folder is not None):
+    if (options.command in ("bundles", "kit")) != (options.folder is not None):
         parser.error(f"{options.command} takes {'no' if options.folder else 'a'} folder")
     if options.command == "render":
         sys.exit(_render())
     sys.path += import_paths()
     if options.command == "bundles":
         sys.exit(_bundles(options.folder))
+    if options.command == "kit":
+        sys.exit(_kit(options))
     known = {stage.name: stage for stage in STAGES}
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"--only {unknown[0]}: there are: {', '.join(known)}")
@@ -134,6 +140,27 @@ def _bundles(folder: Path) -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _kit(options: argparse.Namespace) -> int:
+    from gpu.kit import KitError, download, write
+
+    if not options.bundles.is_dir():
+        print(f"error: there are no bundles in {options.bundles}; before this: make gpu-bundles", file=sys.stderr)
+        return 1
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            wheels = download(Path(name), options.python, options.wheel, _say)
+            commit = _versions()["commit"]
+            pieces = write(options.folder, wheels, options.bundles, options.python, commit, _say)
+    except (KitError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for requirement, why in wheels.left_out.items():
+        print(f"left out: {requirement} ({why})")
+    megabytes = sum(piece.stat().st_size for piece in pieces) / 1e6
+    print(f"{len(pieces)} pieces, {megabytes:.0f} MB; on the other machine: python{options.python} unpack.py TARGET")
     return 0
 
 

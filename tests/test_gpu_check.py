@@ -104,6 +104,8 @@ def test_a_dry_run_is_no_evidence(dry_run: Any, tmp_path: Path) -> None:
         (["--dry-run"], 2, "needs -o"),
         (["--only", "nothing"], 2, "there are: device"),
         (["--budget", "0"], 2, "expected seconds"),
+        (["bundles"], 2, "bundles takes a folder"),
+        (["render", "x"], 2, "render takes no folder"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(arguments: list[str], code: int, says: str) -> None:
@@ -882,6 +884,38 @@ def test_what_runs_under_the_sanitizer_talks_to_the_driver_alone(tmp_path: Path)
 def module() -> Callable[[str], Any]:
     """Import a module of the stages, which imports PyTorch."""
     return lambda name: importlib.import_module(f"gpu.{name}")
+
+
+def test_bundles_are_built_that_are_missing_and_that_this_version_can_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]
+) -> None:
+    bundles, said, built = module("bundles"), [], []
+    sizes = replace(module("sizes").FULL, precisions=("fp16", "int8", "fp3"))
+
+    def run(command: list[str], **_: Any) -> Any:
+        built.append(command[-3:])
+        return SimpleNamespace(returncode=int(command[-2] == "int8"), stderr="Traceback\nValueError: no space\n")
+
+    monkeypatch.setattr(bundles.subprocess, "run", run)
+    (tmp_path / "full" / "fp16").mkdir(parents=True)
+    (tmp_path / "full" / "fp16" / "manifest.json").touch()
+    with pytest.raises(bundles.BuildError, match="full/int8: ValueError: no space"):
+        bundles.make(sizes, tmp_path, {}, said.append)
+    (tmp_path / "full" / "int8").mkdir()
+    (tmp_path / "full" / "int8" / "manifest.json").touch()
+    bundles.make(sizes, tmp_path, {}, said.append)
+    assert built == [["full", "int8", str(tmp_path)], ["demo", "fp16", str(tmp_path)]]
+    assert "full/fp3: left out, this version builds no fp3" in said
+
+
+def test_a_bundle_that_nobody_built_is_named_with_the_command_that_builds_it(
+    tmp_path: Path, module: Callable[[str], Any]
+) -> None:
+    bundles = module("bundles")
+    context = SimpleNamespace(bundles=tmp_path, sizes=module("sizes").FULL)
+    with pytest.raises(Exception, match="there is no fp8 bundle; build it before: make gpu-bundles") as caught:
+        bundles.open_bundle(context, "fp8")
+    assert module("context").judge(caught.value)[0] == "not installed"
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas, of the CUDA toolkit")
