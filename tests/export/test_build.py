@@ -288,7 +288,7 @@ def test_a_killed_build_leaves_the_old_bundle(demo_bundle: Bundle, float_graphs:
         (["--num-images", "0"], "at least one image"),
         (["-o", "text.safetensors"], "is a file; -o takes the folder"),
         (["-o", "full"], "exists and is not a bundle; it is left alone"),
-        (["--precision", "fp8"], "'fp8' is not one of"),
+        (["--precision", "fp4"], "'fp4' is not one of"),
     ],
 )
 def test_a_wrong_command_is_explained_and_writes_nothing(
