@@ -1,6 +1,8 @@
 // What forward and backward pass share: a group of channels, and the scan of a tile of its steps.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/arena.h"
 #include "common/arithmetic.h"
 #include "scan/kernel.h"
@@ -117,6 +119,7 @@ struct ChannelGroup {
     const int64_t position = scan.reverse ? tiles() - 1 - k : k;
     start = position * kTile;
     steps = smaller(kTile, scan.length - start);
+    if (k + 1 < tiles()) prefetch(scan.reverse ? start - kTile : start + kTile);
     for (int64_t n = 0; n < scan.states; ++n) {
       const IO *b = row<IO>(scan.B, image, mix + n) + start, *c = row<IO>(scan.C, image, mix + n) + start;
       for (int64_t t = 0; t < steps; t += W) {
@@ -146,6 +149,18 @@ struct ChannelGroup {
     }
     bounded = true;
     for (int j = 0; j < W; ++j) bounded &= exponents[j] < T(1 << 21);
+  }
+
+  // Ask for what the tile from step `next` on will read: so many short pieces of rows are more than hardware foresees.
+  // Always inline: GCC takes a function that only asks for one without effect, and drops the call.
+  __attribute__((always_inline)) void prefetch(int64_t next) const {
+    for (const MdnetRows* rows : {&scan.u, &scan.delta, &scan.z}) {
+      if (!rows->data) continue;
+      for (int64_t i = 0; i < lanes; ++i) {
+        const IO* from = row<IO>(*rows, image, first + i) + next;
+        for (int64_t t = 0; t < kTile; t += 64 / sizeof(IO)) __builtin_prefetch(from + t);
+      }
+    }
   }
 
   // W steps of lane `i`, from step `t` of the tile on.
