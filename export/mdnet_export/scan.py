@@ -16,7 +16,7 @@ import onnxscript
 import torch
 from onnxscript import opset18 as op
 
-import mdnet.scan  # noqa: F401 # registers the operators that the table is about
+import mdnet.scan.function  # its package registers the operators that the table is about
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import scan_v2
 from mdnet_engines.ops import selective_scan as scan_op
@@ -32,6 +32,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     A, D and delta_bias become float32, as every host wants them; so do the activations where they differ in type. The
     export of a float64 model raises `MDNetError`: no host has float64.
     """
+    mdnet.scan.function.translated = True
     scan_op.register_schemas()
     scan_v2.register_schemas()
     return {

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mdnet.scan import op, op_v2
+from mdnet_engines.errors import MDNetError
+
+translated = False
+"""Whether `mdnet_export.scan.translation_table` was called in this process."""
 
 
 def selective_scan(
@@ -45,9 +50,15 @@ def selective_scan(
 
     Raises:
         ValueError: a shape does not fit the others (the message names both), or a device.
-        TypeError: a tensor is not of a floating-point type.
-        MDNetError: the native library can't be loaded, or memory ran out.
+        TypeError: a tensor is missing, or not of a floating-point type.
+        MDNetError: the native library can't be loaded, or memory ran out; or an export can't succeed.
     """
+    for name, tensor in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} is {type(tensor).__name__}; the scan needs a tensor there (D, z, delta_bias, h0 may be None)"
+            )
+    _check_export()
     as_before = B.ndim == C.ndim == 3 and delta_softplus and h0 is None and not return_last_state
     if as_before and D is not None and z is not None and delta_bias is not None:
         return op.selective_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
@@ -55,3 +66,17 @@ def selective_scan(
         u, delta, A, B, C, D, z, delta_bias, h0, reverse, delta_softplus, return_last_state
     )
     return (y, h_last) if return_last_state else y
+
+
+@torch.compiler.assume_constant_result  # the exporter tries a second time, by a tracer that would skip the check
+def _check_export() -> None:
+    """Raise where `torch.onnx.export` is about to fail, in words that say why."""
+    if not torch.onnx.is_in_onnx_export():
+        return
+    if torch.jit.is_tracing():
+        raise MDNetError("torch.onnx.export(dynamo=False) knows no selective scan; export with dynamo=True")
+    if not translated:
+        raise MDNetError(
+            "torch.onnx.export does not know the selective scan; pass it "
+            "custom_translation_table=mdnet_export.scan.translation_table(), or call mdnet_export.scan.export"
+        )
