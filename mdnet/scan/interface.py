@@ -162,7 +162,7 @@ def mamba_chunk_scan_combined(
     def rows(tensor: Tensor) -> Tensor:  # (batch, length, heads, channels) → (batch, heads · channels, length)
         return tensor.flatten(2).mT
 
-    y, after = selective_scan(
+    result = selective_scan(
         rows(x),
         rows(dt[..., None].expand(-1, -1, -1, channels)),
         each(A)[:, None].expand(-1, B.shape[3]),
@@ -173,10 +173,13 @@ def mamba_chunk_scan_combined(
         None if dt_bias is None else each(dt_bias),
         delta_softplus=dt_softplus,
         h0=None if initial_states is None else initial_states.flatten(1, 2),
-        return_last_state=True,
+        return_last_state=return_final_states,
     )
-    y = y.mT.unflatten(2, (heads, channels))
-    return (y, after.unflatten(1, (heads, channels))) if return_final_states else y
+    shape = (heads, channels)
+    if not return_final_states:
+        return result.mT.unflatten(2, shape)
+    y, after = result
+    return y.mT.unflatten(2, shape), after.unflatten(1, shape)
 
 
 def causal_conv1d_fn(

@@ -1,10 +1,4 @@
-"""The selective scan on its way into an ONNX file, for any model that uses `mdnet.scan.selective_scan`.
-
-    program = torch.onnx.export(model, args, dynamo=True, custom_translation_table=translation_table())
-    proto = attach_functions(program.model_proto)
-
-docs/selective-scan.md walks through it.
-"""
+"""Each scan of a model as one ONNX node, and the function bodies of these nodes."""
 
 from __future__ import annotations
 
@@ -46,11 +40,12 @@ def attach_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     used = {node.op_type for node in _with_inner(nodes) if node.domain == scan_op.DOMAIN}
     there = {function.name for function in proto.functions if function.domain == scan_op.DOMAIN}
-    proto.functions.extend(_body(name) for name in sorted(used - there))
+    proto.functions.extend(function_body(name) for name in sorted(used - there))
     return proto
 
 
-def _body(name: str) -> onnx.FunctionProto:
+def function_body(name: str) -> onnx.FunctionProto:
+    """The function body of a scan operator of either version."""
     return scan_v2.VARIANTS[name].function() if name in scan_v2.VARIANTS else scan_op.function(name)
 
 
