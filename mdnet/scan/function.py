@@ -68,7 +68,6 @@ def selective_scan(
     return (y, h_last) if return_last_state else y
 
 
-@torch.compiler.assume_constant_result  # the exporter tries a second time, by a tracer that would skip the check
 def _check_export() -> None:
     """Raise where `torch.onnx.export` is about to fail, in words that say why."""
     if not torch.onnx.is_in_onnx_export():
@@ -80,3 +79,8 @@ def _check_export() -> None:
             "torch.onnx.export does not know the selective scan; pass it "
             "custom_translation_table=mdnet_export.scan.translation_table(), or call mdnet_export.scan.export"
         )
+
+
+# The exporter tries a second time, by a tracer that would skip the check. This is the mark of
+# torch.compiler.assume_constant_result, which itself imports the compiler: a second at every start.
+_check_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -181,3 +181,32 @@ def test_pytorchs_own_export_says_what_the_scan_needs(dynamo: str, words: str, t
     command = [sys.executable, "-c", PYTORCHS_OWN, dynamo]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert words in done.stdout, done.stderr
+
+
+ALONE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[2:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+
+import torch
+from mdnet.scan import selective_scan_fn
+from mdnet_export.scan import export
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return selective_scan_fn(x, x, -x[0, :, :3].abs(), x[:, :3], x[:, :3])
+
+print(export(Model(), (torch.rand(2, 4, 7),), sys.argv[1]))
+"""
+
+
+def test_the_scan_needs_none_of_what_the_rest_needs(tmp_path: Path) -> None:
+    rest = "PIL click diffusers huggingface_hub jinja2 polygraphy pydantic rich safetensors transformers".split()
+    command = [sys.executable, "-c", ALONE, tmp_path / "model.onnx", *rest]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 SelectiveScan2NoZ" in done.stdout, done.stderr

@@ -273,7 +273,7 @@ def _compare(
             try:
                 got = session.run(None, feeds)
             except Exception as error:
-                raise MDNetError(f"the file does not run at {run}: {first_line(error)}. {cause}") from error
+                raise MDNetError(f"the file does not run at {run}: {first_line(error)}. {_CONSTANT}") from error
             if len(got) != len(expected):
                 raise MDNetError(f"the file has {len(got)} outputs, the model {len(expected)} tensors")
             yield (
@@ -321,7 +321,7 @@ def _difference(output: str, got: np.ndarray, expected: Tensor, tolerance: float
     wanted = expected.detach().cpu()
     shape = tuple(got.shape), tuple(wanted.shape)
     if shape[0] != shape[1]:
-        raise MDNetError(f"at {output} is {shape[0]}, from the model {shape[1]}. {cause}")
+        raise MDNetError(f"at {output} is {shape[0]}, from the model {shape[1]}. {_CONSTANT}")
     if not wanted.is_floating_point():
         tolerance = 0
     elif wanted.dtype in (torch.float16, torch.bfloat16):
