@@ -206,7 +206,18 @@ print(export(Model(), (torch.rand(2, 4, 7),), sys.argv[1]))
 
 
 def test_the_scan_needs_none_of_what_the_rest_needs(tmp_path: Path) -> None:
-    rest = "PIL click diffusers huggingface_hub jinja2 polygraphy pydantic rich safetensors transformers".split()
+    rest = [
+        "PIL",
+        "click",
+        "diffusers",
+        "huggingface_hub",
+        "jinja2",
+        "polygraphy",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "transformers",
+    ]
     command = [sys.executable, "-c", ALONE, tmp_path / "model.onnx", *rest]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "1 SelectiveScan2NoZ" in done.stdout, done.stderr
