@@ -15,8 +15,8 @@ namespace {
 
 constexpr size_t kLocalBytes = 32 << 10;  // on the stack: enough for 20 states and for most models
 // The work of a vector of channels in one step is its states and about eight more for softplus, the gate and y; below
-// some 5 microseconds of it, handing a task to a thread costs more than it saves.
-constexpr int64_t kWorkOfStep = 8, kWorkOfTask = 1 << 10;
+// some 10 microseconds of it a second task saves little, and waits for milliseconds where the other cores are busy.
+constexpr int64_t kWorkOfStep = 8, kWorkOfTask = 1 << 11;
 
 template <typename T, typename IO>
 void write_y(ChannelGroup<T, IO>& g) {
