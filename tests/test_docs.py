@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from pages_of_docs import NAMES, blocks, command_lines, matches, problem, prose
+from transformers.models.mamba import modeling_mamba
 
 from mdnet.model.config import MDNetConfig, TrainConfig, preset
 from mdnet.model.net import MDNet
@@ -171,6 +172,8 @@ def test_the_code_on_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     code = [block.text for block in blocks(f"docs/{page}") if block.language == "python"]
     assert code
     monkeypatch.chdir(tmp_path)
+    # The page puts our scan into transformers: afterwards theirs is in its place again.
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", modeling_mamba.mamba_selective_scan)
     names: dict[str, object] = {"__name__": "page"}
     for block in code:
         exec(compile(block, page, "exec"), names)
