@@ -266,8 +266,12 @@ def _compare(
     for sizes, cause in ((inputs.sizes, _NOT_THE_SAME), ({**more, **check_at}, _CONSTANT)):
         where = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "the example"
         tensors = inputs.drawn(sizes)
-        feeds = {name: tensor.cpu().numpy() for name, tensor in zip(inputs.names, tensors, strict=True)}
         expected = _run_model(model, inputs, tensors, where)
+        if any(tensor.dtype == torch.bfloat16 for tensor in (*tensors, *expected)):
+            raise MDNetError(
+                "an input or output is bfloat16, which NumPy lacks: cast it in the model, or pass check=False"
+            )
+        feeds = {name: tensor.cpu().numpy() for name, tensor in zip(inputs.names, tensors, strict=True)}
         for host, session in hosts.items():
             run = f"{where}, {host}"
             try:
