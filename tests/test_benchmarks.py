@@ -37,6 +37,17 @@ def test_scan_measures_every_contestant_against_every_other(only: str, least: in
 
 
 @pytest.mark.slow
+@needs_library
+def test_each_foreign_model_is_measured_against_its_own_slow_path(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "scan_models.py", "--rounds", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = result.stdout.splitlines()[1:]
+    assert len(rows) == 8
+    assert all(row.endswith("×") or "not installed" in row for row in rows)
+
+
+@pytest.mark.slow
 def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -> None:
     options = ["--images", "12", "--batch-size", "6", "--rounds", "1", "-o", "figures.json"]
     command = [sys.executable, BENCHMARKS / "training.py", *options]

@@ -185,13 +185,14 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def language_model(kind: str) -> nn.Module:
-    """Transformers' causal language model of the kind, of few channels."""
+def language_model(kind: str, **changes: Any) -> nn.Module:
+    """Transformers' causal language model of the kind, of few channels; `changes` are to its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, hidden_size=16, vocab_size=40, **SIZES[kind], **tokens)
+    sizes = {"hidden_size": 16, "vocab_size": 40, **SIZES[kind], **changes}
+    config = AutoConfig.for_model(kind, **sizes, **tokens)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

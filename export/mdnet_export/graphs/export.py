@@ -7,10 +7,6 @@ image (uint8, B×S×S×3) ─┬─ encoder ── down_s16, down_s32, mid_s64 �
 from __future__ import annotations
 
 import ast
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_export.graphs.fold import fold_diffusion, fold_vim, with_shared_weights
 from mdnet_export.scan import attach_functions, translation_table
+from mdnet_export.scan.translate import quiet_exporter
 
 EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go into a file of their own; protobuf itself ends at 2 GiB
 
@@ -98,7 +95,7 @@ def export_graph(model: MDNet, name: GraphName, folder: Path) -> Path:
     paths) are stripped.
     """
     spec = graph_spec(model, name)
-    with torch.no_grad(), _quiet_exporter():
+    with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             spec.module.eval(),
             tuple(spec.inputs.values()),
@@ -156,19 +153,3 @@ def _dynamic_batch(spec: GraphSpec) -> tuple[Any, ...]:
     batch = torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch} for _ in spec.inputs)
     return (shapes,) if isinstance(spec.module, FusionGraph) else shapes  # *inputs is one argument to torch.export
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter warns about its own internals; a failure still raises."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from mdnet_engines.errors import MDNetError, first_line, require
 from mdnet_engines.ops import native
 from mdnet_engines.ops import selective_scan as scan_op
-from mdnet_export.scan.translate import function_body, translation_table
+from mdnet_export.scan.translate import function_body, quiet_exporter, translation_table
 
 Axes = Mapping[int, str]
 _HALF = 2.0**-6  # what two roundings of a bfloat16 may cost; more than a float16's
@@ -194,18 +194,19 @@ def _exported(
     arguments = inputs.arguments(inputs.drawn(large_enough))
     positional, keyword = _as_call(model, arguments)
     try:
-        program = torch.onnx.export(
-            model,
-            positional,
-            kwargs=keyword,
-            dynamo=True,
-            opset_version=opset,
-            input_names=inputs.names,
-            output_names=output_names,
-            dynamic_shapes=inputs.shapes_for_torch(),
-            custom_translation_table=translation_table(),
-            verbose=False,
-        )
+        with quiet_exporter():
+            program = torch.onnx.export(
+                model,
+                positional,
+                kwargs=keyword,
+                dynamo=True,
+                opset_version=opset,
+                input_names=inputs.names,
+                output_names=output_names,
+                dynamic_shapes=inputs.shapes_for_torch(),
+                custom_translation_table=translation_table(),
+                verbose=False,
+            )
     except Exception as error:
         # What our own code raised inside the exporter says more than the exporter's account of it.
         for cause in _causes(error):

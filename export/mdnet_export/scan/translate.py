@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -102,3 +105,19 @@ def _zeros(shape: Any) -> Any:
 
 def _float(value):  # type: ignore[no-untyped-def]
     return value if value.dtype == _FLOAT else op.Cast(value, to=_FLOAT)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """The exporter warns about its own internals; a failure still raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
