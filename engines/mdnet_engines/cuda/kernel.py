@@ -13,8 +13,12 @@ shared memory, and the arguments `ARGUMENTS`: pointers to contiguous tensors, sh
 `mdnet_engines.ops.selective_scan`, and three int32. A, D and delta_bias are float32; the other tensors are all of the
 kernel's type. A sequence is shorter than 2²⁵.
 
-For the usual 16 states there is a second kernel for small launches, with four times as many blocks. Either takes any
-batch. `is_small` says which one the native library chooses; TensorRT times both when it builds an engine.
+Version 2 of the operator (`mdnet_engines.ops.scan_v2`) has kernels of its own, one for all of its variants, with the
+arguments `ARGUMENTS_V2`: pointers to what is missing are null, `softplus` is 1 or 0. There `channels` are those of one
+group, and the grid is (batch, ⌈channels / 32⌉, groups).
+
+For the usual 16 states version 1 has a second kernel for small launches, with four times as many blocks. Either takes
+any batch. `is_small` says which one the native library chooses; TensorRT times both when it builds an engine.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdnet_engines.errors import MDNetError, first_line, printable
-from mdnet_engines.ops.scan_shapes import INPUTS
+from mdnet_engines.ops.scan_shapes import INPUTS, INPUTS_V2
 
 THREADS = 128
 CHANNELS_PER_BLOCK = 32
@@ -35,6 +39,7 @@ MAX_STATES = 64
 # busiest one (docs/scan-kernels.md).
 SMALL_BLOCKS = 216
 ARGUMENTS = (*INPUTS, "channels", "length", "states", "y")
+ARGUMENTS_V2 = (*INPUTS_V2, "channels", "length", "states", "groups", "softplus", "y", "h_last")
 
 COMPILED_FOR = "compute_80"  # the oldest with bfloat16; newer GPUs run it just as well
 # NVRTC declares the newest PTX ISA that it knows, and a driver refuses one newer than its own. What it writes for
@@ -52,8 +57,10 @@ _CAPACITIES = (4, 16, MAX_STATES)  # states that a kernel has registers for
 _SMALL_CAPACITY = 16
 
 
-def kernel_name(*, reverse: bool, dtype: Dtype, states: int, small: bool = False) -> str:
+def kernel_name(*, reverse: bool, dtype: Dtype, states: int, small: bool = False, version: Literal[1, 2] = 1) -> str:
     """The entry point for activations of `dtype` and `states` states a channel; `small`: that for small launches.
+
+    `version` is the operator's; 2 has none for small launches.
 
     Raises:
         MDNetError: there is no such kernel.
@@ -63,9 +70,11 @@ def kernel_name(*, reverse: bool, dtype: Dtype, states: int, small: bool = False
     if not 1 <= states <= MAX_STATES:
         raise MDNetError(f"the CUDA scan has no kernel for {states} states a channel; it takes 1 to {MAX_STATES}")
     capacity = next(capacity for capacity in _CAPACITIES if states <= capacity)
-    if small and capacity != _SMALL_CAPACITY:
-        raise MDNetError(f"the CUDA scan has no kernel for small launches of {states} states a channel")
-    return f"selective_scan_{'reverse' if reverse else 'forward'}_{_TYPES[dtype]}_n{capacity}{'_small' * small}"
+    if small and (capacity != _SMALL_CAPACITY or version == 2):
+        of_version = " in version 2" if version == 2 else ""
+        raise MDNetError(f"the CUDA scan has no kernel for small launches of {states} states a channel{of_version}")
+    scan = "selective_scan2" if version == 2 else "selective_scan"
+    return f"{scan}_{'reverse' if reverse else 'forward'}_{_TYPES[dtype]}_n{capacity}{'_small' * small}"
 
 
 def has_small(states: int) -> bool:

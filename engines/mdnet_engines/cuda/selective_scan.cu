@@ -6,6 +6,10 @@
 //   u, delta, z, y [batch, channels, length]    B, C [batch, states, length]    of type T, contiguous
 //   A [channels, states]    D, delta_bias [channels]    float                   length below 2^25
 //
+// Version 2, `selective_scan2_…`, starts from states h0 and gives the last ones, both [batch, channels, states] and
+// float; B and C [batch, groups, states, length] may be shared by groups of channels; D, z, delta_bias and softplus may
+// be missing. Pointers to what is missing are null.
+//
 // What limits it is the special function unit: one exponential per state and step, 16 a clock and multiprocessor,
 // against 128 of anything else. So an exponential may cost eight instructions, and what does not depend on the state
 // (softplus, gate) is computed once, by one thread.
@@ -110,25 +114,45 @@ struct Tile {
   Vector<kWidth<kCapacity>> B[kSteps][kMixRow<kCapacity>], C[kSteps][kMixRow<kCapacity>];
 };
 
+// What the versions of the operator differ in; what version 1 says is constant, so its kernels have no branch for it.
+struct Version1 {
+  static constexpr bool kStates = false;
+  static constexpr bool softplus = true;
+  static __device__ unsigned image() { return blockIdx.x; }
+  static __device__ bool has(const void*) { return true; }
+};
+
+// A group of B and C counts as an image of its own, whose channels are those of the group. So a block has channels of
+// one group only: few channels to a group leave threads idle.
+struct Version2 {
+  static constexpr bool kStates = true;
+  bool softplus;
+  int groups;
+  const float* h0;
+  float* h_last;  // may be h0: a thread reads and writes the same elements
+  __device__ unsigned image() const { return blockIdx.x * groups + blockIdx.z; }
+  static __device__ bool has(const void* tensor) { return tensor != nullptr; }
+};
+
 // A thread's share in moving tiles. kForward is 1, or -1 for the reverse scan; steps count in the scan's direction.
-template <typename T, int kCapacity, int kForward>
+template <typename T, int kCapacity, int kForward, typename Version>
 class Mover {
   static __device__ int step() { return threadIdx.x % kHalf; }
   static __device__ int row() { return threadIdx.x / kHalf % 4 * 2 + threadIdx.x / 32 % 2 + threadIdx.x / 64 * 8; }
   static __device__ int state() { return threadIdx.x / kHalf; }
 
  public:
-  __device__ Mover(const T* u, const T* delta, const T* B, const T* C, const T* z, T* y, const float* delta_bias,
-                   int channels, int length, int states)
-      : u_(u), delta_(delta), z_(z), B_(B), C_(C), y_(y), length_(length) {
+  __device__ Mover(const Version& version, const T* u, const T* delta, const T* B, const T* C, const T* z, T* y,
+                   const float* delta_bias, int channels, int length, int states)
+      : version_(version), u_(u), delta_(delta), z_(z), B_(B), C_(C), y_(y), length_(length) {
     const int channel = blockIdx.y * kChannels + row(), first = kForward > 0 ? step() : length - 1 - step();
-    at_ = (static_cast<long long>(blockIdx.x) * channels + channel) * length + first;
-    mix_at_ = (static_cast<long long>(blockIdx.x) * states + state()) * length + first;
+    at_ = (static_cast<long long>(version.image()) * channels + channel) * length + first;
+    mix_at_ = (static_cast<long long>(version.image()) * states + state()) * length + first;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const bool inside = channel + pass * kRows < channels;
       end_[pass] = inside ? length - step() : 0;
-      bias_[pass] = inside ? delta_bias[channel + pass * kRows] : 0.0f;
+      bias_[pass] = inside && version.has(delta_bias) ? delta_bias[channel + pass * kRows] : 0.0f;
     }
 #pragma unroll
     for (int pass = 0; pass < kMixPasses<kCapacity>; ++pass)
@@ -136,8 +160,8 @@ class Mover {
   }
 
   // Global memory to registers, for the tile that begins at step `begin`: the present one, or kAhead steps later.
-  // Beyond the tensors' ends they keep what they had: zero for channels and states, and no result depends on a later
-  // step.
+  // Beyond the tensors' ends they keep what they had: zero for channels and states; on later steps no y depends, and
+  // `stage` keeps the states from them.
   template <int kAhead>
   __device__ void fetch(int begin) {
 #pragma unroll
@@ -146,7 +170,7 @@ class Mover {
         const long long at = at_ + i / 2 * kRows * length_;
         u_next_[i] = (u_ + at)[(kAhead + i % 2 * kHalf) * kForward];
         delta_next_[i] = (delta_ + at)[(kAhead + i % 2 * kHalf) * kForward];
-        z_next_[i] = (z_ + at)[(kAhead + i % 2 * kHalf) * kForward];
+        if (version_.has(z_)) z_next_[i] = (z_ + at)[(kAhead + i % 2 * kHalf) * kForward];
       }
 #pragma unroll
     for (int i = 0; i < 2 * kMixPasses<kCapacity>; ++i)
@@ -157,11 +181,16 @@ class Mover {
       }
   }
 
-  // Registers to shared memory, as float and with all that depends on one element only.
-  __device__ void stage(Tile<kCapacity>& tile) const {
+  // Registers to shared memory, as float and with all that depends on one element only. `begin` is as in `fetch`.
+  __device__ void stage(Tile<kCapacity>& tile, int begin) const {
     float dt[2 * kPasses];  // all before the first is written, so that they overlap
 #pragma unroll
-    for (int i = 0; i < 2 * kPasses; ++i) dt[i] = softplus(to_float(delta_next_[i]) + bias_[i / 2]);
+    for (int i = 0; i < 2 * kPasses; ++i) {
+      const float x = to_float(delta_next_[i]) + bias_[i / 2];
+      dt[i] = version_.softplus ? softplus(x) : x;
+      // A step of no time changes no state. What B and u still hold is finite, or has spoilt the states already.
+      if (Version::kStates && begin + i % 2 * kHalf >= end_[i / 2]) dt[i] = 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kPasses; ++i) {
       const int channel = row() + i / 2 * kRows, quad = step() / 4 + i % 2 * (kHalf / 4), item = step() % 4;
@@ -195,6 +224,7 @@ class Mover {
   }
 
  private:
+  const Version version_;
   const T *const u_, *const delta_, *const z_, *const B_, *const C_;
   T* const y_;
   const int length_;
@@ -215,12 +245,31 @@ __device__ float transposing_sum(const float (&x)[kGroup], int lane) {
   return (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
 }
 
+// The states of one lane in `scan`, from or to a tensor [batch, channels, states].
+template <bool kStore, typename Float, int vectors, int width>
+__device__ void move_states(Float* tensor, float (&h)[vectors][width], int lane, unsigned image, int channel,
+                            int channels, int states) {
+  if (channel >= channels) return;
+  Float* const row = tensor + (static_cast<long long>(image) * channels + channel) * states;
+#pragma unroll
+  for (int vector = 0; vector < vectors; ++vector)
+#pragma unroll
+    for (int item = 0; item < width; ++item) {
+      const int state = (vector * kLanes + lane) * width + item;
+      if (state >= states) continue;
+      if constexpr (kStore)
+        row[state] = h[vector][item];
+      else
+        h[vector][item] = row[state];
+    }
+}
+
 // For up to kCapacity states. Those that are missing have A = B = C = 0 and add nothing, as long as dt is finite.
-template <typename T, int kCapacity, int kForward>
-__device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __restrict__ delta,
-                     const float* __restrict__ A, const T* __restrict__ B, const T* __restrict__ C,
-                     const float* __restrict__ D, const T* __restrict__ z, const float* __restrict__ delta_bias,
-                     int channels, int length, int states, T* __restrict__ y) {
+template <typename T, int kCapacity, int kForward, typename Version>
+__device__ void scan(Tile<kCapacity>& tile, const Version& version, const T* __restrict__ u,
+                     const T* __restrict__ delta, const float* __restrict__ A, const T* __restrict__ B,
+                     const T* __restrict__ C, const float* __restrict__ D, const T* __restrict__ z,
+                     const float* __restrict__ delta_bias, int channels, int length, int states, T* __restrict__ y) {
   constexpr int width = kWidth<kCapacity>;
   constexpr int vectors = kCapacity / (kLanes * width);  // of a lane; kLanes apart, so that lanes read side by side
   // Groups that are written together: a write would keep the tail of one from overlapping the next one's exponentials.
@@ -236,11 +285,16 @@ __device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __
       const long long at = static_cast<long long>(channel) * states + state;
       decay_rate[vector][item] = channel < channels && state < states ? A[at] * kLog2e : 0.0f;
     }
-  const float skip = channel < channels ? D[channel] : 0.0f;
-  Mover<T, kCapacity, kForward> mover(u, delta, B, C, z, y, delta_bias, channels, length, states);
+  if constexpr (Version::kStates) {
+    if (version.h0) move_states<false>(version.h0, h, lane, version.image(), channel, channels, states);
+  }
+  const float skip = channel < channels && version.has(D) ? D[channel] : 0.0f;
+  // Without z, silu(0) + 1: a choice would make NVRTC write the loop twice.
+  const float no_gate = version.has(z) ? 0.0f : 1.0f;
+  Mover<T, kCapacity, kForward, Version> mover(version, u, delta, B, C, z, y, delta_bias, channels, length, states);
   mover.template fetch<0>(0);
   for (int begin = 0; begin < length; begin += kSteps) {
-    mover.stage(tile);
+    mover.stage(tile, begin);
     __syncthreads();
     if (begin + kSteps < length) mover.template fetch<kSteps>(begin + kSteps);
 
@@ -267,7 +321,8 @@ __device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __
             }
           }
         }
-        const float gate = silu(tile.z[row][group].v[lane]);
+        float gate = silu(tile.z[row][group].v[lane]);
+        if constexpr (Version::kStates) gate += no_gate;
         out[i] = fmaf(skip, tile.u[row][group].v[lane], transposing_sum(sum, lane)) * gate;
       }
 #pragma unroll
@@ -276,6 +331,20 @@ __device__ void scan(Tile<kCapacity>& tile, const T* __restrict__ u, const T* __
     __syncthreads();
     mover.store(tile, begin);
   }
+  if constexpr (Version::kStates) {
+    if (version.h_last) move_states<true>(version.h_last, h, lane, version.image(), channel, channels, states);
+  }
+}
+
+// `channels` are those of a group, and blockIdx.z is the group.
+template <typename T, int kCapacity, int kForward>
+__device__ void scan2(Tile<kCapacity>& tile, const T* u, const T* delta, const float* A, const T* B, const T* C,
+                      const float* D, const T* z, const float* delta_bias, const float* h0, int channels, int length,
+                      int states, int groups, int softplus, T* y, float* h_last) {
+  const long long first = static_cast<long long>(blockIdx.z) * channels;
+  const Version2 version{softplus != 0, groups, h0, h_last};
+  scan<T, kCapacity, kForward>(tile, version, u, delta, A + first * states, B, C, D ? D + first : nullptr, z,
+                               delta_bias ? delta_bias + first : nullptr, channels, length, states, y);
 }
 
 // The same scan for launches that leave most of a GPU empty, of up to 16 states. A channel has 16 lanes with one state
@@ -448,14 +517,14 @@ __device__ void scan_small(SmallTile (&tiles)[2], const T* __restrict__ u, const
 }  // namespace
 
 // At least six blocks a multiprocessor: 80 registers a thread, which nothing spills. Four blocks and 128 for 64 states
-// and for small launches.
-#define SELECTIVE_SCAN(direction, forward, suffix, T, capacity)                                           \
-  extern "C" __global__ void __launch_bounds__(kThreads, capacity > 16 ? 4 : 6)                           \
-      selective_scan_##direction##_##suffix##_n##capacity(                                                \
-          const T* u, const T* delta, const float* A, const T* B, const T* C, const float* D, const T* z, \
-          const float* delta_bias, int channels, int length, int states, T* y) {                          \
-    __shared__ Tile<capacity> tile;                                                                       \
-    scan<T, capacity, forward>(tile, u, delta, A, B, C, D, z, delta_bias, channels, length, states, y);   \
+// and for small launches. Version 2 has more to keep, and spilt in as few registers.
+#define SELECTIVE_SCAN(direction, forward, suffix, T, capacity)                                                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, capacity > 16 ? 4 : 6)                                     \
+      selective_scan_##direction##_##suffix##_n##capacity(                                                          \
+          const T* u, const T* delta, const float* A, const T* B, const T* C, const float* D, const T* z,           \
+          const float* delta_bias, int channels, int length, int states, T* y) {                                    \
+    __shared__ Tile<capacity> tile;                                                                                 \
+    scan<T, capacity, forward>(tile, Version1{}, u, delta, A, B, C, D, z, delta_bias, channels, length, states, y); \
   }
 #define SELECTIVE_SCAN_SMALL(direction, forward, suffix, T)                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads, 4) selective_scan_##direction##_##suffix##_n16_small( \
@@ -464,9 +533,20 @@ __device__ void scan_small(SmallTile (&tiles)[2], const T* __restrict__ u, const
     __shared__ SmallTile tiles[2];                                                                             \
     scan_small<T, forward>(tiles, u, delta, A, B, C, D, z, delta_bias, channels, length, states, y);           \
   }
-#define SELECTIVE_SCANS(...)     \
-  SELECTIVE_SCAN(__VA_ARGS__, 4) \
-  SELECTIVE_SCAN(__VA_ARGS__, 16) SELECTIVE_SCAN(__VA_ARGS__, 64) SELECTIVE_SCAN_SMALL(__VA_ARGS__)
+#define SELECTIVE_SCAN2(direction, forward, suffix, T, capacity)                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads, capacity > 16 ? 3 : 4)                                     \
+      selective_scan2_##direction##_##suffix##_n##capacity(                                                         \
+          const T* u, const T* delta, const float* A, const T* B, const T* C, const float* D, const T* z,           \
+          const float* delta_bias, const float* h0, int channels, int length, int states, int groups, int softplus, \
+          T* y, float* h_last) {                                                                                    \
+    __shared__ Tile<capacity> tile;                                                                                 \
+    scan2<T, capacity, forward>(tile, u, delta, A, B, C, D, z, delta_bias, h0, channels, length, states, groups,    \
+                                softplus, y, h_last);                                                               \
+  }
+#define SELECTIVE_SCAN_BOTH(...) SELECTIVE_SCAN(__VA_ARGS__) SELECTIVE_SCAN2(__VA_ARGS__)
+#define SELECTIVE_SCANS(...)          \
+  SELECTIVE_SCAN_BOTH(__VA_ARGS__, 4) \
+  SELECTIVE_SCAN_BOTH(__VA_ARGS__, 16) SELECTIVE_SCAN_BOTH(__VA_ARGS__, 64) SELECTIVE_SCAN_SMALL(__VA_ARGS__)
 SELECTIVE_SCANS(forward, 1, f32, float)
 SELECTIVE_SCANS(forward, 1, f16, Half)
 SELECTIVE_SCANS(forward, 1, bf16, BFloat16)

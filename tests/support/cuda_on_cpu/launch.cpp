@@ -1,8 +1,9 @@
 // Runs one launch of a selective scan kernel that was compiled with cuda_on_cpu.h:
 //
-//   launch KERNEL FOLDER BATCH CHANNELS LENGTH STATES BYTES THREADS CHANNELS_PER_BLOCK
+//   launch KERNEL FOLDER BATCH CHANNELS LENGTH STATES BYTES THREADS CHANNELS_PER_BLOCK [GROUPS SOFTPLUS LAST_STATE]
 //
-// FOLDER has one raw file for each tensor, and gets y; BYTES is the size of an activation. Exits with 1 and one line on
+// FOLDER has one raw file for each tensor, and gets y; BYTES is the size of an activation. The last three are of
+// version 2: tensors may be missing, and LAST_STATE is 1 for h_last. Exits with 1 and one line on
 // standard error where the threads of a block or warp part ways, where an output is written by two blocks or by none.
 // Out-of-bounds accesses are left to AddressSanitizer: every tensor is an allocation of its exact size.
 
@@ -10,6 +11,7 @@
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -89,8 +91,8 @@ void check_together(int first, int count) {
   for (int thread = first; thread < first + count; ++thread) {
     const Fiber& found = fibers[thread];
     if (found.stop != expected.stop || found.line != expected.line || found.lanes != expected.lanes)
-      fail("block (%u, %u): thread %d waits at %s, line %d, thread %d at %s, line %d", blockIdx.x, blockIdx.y, first,
-           kNames[int(expected.stop)], expected.line, thread, kNames[int(found.stop)], found.line);
+      fail("block (%u, %u, %u): thread %d waits at %s, line %d, thread %d at %s, line %d", blockIdx.x, blockIdx.y,
+           blockIdx.z, first, kNames[int(expected.stop)], expected.line, thread, kNames[int(found.stop)], found.line);
   }
 }
 
@@ -142,52 +144,85 @@ float shuffle_xor(unsigned mask, float value, int lanes, int line) {
 
 using cuda_on_cpu::fail;
 
-static std::unique_ptr<char[]> read(const std::string& path, size_t bytes) {
-  std::unique_ptr<char[]> data(new char[bytes]);
+// Null where the file is missing and may be.
+static std::unique_ptr<char[]> read(const std::string& path, size_t bytes, bool optional = false) {
   std::ifstream file(path, std::ios::binary);
+  if (!file && optional) return nullptr;
+  std::unique_ptr<char[]> data(new char[bytes]);
   if (!file.read(data.get(), bytes) || file.peek() != EOF) fail("%s must have %zu bytes", path.c_str(), bytes);
   return data;
 }
 
+// What the blocks write, each element by one of them.
+struct Output {
+  const char* name;
+  size_t elements, width;
+  std::unique_ptr<char[]> data{new char[elements * width]};
+  std::vector<char> result = std::vector<char>(elements * width);
+  std::vector<bool> written = std::vector<bool>(elements);
+  // A NaN in every type, and none that arithmetic gives.
+  std::vector<uint16_t> poison = std::vector<uint16_t>(elements * width / 2, 0x7fbd);
+
+  void clear() { std::copy_n(reinterpret_cast<const char*>(poison.data()), elements * width, data.get()); }
+
+  void collect() {
+    for (size_t i = 0; i < elements; ++i) {
+      if (!memcmp(data.get() + i * width, poison.data(), width)) continue;
+      if (written[i]) fail("two blocks write %s[%zu]", name, i);
+      written[i] = true;
+      memcpy(result.data() + i * width, data.get() + i * width, width);
+    }
+  }
+
+  void save(const std::string& folder) const {
+    for (size_t i = 0; i < elements; ++i)
+      if (!written[i]) fail("no block writes %s[%zu]", name, i);
+    if (!std::ofstream(folder + name, std::ios::binary).write(result.data(), result.size()))
+      fail("can't write %s", name);
+  }
+};
+
 int main(int argc, char** argv) {
-  if (argc != 10) fail("%d arguments instead of 9", argc - 1);
+  if (argc != 10 && argc != 13) fail("%d arguments instead of 9 or 12", argc - 1);
   const std::string folder = std::string(argv[2]) + "/";
-  int sizes[7];
-  for (int i = 0; i < 7; ++i) sizes[i] = std::atoi(argv[3 + i]);
-  const auto [batch, channels, length, states, width, threads, channels_per_block] = sizes;
-  using Kernel = void(const void*, const void*, const float*, const void*, const void*, const float*, const void*,
-                      const float*, int, int, int, void*);
-  auto* function = reinterpret_cast<Kernel*>(dlsym(RTLD_DEFAULT, argv[1]));
+  int sizes[10] = {};
+  for (int i = 0; i < argc - 3; ++i) sizes[i] = std::atoi(argv[3 + i]);
+  const auto [batch, channels, length, states, width, threads, channels_per_block, some, softplus, last] = sizes;
+  const int groups = some ? some : 1, in_group = channels / groups;
+  void* const function = dlsym(RTLD_DEFAULT, argv[1]);
   if (!function) fail("there is no kernel %s", argv[1]);
 
-  const size_t steps = size_t(batch) * channels * length, mixes = size_t(batch) * states * length;
+  const size_t steps = size_t(batch) * channels * length, mixes = size_t(batch) * groups * states * length;
+  const size_t all_states = size_t(batch) * channels * states;
   const auto u = read(folder + "u", steps * width), delta = read(folder + "delta", steps * width);
   const auto B = read(folder + "B", mixes * width), C = read(folder + "C", mixes * width);
-  const auto z = read(folder + "z", steps * width), A = read(folder + "A", size_t(channels) * states * 4);
-  const auto D = read(folder + "D", channels * 4), bias = read(folder + "delta_bias", channels * 4);
-  const std::unique_ptr<char[]> y(new char[steps * width]);
-  std::vector<char> result(steps * width);
-  std::vector<bool> written(steps);
+  const auto A = read(folder + "A", size_t(channels) * states * 4), z = read(folder + "z", steps * width, some);
+  const auto D = read(folder + "D", channels * 4, some), bias = read(folder + "delta_bias", channels * 4, some);
+  const auto h0 = some ? read(folder + "h0", all_states * 4, true) : nullptr;
+  Output y{"y", steps, size_t(width)}, h_last{"h_last", last ? all_states : 0, 4};
 
-  const auto as_floats = [](const auto& data) { return reinterpret_cast<const float*>(data.get()); };
-  cuda_on_cpu::kernel = [&, channels = channels, length = length, states = states] {
-    function(u.get(), delta.get(), as_floats(A), B.get(), C.get(), as_floats(D), z.get(), as_floats(bias), channels,
-             length, states, y.get());
+  const auto as_floats = [](const auto& data) { return reinterpret_cast<float*>(data.get()); };
+  cuda_on_cpu::kernel = [&, length = length, states = states, some = some, softplus = softplus, last = last] {
+    using Kernel = void(const void*, const void*, const float*, const void*, const void*, const float*, const void*,
+                        const float*, int, int, int, void*);
+    using Kernel2 = void(const void*, const void*, const float*, const void*, const void*, const float*, const void*,
+                         const float*, const float*, int, int, int, int, int, void*, float*);
+    if (some)
+      reinterpret_cast<Kernel2*>(function)(u.get(), delta.get(), as_floats(A), B.get(), C.get(), as_floats(D), z.get(),
+                                           as_floats(bias), as_floats(h0), in_group, length, states, groups, softplus,
+                                           y.data.get(), last ? as_floats(h_last.data) : nullptr);
+    else
+      reinterpret_cast<Kernel*>(function)(u.get(), delta.get(), as_floats(A), B.get(), C.get(), as_floats(D), z.get(),
+                                          as_floats(bias), in_group, length, states, y.data.get());
   };
   cuda_on_cpu::fibers = std::vector<cuda_on_cpu::Fiber>(threads);
-  std::vector<uint16_t> poison(steps * width / 2, 0x7fbd);  // a NaN in every type, and none that arithmetic gives
   for (blockIdx.x = 0; blockIdx.x < unsigned(batch); ++blockIdx.x)
-    for (blockIdx.y = 0; blockIdx.y * channels_per_block < unsigned(channels); ++blockIdx.y) {
-      memcpy(y.get(), poison.data(), steps * width);
-      cuda_on_cpu::run_block(threads);
-      for (size_t i = 0; i < steps; ++i) {
-        if (!memcmp(y.get() + i * width, poison.data(), width)) continue;
-        if (written[i]) fail("two blocks write y[%zu]", i);
-        written[i] = true;
-        memcpy(result.data() + i * width, y.get() + i * width, width);
+    for (blockIdx.y = 0; blockIdx.y * channels_per_block < unsigned(in_group); ++blockIdx.y)
+      for (blockIdx.z = 0; blockIdx.z < unsigned(groups); ++blockIdx.z) {
+        y.clear(), h_last.clear();
+        cuda_on_cpu::run_block(threads);
+        y.collect(), h_last.collect();
       }
-    }
-  for (size_t i = 0; i < steps; ++i)
-    if (!written[i]) fail("no block writes y[%zu]", i);
-  if (!std::ofstream(folder + "y", std::ios::binary).write(result.data(), result.size())) fail("can't write y");
+  y.save(folder);
+  if (last) h_last.save(folder);
 }
