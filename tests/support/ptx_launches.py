@@ -3,6 +3,7 @@
 by_tensorrt(cases, folder)   # what the TensorRT plugin hands out, asked through NVIDIA's own plugin classes
 by_library(cases, folder)    # what the native library gives the CUDA driver, for ONNX Runtime
 y = run(launch, inputs)
+y, h_last = run_with_state(launch, inputs)
 
 Both ask in a process of their own, once for all cases.
 """
@@ -21,9 +22,9 @@ import cuda_stub
 import numpy as np
 import ptx_on_cpu
 import tensorrt_stubs
+from cuda_stub.probe import TENSORS
 from scan_cases import ScanCase
 
-from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import selective_scan as scan_op
 
 _PROBE = Path(__file__).with_name("tensorrt_stubs") / "probe.py"
@@ -31,7 +32,7 @@ _PROBE = Path(__file__).with_name("tensorrt_stubs") / "probe.py"
 
 @dataclass(frozen=True)
 class Launch:
-    """`arguments` are the kernel's, in order: names of tensors, and numbers."""
+    """`arguments` are the kernel's, in order: names of tensors, and numbers, of which 0 may be a null pointer."""
 
     ptx: str
     kernel: str
@@ -73,10 +74,14 @@ def _of_tactic(answer: dict[str, Any], batch: str) -> Launch:
 def by_library(cases: Sequence[ScanCase], folder: Path) -> list[Launch]:
     """What the native library gives to cuLaunchKernel, with the module that it loaded."""
     sizes = ("batch", "channels", "length", "states", "dtype", "reverse")
-    calls = [{"stream": 0, **{name: getattr(case, name) for name in sizes}} for case in cases]
+    added = ("groups", "without", "softplus", "state")  # of VariantCase alone
+    calls = [
+        {"stream": 0, **{name: getattr(case, name) for name in (*sizes, *added) if hasattr(case, name)}}
+        for case in cases
+    ]
     answer = _answer(["-m", "cuda_stub.probe", json.dumps(calls)], cuda_stub.environment(folder))
     assert not any(answer["said"])
-    tensors = {4096 * (i + 1): name for i, name in enumerate(cuda_kernel.ARGUMENTS)}  # where the probe has them
+    tensors = {4096 * (i + 1): name for i, name in enumerate(TENSORS)}  # where the probe has them
     made = [call for call in answer["calls"] if "kernel" in call]
     return [
         Launch(
@@ -96,12 +101,21 @@ def run(launch: Launch, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     Raises:
         PtxError: an access is wrong; see `ptx_on_cpu`.
     """
+    return run_with_state(launch, inputs)[0]
+
+
+def run_with_state(launch: Launch, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same, with the last state [batch, channels, states] of a launch that writes it."""
     u, memory = inputs["u"], ptx_on_cpu.Global()
+    states = (*u.shape[:2], inputs["A"].shape[1])
     address = {name: memory.input(name, values) for name, values in inputs.items()}
     address["y"] = memory.output("y", u.nbytes)
+    if "h_last" in launch.arguments:
+        address["h_last"] = memory.output("h_last", 4 * int(np.prod(states)))
     arguments = [address[value] if isinstance(value, str) else value for value in launch.arguments]
     ptx_on_cpu.launch(launch.ptx, launch.kernel, launch.grid, launch.block, arguments, memory)
-    return memory.result("y").view(u.dtype).reshape(u.shape)
+    y = memory.result("y").view(u.dtype).reshape(u.shape)
+    return y, memory.result("h_last").view(np.float32).reshape(states) if "h_last" in address else None
 
 
 def _answer(command: list[str], environment: dict[str, str]) -> Any:

@@ -1,5 +1,5 @@
-// mdnet::SelectiveScan and mdnet::SelectiveScanReverse, on the CPU and on CUDA; version 2, mdnet::SelectiveScan2 with
-// what its name adds, on the CPU.
+// mdnet::SelectiveScan and mdnet::SelectiveScanReverse, and version 2, mdnet::SelectiveScan2 with what its name adds:
+// on the CPU and on CUDA.
 #include "onnxruntime/op.h"
 #include "scan/scan.h"
 
@@ -116,11 +116,12 @@ constexpr const char *kFloat = "ffffffff", *kHalf = "hhfhhfhf", *kBfloat = "ggfg
 #define MDNET_Z(t) t
 #define MDNET_NO_Z(t) ""
 #define MDNET_INPUTS(t, Z, h0) t t "f" t t "f" Z(t) "f" h0
-#define MDNET_SCAN2(name, Z, h0, flags)                                     \
-  {name, MDNET_INPUTS("f", Z, h0), 'f', kGroups | (flags), kCpu, h0},       \
-      {name, MDNET_INPUTS("h", Z, h0), 'h', kGroups | (flags), kCpu, h0}, { \
-    name, MDNET_INPUTS("g", Z, h0), 'g', kGroups | (flags), kCpu, h0        \
+#define MDNET_SCAN2_ON(provider, name, Z, h0, flags)                            \
+  {name, MDNET_INPUTS("f", Z, h0), 'f', kGroups | (flags), provider, h0},       \
+      {name, MDNET_INPUTS("h", Z, h0), 'h', kGroups | (flags), provider, h0}, { \
+    name, MDNET_INPUTS("g", Z, h0), 'g', kGroups | (flags), provider, h0        \
   }
+#define MDNET_SCAN2(...) MDNET_SCAN2_ON(kCpu, __VA_ARGS__), MDNET_SCAN2_ON(kCuda, __VA_ARGS__)
 #define MDNET_SCAN2_STATE(name, Z, flags) \
   MDNET_SCAN2(name, Z, "", flags), MDNET_SCAN2(name "State", Z, "f", (flags) | kState)
 #define MDNET_SCAN2_SOFTPLUS(name, Z, flags) \

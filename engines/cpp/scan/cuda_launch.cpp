@@ -25,6 +25,7 @@ namespace {
 // What the PTX was compiled for; tests/engines/cuda/test_launch.py compares them.
 constexpr unsigned kThreads = 128;
 constexpr int64_t kMaxStates = 64, kMaxLength = 1 << 25;
+constexpr int64_t kMaxGroups = 65535;  // a grid's third size
 // Launches of at most so many blocks take a kernel whose blocks have fewer channels, if there is one.
 constexpr int64_t kChannelsPerBlock = 32, kSmallChannelsPerBlock = 8, kSmallBlocks = 216;
 
@@ -111,6 +112,11 @@ CUresult current_module(CUmodule* module) {
 
 int64_t blocks_for(int64_t channels, int64_t per_block) { return (channels + per_block - 1) / per_block; }
 
+// Version 1 has kernels of its own, which know no null pointers.
+bool is_version_1(const MdnetScan& scan) {
+  return scan.groups <= 1 && !scan.no_softplus && !scan.h0 && !scan.h_last && scan.z.data && scan.D && scan.delta_bias;
+}
+
 }  // namespace
 
 extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
@@ -118,24 +124,32 @@ extern "C" const char* mdnet_scan_cuda(const MdnetScan* call, void* stream) {
   if (scan.type == MDNET_FLOAT64) return "the CUDA selective scan takes no float64";
   if (scan.states > kMaxStates) return "the CUDA selective scan takes at most 64 states";
   if (scan.length >= kMaxLength) return "the CUDA selective scan takes fewer than 2^25 steps";
+  if (scan.groups > kMaxGroups) return "the CUDA selective scan takes at most 65535 groups";
   if (!driver().complete) return "libcuda.so.1 can't be loaded; is the NVIDIA driver installed?";
   CUmodule module;
   if (CUresult result = current_module(&module)) return explain("to load the selective scan", result);
+  const bool version_1 = is_version_1(scan);
+  int groups = scan.groups > 1 ? scan.groups : 1, softplus = !scan.no_softplus;
+  int channels = int(scan.channels / groups), length = int(scan.length), states = int(scan.states);
   const char* type = scan.type == MDNET_FLOAT32 ? "f32" : scan.type == MDNET_FLOAT16 ? "f16" : "bf16";
-  const int capacity = scan.states <= 4 ? 4 : scan.states <= 16 ? 16 : 64;
-  const bool small = capacity == 16 && scan.batch * blocks_for(scan.channels, kSmallChannelsPerBlock) <= kSmallBlocks;
+  const int capacity = states <= 4 ? 4 : states <= 16 ? 16 : 64;
+  const bool small =
+      version_1 && capacity == 16 && scan.batch * blocks_for(channels, kSmallChannelsPerBlock) <= kSmallBlocks;
   char name[64];
-  snprintf(name, sizeof name, "selective_scan_%s_%s_n%d%s", scan.reverse ? "reverse" : "forward", type, capacity,
-           small ? "_small" : "");
+  snprintf(name, sizeof name, "selective_scan%s_%s_%s_n%d%s", version_1 ? "" : "2",
+           scan.reverse ? "reverse" : "forward", type, capacity, small ? "_small" : "");
   CUfunction kernel;
   if (CUresult result = driver().cuModuleGetFunction(&kernel, module, name)) return explain("to find a kernel", result);
 
-  int channels = int(scan.channels), length = int(scan.length), states = int(scan.states);
-  void* arguments[] = {&scan.u.data, &scan.delta.data, &scan.A,   &scan.B.data, &scan.C.data, &scan.D,
-                       &scan.z.data, &scan.delta_bias, &channels, &length,      &states,      &scan.y};
-  const int64_t blocks = blocks_for(scan.channels, small ? kSmallChannelsPerBlock : kChannelsPerBlock);
-  if (CUresult result = driver().cuLaunchKernel(kernel, unsigned(scan.batch), unsigned(blocks), 1, kThreads, 1, 1, 0,
-                                                stream, arguments, nullptr)) {
+  void* arguments_1[] = {&scan.u.data, &scan.delta.data, &scan.A,   &scan.B.data, &scan.C.data, &scan.D,
+                         &scan.z.data, &scan.delta_bias, &channels, &length,      &states,      &scan.y};
+  void* arguments_2[] = {&scan.u.data, &scan.delta.data, &scan.A,  &scan.B.data, &scan.C.data, &scan.D,
+                         &scan.z.data, &scan.delta_bias, &scan.h0, &channels,    &length,      &states,
+                         &groups,      &softplus,        &scan.y,  &scan.h_last};
+  const int64_t blocks = blocks_for(channels, small ? kSmallChannelsPerBlock : kChannelsPerBlock);
+  if (CUresult result =
+          driver().cuLaunchKernel(kernel, unsigned(scan.batch), unsigned(blocks), unsigned(groups), kThreads, 1, 1, 0,
+                                  stream, version_1 ? arguments_1 : arguments_2, nullptr)) {
     return explain("to launch the selective scan", result);
   }
   return nullptr;

@@ -60,9 +60,8 @@ class Gradients(ctypes.Structure):
 def custom_op_library() -> Path | None:
     """The library to give to ONNX Runtime's `SessionOptions.register_custom_ops_library`; None where none was built.
 
-    It has kernels of our operators for the CPU, and of `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse` for
-    CUDA too (unverified on a GPU), for onnxruntime 1.20 and newer. Graphs carry function bodies of the operators, so
-    they run without it, slower.
+    It has kernels of our operators for the CPU, and of the selective scans for CUDA too (unverified on a GPU), for
+    onnxruntime 1.20 and newer. Graphs carry function bodies of the operators, so they run without it, slower.
     """
     # An editable install has its Python files and its library in different folders, both on the package's path.
     candidates = (Path(folder, _NAME) for folder in mdnet_engines.__path__)

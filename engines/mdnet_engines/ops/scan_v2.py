@@ -11,7 +11,7 @@ and makes its name, schema and function body:
     B, C [batch, N, L] or [batch, G, N, L]: channel d takes group d // (D // G)      h0, h_last [batch, D, N], float32
 
 Everything else is as in version 1 (`mdnet_engines.ops.selective_scan`). D and delta_bias are always there: zeros cost
-nothing. Nodes have no kernel on CUDA and in TensorRT yet, and carry no `plugin_namespace`: their body runs there.
+nothing. Nodes have no plugin in TensorRT yet, and carry no `plugin_namespace`: their body runs there.
 """
 
 from __future__ import annotations

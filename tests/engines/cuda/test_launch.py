@@ -15,6 +15,7 @@ from typing import Any
 
 import cuda_stub
 import pytest
+from cuda_stub.probe import TENSORS
 
 from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import native
@@ -79,6 +80,43 @@ def test_grid_and_arguments_are_the_kernels(channels: int, states: int, launch: 
     assert call["values"] == expected
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": 3},
+        {"groups": 1, "state": True},
+        {"softplus": False},
+        *({"without": [name]} for name in ("D", "z", "delta_bias")),
+        {"groups": 33, "softplus": False, "state": True, "without": ["D", "z", "delta_bias"]},
+    ],
+    ids=str,
+)
+def test_what_version_2_adds_takes_its_kernel_with_null_for_what_is_missing(
+    change: dict[str, Any], launch: Launch
+) -> None:
+    answer = launch({**CALL, **change})
+    assert not any(answer["said"])
+    (call,) = (call for call in answer["calls"] if "kernel" in call)
+    groups = change.get("groups", 1)
+    assert call["kernel"] == cuda_kernel.kernel_name(reverse=False, dtype="float32", states=16, version=2)
+    assert call["grid"] == [CALL["batch"], -(-CALL["channels"] // groups // 32), groups]
+    at = {name: 4096 * (i + 1) for i, name in enumerate(TENSORS)}
+    missing = {*change.get("without", ()), *(() if "state" in change else ("h0", "h_last"))}
+    scalars = {
+        **{"channels": CALL["channels"] // groups, "length": CALL["length"], "states": CALL["states"]},
+        **{"groups": groups, "softplus": int(change.get("softplus", True))},
+    }
+    expected = [0 if name in missing else scalars.get(name, at.get(name)) for name in cuda_kernel.ARGUMENTS_V2]
+    assert call["values"] == expected
+
+
+def test_one_group_with_everything_there_is_version_1(launch: Launch) -> None:
+    answer = launch({**CALL, "groups": 1})
+    assert [call["kernel"] for call in answer["calls"] if "kernel" in call] == [
+        cuda_kernel.kernel_name(reverse=False, dtype="float32", states=16, small=True)
+    ]
+
+
 def test_the_sizes_alone_choose_the_kernel(launch: Launch) -> None:
     limit = cuda_kernel.SMALL_BLOCKS
     sizes = [(1, 8 * limit), (1, 8 * limit + 1), (limit, 8), (limit, 9), (limit + 1, 1), (2, 768), (3, 768), (4, 384)]
@@ -101,6 +139,7 @@ def test_a_context_loads_the_module_once(launch: Launch) -> None:
         ({"states": 65}, "at most 64 states"),
         ({"length": 2**25}, "fewer than 2^25 steps"),
         ({"dtype": "float64"}, "no float64"),
+        ({"channels": 65536, "groups": 65536}, "at most 65535 groups"),
         ({"context": 0}, "invalid device context"),
         ({"refuse": 2}, "out of memory"),
     ],

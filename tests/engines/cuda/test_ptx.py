@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import cuda_stub
+import numpy as np
 import ptx_launches
 import pytest
 import tensorrt_stubs
 from ptx_launches import Launch
 from ptx_on_cpu import PtxError
-from scan_cases import EVERY_CASE, ScanCase, assert_close, make_inputs, reference_scan
+from scan_cases import (
+    EVERY_CASE,
+    EVERY_VARIANT_CASE,
+    ScanCase,
+    VariantCase,
+    assert_close,
+    expected_of,
+    make_inputs,
+    make_variant_inputs,
+    reference_scan,
+)
 
 from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import native
@@ -27,6 +39,17 @@ IN_EVERY_RUN = (
 CASES = [
     pytest.param(i, id=case.name, marks=() if case.name in IN_EVERY_RUN else pytest.mark.slow)
     for i, case in enumerate(EVERY_CASE)
+]
+
+
+VARIANTS_IN_EVERY_RUN = (
+    *("state", "state_of_one_step_reverse", "groups", "vmamba", "raw_delta_reverse", "without_anything"),
+    *("everything_reverse_float16", "state_bfloat16"),
+)
+VARIANTS = [case for case in EVERY_VARIANT_CASE if case.states <= cuda_kernel.MAX_STATES]
+VARIANT_PLACES = [
+    pytest.param(i, id=case.name, marks=() if case.name in VARIANTS_IN_EVERY_RUN else pytest.mark.slow)
+    for i, case in enumerate(VARIANTS)
 ]
 
 
@@ -48,6 +71,23 @@ def by_library(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
     return ptx_launches.by_library([*EVERY_CASE, LARGE], tmp_path_factory.mktemp("cuda"))
 
 
+@pytest.fixture(scope="module")
+def variants_by_library(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
+    if native.custom_op_library() is None or cuda_stub.COMPILER is None:
+        pytest.skip("needs the native library and a C compiler")
+    return ptx_launches.by_library(VARIANTS, tmp_path_factory.mktemp("variants"))
+
+
+def check_variant(launch: Launch, case: VariantCase) -> None:
+    inputs = make_variant_inputs(case)
+    y, h_last = ptx_launches.run_with_state(launch, inputs)
+    expected, last = expected_of(case, inputs)
+    assert_close(y, expected, case.dtype)
+    assert (h_last is not None) == case.state
+    if h_last is not None:
+        assert_close(h_last, last)
+
+
 def check(launch: Launch, case: ScanCase) -> None:
     inputs = make_inputs(case)
     assert_close(ptx_launches.run(launch, inputs), reference_scan(**inputs, reverse=case.reverse), case.dtype)
@@ -55,6 +95,7 @@ def check(launch: Launch, case: ScanCase) -> None:
 
 def test_the_cases_of_every_run_exist() -> None:
     assert set(IN_EVERY_RUN) <= {case.name for case in EVERY_CASE}
+    assert set(VARIANTS_IN_EVERY_RUN) <= {case.name for case in VARIANTS}
 
 
 @pytest.mark.parametrize("place", CASES)
@@ -67,6 +108,28 @@ def test_as_tensorrt_launches_it_the_ptx_agrees_with_the_reference(place: int, b
 @pytest.mark.parametrize("place", CASES)
 def test_as_onnxruntime_launches_it_the_ptx_agrees_with_the_reference(place: int, by_library: list[Launch]) -> None:
     check(by_library[place], EVERY_CASE[place])
+
+
+@pytest.mark.parametrize("place", VARIANT_PLACES)
+def test_version_2_as_onnxruntime_launches_it_agrees_with_the_reference(
+    place: int, variants_by_library: list[Launch]
+) -> None:
+    check_variant(variants_by_library[place], VARIANTS[place])
+
+
+def test_a_cut_changes_no_bit(tmp_path: Path) -> None:
+    if native.custom_op_library() is None or cuda_stub.COMPILER is None:
+        pytest.skip("needs the native library and a C compiler")
+    case, cut = VariantCase("", 1, 6, 37, 16, reverse=False, dtype="float16", groups=2, state=True), 21
+    cases = [case, replace(case, length=cut), replace(case, length=37 - cut)]
+    whole, first, second = ptx_launches.by_library(cases, tmp_path)
+    inputs, sequences = make_variant_inputs(case), ("u", "delta", "z", "B", "C")
+    y, h_last = ptx_launches.run_with_state(whole, inputs)
+    begun, h = ptx_launches.run_with_state(first, {**inputs, **{name: inputs[name][..., :cut] for name in sequences}})
+    rest = {**inputs, **{name: inputs[name][..., cut:] for name in sequences}, "h0": h}
+    ended, h = ptx_launches.run_with_state(second, rest)
+    np.testing.assert_array_equal(np.concatenate([begun, ended], axis=2), y)
+    np.testing.assert_array_equal(h, h_last)
 
 
 def test_either_kernel_is_launched_by_the_library(by_library: list[Launch]) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 from onnx_evaluator import evaluate
 from scan_cases import (
+    CUDA_TOLERANCE,
     EVERY_VARIANT_CASE,
     VARIANT_CASES,
     VariantCase,
@@ -23,8 +25,10 @@ from scan_cases import (
 )
 from scan_model import run_variant, variant_model, variant_of
 
+from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import native, scan_v2
 from mdnet_engines.ops import selective_scan as scan_op
+from mdnet_engines.sessions.onnxruntime import cuda_problem
 
 VARIANTS = [*scan_v2.VARIANTS.values()]
 needs_library = pytest.mark.skipif(
@@ -32,10 +36,17 @@ needs_library = pytest.mark.skipif(
 )
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 every_case = pytest.mark.parametrize("case", EVERY_VARIANT_CASE, ids=lambda case: case.name)
+ON_CUDA = [case for case in EVERY_VARIANT_CASE if case.states <= cuda_kernel.MAX_STATES]
 QUIET = 4
 
 
-def session(proto: onnx.ModelProto, *, registered: bool, profile: Path | None = None) -> onnxruntime.InferenceSession:
+def session(
+    proto: onnx.ModelProto,
+    *,
+    registered: bool,
+    profile: Path | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = QUIET
@@ -44,7 +55,7 @@ def session(proto: onnx.ModelProto, *, registered: bool, profile: Path | None = 
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile / "profile")
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
 
 
 def test_names_and_inputs_say_what_a_variant_has() -> None:
@@ -185,3 +196,19 @@ def test_operator_and_body_need_nothing_but_standard_operators(variant: scan_v2.
     assert not step.initializer  # TensorRT's parser takes a body's constants only as values of the outer graph
     assert "Constant" not in {node.op_type for node in step.node}
     assert not function.attribute  # an ahead-of-time TensorRT plugin can't carry any
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_CUDA, ids=lambda case: case.name)
+def test_agrees_with_the_reference_on_cuda(case: VariantCase, tmp_path: Path) -> None:
+    assert cuda_problem() == ""  # which also loads CUDA's libraries
+    variant, inputs = variant_of(case), make_variant_inputs(case)
+    model = variant_model(variant, case.dtype, grouped=case.groups > 0)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    on_gpu = session(model, registered=True, profile=tmp_path, providers=providers)
+    got = run_variant(on_gpu, case, inputs)
+    for one, exact, dtype in zip(got, expected_of(case, inputs), (case.dtype, "float32"), strict=False):
+        assert_close(one, exact, dtype, CUDA_TOLERANCE)
+    events = json.loads(Path(on_gpu.end_profiling()).read_text())
+    ran = [event["args"] for event in events if event.get("args", {}).get("op_name") == variant.name]
+    assert {event["provider"] for event in ran} == {"CUDAExecutionProvider"}

@@ -109,8 +109,10 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   sprintf(record + strlen(record),
           "launch %s of module %ld grid %u %u %u block %u %u %u shared %u stream %ld extra %d with", kernel->name,
           kernel->module, gx, gy, gz, bx, by, bz, shared, (long)stream, extra != NULL);
-  for (int i = 0; i < 12; ++i) {
-    const int scalar = 8 <= i && i < 11;
+  const int version_2 = strncmp(kernel->name, "selective_scan2_", 16) == 0;
+  const int count = version_2 ? 16 : 12, first_scalar = version_2 ? 9 : 8, scalars = version_2 ? 5 : 3;
+  for (int i = 0; i < count; ++i) {
+    const int scalar = first_scalar <= i && i < first_scalar + scalars;
     sprintf(record + strlen(record), " %ld", scalar ? (long)*(int*)arguments[i] : (long)*(void**)arguments[i]);
   }
   strcat(record, "\n");
