@@ -178,7 +178,7 @@ def test_tensorrt_rtx_builds_the_function_body_of_every_variant(grouped: bool, t
         onnx.save(model, tmp_path / f"{variant.name}.onnx")
         graphs[variant.name] = {"onnx": str(tmp_path / f"{variant.name}.onnx"), "tf32": False}
     request = {"ask": "build", "runtime": "tensorrt-rtx", "graphs": graphs, "folder": str(tmp_path), "targets": []}
-    request |= {"batch": [1, 4, 8], "workspace": None}
+    request |= {"profiles": [[1, 4, 8]], "level": None, "stripped": False, "compatible": False, "workspace": None}
     command = [sys.executable, "-m", "mdnet_engines.tensorrt.plan_builder"]
     result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
