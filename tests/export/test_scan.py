@@ -152,7 +152,18 @@ def test_missing_inputs_are_filled_in(module: Bare) -> None:
             assert np.abs(got - one.numpy()).max() <= limit * np.abs(one.numpy()).max()
     (scan,) = (node for node in model.graph.node if node.domain == scan_op.DOMAIN)
     assert scan.op_type == ("SelectiveScan2NoZState" if module.last_state else "SelectiveScan2NoZ")
-    assert not scan.attribute  # TensorRT has no plugin for it yet
+    assert {attribute.name: helper.get_attribute_value(attribute) for attribute in scan.attribute} == {
+        "plugin_namespace": b"mdnet",
+        "aot": 1,
+    }
+
+
+def test_a_scan_with_too_many_states_for_the_plugin_keeps_its_body_in_tensorrt() -> None:
+    module = Bare()
+    module.A = -torch.rand(64, 65)
+    model = exported(module, torch.randn(2, 64, 9))
+    (scan,) = (node for node in model.graph.node if node.domain == scan_op.DOMAIN)
+    assert not scan.attribute
 
 
 def test_float64_is_refused_in_words() -> None:

@@ -23,10 +23,12 @@ import numpy as np
 import ptx_on_cpu
 import tensorrt_stubs
 from cuda_stub.probe import TENSORS
-from scan_cases import ScanCase
+from scan_cases import ScanCase, VariantCase
 
 from mdnet_engines.ops import selective_scan as scan_op
+from mdnet_engines.ops.scan_shapes import VARIANTS, Variant
 
+_SIZES = ("channels", "length", "states", "groups")
 _PROBE = Path(__file__).with_name("tensorrt_stubs") / "probe.py"
 
 
@@ -49,23 +51,30 @@ def by_tensorrt(cases: Sequence[ScanCase], folder: Path) -> list[list[Launch]]:
     environment = cuda_stub.environment(folder, tensorrt_stubs.environment(folder))
     nodes = [
         {
-            "name": scan_op.REVERSE if case.reverse else scan_op.FORWARD,
+            "name": _operator(case),
             "dtype": case.dtype,
-            "sizes": {"batch": -1, "channels": case.channels, "length": case.length, "states": case.states},
+            "sizes": {"batch": -1, **{name: getattr(case, name, 0) for name in _SIZES}},
             "batches": [case.batch],
         }
         for case in cases
     ]
     answers = _answer([str(_PROBE), "aot_of_each", json.dumps({"nodes": nodes})], environment)
     return [
-        [_of_tactic(tactic, str(case.batch)) for tactic in answer.values()]
-        for case, answer in zip(cases, answers, strict=True)
+        [_of_tactic(tactic, case) for tactic in answer.values()] for case, answer in zip(cases, answers, strict=True)
     ]
 
 
-def _of_tactic(answer: dict[str, Any], batch: str) -> Launch:
+def _operator(case: ScanCase) -> str:
+    if isinstance(case, VariantCase):
+        return Variant(case.reverse, "z" not in case.without, case.softplus, case.state).name
+    return scan_op.REVERSE if case.reverse else scan_op.FORWARD
+
+
+def _of_tactic(answer: dict[str, Any], case: ScanCase) -> Launch:
+    batch, variant = str(case.batch), VARIANTS.get(_operator(case))
+    inputs, outputs = (variant.inputs, variant.outputs) if variant else (scan_op.INPUTS, ("y",))
     assert answer["shared"][batch] == [0]
-    arguments = (*scan_op.INPUTS, *answer["scalars"][batch], "y")
+    arguments = (*inputs, *answer["scalars"][batch], *outputs)
     return Launch(
         answer["ptx"], answer["kernel"], tuple(answer["grid"][batch]), tuple(answer["block"][batch]), arguments
     )

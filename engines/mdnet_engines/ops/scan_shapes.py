@@ -1,13 +1,49 @@
-"""The selective scan's inputs and what shapes they take: one check for every host that is written in Python."""
+"""The selective scan's operators, their inputs and what shapes these take: one check for every host in Python."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from mdnet_engines.errors import MDNetError
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 INPUTS_V2 = (*INPUTS, "h0")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One operator of version 2: its direction, and which inputs, steps and outputs it has."""
+
+    reverse: bool = False
+    z: bool = True
+    softplus: bool = True
+    state: bool = False
+
+    @property
+    def name(self) -> str:
+        """The operator's name."""
+        parts = {"Reverse": self.reverse, "NoZ": not self.z, "NoSoftplus": not self.softplus, "State": self.state}
+        return "SelectiveScan2" + "".join(part for part, there in parts.items() if there)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of its inputs, in order."""
+        gate, state = ("z",) * self.z, ("h0",) * self.state
+        return ("u", "delta", "A", "B", "C", "D", *gate, "delta_bias", *state)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its outputs, in order."""
+        return ("y", "h_last") if self.state else ("y",)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variant in itertools.starmap(Variant, itertools.product((False, True), repeat=4))
+}
+"""Every operator of version 2 by its name."""
+
 ANY = -1
 """A size that is not known yet, such as TensorRT's symbolic batch; fits every size."""
 

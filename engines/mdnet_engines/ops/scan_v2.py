@@ -11,50 +11,27 @@ and makes its name, schema and function body:
     B, C [batch, N, L] or [batch, G, N, L]: channel d takes group d // (D // G)      h0, h_last [batch, D, N], float32
 
 Everything else is as in version 1 (`mdnet_engines.ops.selective_scan`). D and delta_bias are always there: zeros cost
-nothing. Nodes have no plugin in TensorRT yet, and carry no `plugin_namespace`: their body runs there.
+nothing.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import astuple
 from typing import Any
 
 import onnx
 from onnx import NodeProto, helper
 from onnx.defs import OpSchema
 
-from mdnet_engines.ops.selective_scan import DOMAIN, OPSET, VERSION
+from mdnet_engines.ops import scan_shapes
+from mdnet_engines.ops.selective_scan import DOMAIN, OPSET, PARSER_SCHEMA, VERSION
 
 _FLOATS = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16")]
 _PARAMETERS = ("A", "D", "delta_bias", "h0")  # float32 whatever the activations' type
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One operator: its direction, and which inputs, steps and outputs it has."""
-
-    reverse: bool = False
-    z: bool = True
-    softplus: bool = True
-    state: bool = False
-
-    @property
-    def name(self) -> str:
-        """The operator's name."""
-        parts = {"Reverse": self.reverse, "NoZ": not self.z, "NoSoftplus": not self.softplus, "State": self.state}
-        return "SelectiveScan2" + "".join(part for part, there in parts.items() if there)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of its inputs, in order."""
-        gate, state = ("z",) * self.z, ("h0",) * self.state
-        return ("u", "delta", "A", "B", "C", "D", *gate, "delta_bias", *state)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of its outputs, in order."""
-        return ("y", "h_last") if self.state else ("y",)
+class Variant(scan_shapes.Variant):
+    """One operator, with its schema and function body."""
 
     def schema(self) -> OpSchema:
         """What `onnx.checker`, shape inference and onnxscript know of it."""
@@ -66,6 +43,7 @@ class Variant:
             inputs=[OpSchema.FormalParameter(name, "P" if name in _PARAMETERS else "T") for name in self.inputs],
             outputs=[OpSchema.FormalParameter(name, "T" if name == "y" else "P") for name in self.outputs],
             type_constraints=[("T", _FLOATS, "activations"), ("P", ["tensor(float)"], "parameters and states")],
+            attributes=PARSER_SCHEMA,
         )
 
     def function(self) -> onnx.FunctionProto:
@@ -129,9 +107,7 @@ class Variant:
         ]
 
 
-VARIANTS: dict[str, Variant] = {
-    variant.name: variant for variant in itertools.starmap(Variant, itertools.product((False, True), repeat=4))
-}
+VARIANTS: dict[str, Variant] = {name: Variant(*astuple(each)) for name, each in scan_shapes.VARIANTS.items()}
 """Every variant by its operator's name."""
 
 _CONSTANTS = {"rest": -1, "one": 1, "two": 2, "three": 3}

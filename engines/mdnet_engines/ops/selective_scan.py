@@ -39,6 +39,13 @@ def register_schemas() -> None:
             onnx.defs.register_schema(_schema(name))
 
 
+PARSER_SCHEMA = [
+    OpSchema.Attribute("plugin_namespace", OpSchema.AttrType.STRING, "of TensorRT's plugin", required=False),
+    OpSchema.Attribute("aot", OpSchema.AttrType.INT, "1: build TensorRT's plugin ahead of time", required=False),
+]
+"""Attributes for TensorRT's parser (`mdnet_engines.tensorrt.plugin`); no other runtime reads them."""
+
+
 def _schema(name: str) -> OpSchema:
     floats = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16")]
     return OpSchema(
@@ -49,12 +56,7 @@ def _schema(name: str) -> OpSchema:
         inputs=[OpSchema.FormalParameter(n, "T" if n in _PER_STEP else "P") for n in INPUTS],
         outputs=[OpSchema.FormalParameter("y", "T")],
         type_constraints=[("T", floats, "activations"), ("P", ["tensor(float)"], "parameters")],
-        attributes=[  # for TensorRT's parser (mdnet_engines.tensorrt.plugin); no other runtime reads them
-            OpSchema.Attribute("plugin_namespace", OpSchema.AttrType.STRING, "of TensorRT's plugin", required=False),
-            OpSchema.Attribute(
-                "aot", OpSchema.AttrType.INT, "1: build TensorRT's plugin ahead of time", required=False
-            ),
-        ],
+        attributes=PARSER_SCHEMA,
     )
 
 

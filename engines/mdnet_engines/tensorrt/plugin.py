@@ -1,5 +1,7 @@
 """SelectiveScan for TensorRT 11: the plugins `mdnet::SelectiveScan` and `mdnet::SelectiveScanReverse`.
 
+Those of version 2 are in `mdnet_engines.tensorrt.plugin_v2`.
+
     register_plugins()      # in the process that builds the engine, before it parses the ONNX file
 
 A node that carries `PARSER_ATTRIBUTES` then becomes the plugin. In a process that registered nothing, in TensorRT-RTX
@@ -22,14 +24,15 @@ return type too.
 
 # No `from __future__ import annotations`: `tensorrt.plugin` compares annotations with its classes, not with strings.
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from mdnet_engines.cuda.kernel import THREADS, Dtype, channels_per_block, has_small, kernel_name, ptx
+from mdnet_engines.cuda.kernel import THREADS, Dtype, channels_per_block, has_small, kernel_name
+from mdnet_engines.cuda.ptx import ptx_of
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.ops import native
 from mdnet_engines.ops.scan_shapes import check_shapes
+from mdnet_engines.tensorrt import plugin_v2
 
 NAMESPACE = "mdnet"
 PLUGINS = {"SelectiveScan": False, "SelectiveScanReverse": True}  # the ONNX operator's name → reverse
@@ -41,14 +44,11 @@ PARSER_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "aot":
 # runs at every size. The numbers must be positive; 0 is what it passes if none were offered.
 TACTIC_LARGE, TACTIC_SMALL = 1, 2
 
-_DTYPES: dict[str, Dtype] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's names → ours
 _MAJOR = 11
-
-_ENTRY = re.compile(r"^\.visible \.entry (\w+)\(.*?^\}\n", re.DOTALL | re.MULTILINE)
 
 
 def register_plugins() -> None:
-    """Make both plugins known to TensorRT's parser and builder, in this process. Idempotent.
+    """Make the plugins of both versions known to TensorRT's parser and builder, in this process. Idempotent.
 
     Raises:
         MDNetError: TensorRT is not installed, can't be loaded, is older than 11, or lacks `tensorrt.plugin`.
@@ -57,6 +57,7 @@ def register_plugins() -> None:
     for name, reverse in PLUGINS.items():
         if not hasattr(getattr(trtp.op, NAMESPACE, None), name):
             _register(name, reverse)
+    plugin_v2.register(trtp, NAMESPACE)
 
 
 def _register(name: str, reverse: bool) -> None:
@@ -94,7 +95,7 @@ def _register(name: str, reverse: bool) -> None:
         batch, channels, length = u.shape_expr
         # The number of states chooses the kernel, so it must be a number here, not a symbol.
         kernel = kernel_name(
-            reverse=reverse, dtype=_DTYPES[u.dtype.name], states=A.shape[1], small=tactic == TACTIC_SMALL
+            reverse=reverse, dtype=plugin_v2.DTYPES[u.dtype.name], states=A.shape[1], small=tactic == TACTIC_SMALL
         )
         grid = trtp.KernelLaunchParams(
             grid_x=batch, grid_y=trtp.cdiv(channels, channels_per_block(kernel)), block_x=THREADS, shared_mem=0
@@ -105,12 +106,7 @@ def _register(name: str, reverse: bool) -> None:
     @trtp.impl(plugin_id)
     def just_in_time(u, delta, A, B, C, D, z, delta_bias, outputs, stream):  # type: ignore[no-untyped-def]
         inputs = (u, delta, A, B, C, D, z, delta_bias)
-        launch(inputs, outputs[0], stream, dtype=_DTYPES[u.dtype.name], reverse=reverse)
-
-
-def ptx_of(kernel: str) -> str:
-    """The PTX of one kernel alone: every node of a network takes its own copy into the engine, which compiles it."""
-    return _ENTRY.sub(lambda entry: entry[0] if entry[1] == kernel else "", ptx())
+        launch(inputs, outputs[0], stream, dtype=plugin_v2.DTYPES[u.dtype.name], reverse=reverse)
 
 
 def launch(inputs: Sequence[Any], y: Any, stream: int, *, dtype: Dtype, reverse: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from onnxscript import opset18 as op
 
 import mdnet.scan.function  # its package registers the operators that the table is about
+from mdnet_engines.cuda.kernel import MAX_STATES
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import scan_v2
 from mdnet_engines.ops import selective_scan as scan_op
@@ -83,7 +84,10 @@ def _translate_v2(  # type: ignore[no-untyped-def]
     if state and h0 is None:
         inputs["h0"] = _zeros(op.Concat(op.Shape(u, start=0, end=1), op.Shape(A), axis=0))
     scan = getattr(onnxscript.values.Opset(scan_op.DOMAIN, scan_op.VERSION), variant.name)
-    outputs = scan(*(inputs[name] for name in variant.inputs))
+    # The plugins refuse more states, and those whose number is not known; the function body takes them.
+    states = A.shape[1] if A.shape is not None else None
+    attributes = PARSER_ATTRIBUTES if isinstance(states, int) and states <= MAX_STATES else {}
+    outputs = scan(*(inputs[name] for name in variant.inputs), **attributes)
     # The PyTorch operator always has two results: the second is empty where nobody asks for it.
     y, h_last = outputs if state else (outputs, _zeros(op.Constant(value_ints=[0])))
     return op.CastLike(y, u) if mixed else y, h_last

@@ -78,9 +78,17 @@ def variants_by_library(tmp_path_factory: pytest.TempPathFactory) -> list[Launch
     return ptx_launches.by_library(VARIANTS, tmp_path_factory.mktemp("variants"))
 
 
+@pytest.fixture(scope="module")
+def variants_by_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> list[list[Launch]]:
+    if reason := tensorrt_stubs.missing():
+        pytest.skip(reason)
+    return ptx_launches.by_tensorrt(VARIANTS, tmp_path_factory.mktemp("variants"))
+
+
 def check_variant(launch: Launch, case: VariantCase) -> None:
     inputs = make_variant_inputs(case)
-    y, h_last = ptx_launches.run_with_state(launch, inputs)
+    zeros = np.zeros(case.channels, np.float32)
+    y, h_last = ptx_launches.run_with_state(launch, {"D": zeros, "delta_bias": zeros, **inputs})
     expected, last = expected_of(case, inputs)
     assert_close(y, expected, case.dtype)
     assert (h_last is not None) == case.state
@@ -115,6 +123,14 @@ def test_version_2_as_onnxruntime_launches_it_agrees_with_the_reference(
     place: int, variants_by_library: list[Launch]
 ) -> None:
     check_variant(variants_by_library[place], VARIANTS[place])
+
+
+@pytest.mark.parametrize("place", VARIANT_PLACES)
+def test_version_2_as_tensorrt_launches_it_agrees_with_the_reference(
+    place: int, variants_by_tensorrt: list[list[Launch]]
+) -> None:
+    (launch,) = variants_by_tensorrt[place]  # there is one kernel
+    check_variant(launch, VARIANTS[place])
 
 
 def test_a_cut_changes_no_bit(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from small_bundle import describe, write_small_bundle
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, BatchRange
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.ops.scan_shapes import VARIANTS
 from mdnet_engines.system.gpu import Gpu
 from mdnet_engines.tensorrt import plan_process, plans
 from mdnet_engines.tensorrt.builder_callbacks import BuilderProgress
@@ -288,7 +289,7 @@ def test_tensorrt_is_asked_for_what_the_user_asked(tensorrt: dict[str, str], bun
     batch = BatchRange(minimum=1, optimum=4, maximum=16)
     built = build_plans(bundle, host_of("tensorrt"), batch=batch, workspace_gib=0.5)
     (builder,) = tensorrt_hosts.notes(tensorrt, "Builder")
-    assert builder["plugins"] == ["SelectiveScan", "SelectiveScanReverse"]
+    assert builder["plugins"] == sorted(["SelectiveScan", "SelectiveScanReverse", *VARIANTS])
     asked = {entry["graph"]: entry for entry in tensorrt_hosts.notes(tensorrt, "build")}
     assert list(asked) == list(GRAPH_NAMES)
     for entry in asked.values():

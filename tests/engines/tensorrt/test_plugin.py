@@ -16,12 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cuda_stub
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tensorrt_stubs
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from scan_cases import PARAMETERS, SCAN_TOLERANCE, ScanCase, make_inputs, reference_scan
 
@@ -29,9 +27,9 @@ from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import native
 from mdnet_engines.ops import selective_scan as scan_op
+from mdnet_engines.ops.scan_shapes import VARIANTS
 from mdnet_engines.tensorrt import plugin as tensorrt_plugin
 
-SUPPORT = Path(__file__).parents[2] / "support"
 BOTH = (scan_op.FORWARD, scan_op.REVERSE)
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}  # NumPy's names, TensorRT's names
 BATCHES = (1, 7, 64)
@@ -50,23 +48,6 @@ def role(argument: str) -> str:
     if argument not in scan_op.INPUTS:
         return "output" if argument == "y" else "scalar"
     return "parameter" if argument in PARAMETERS else "activation"
-
-
-@pytest.fixture(scope="module")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """Put a question to `probe.py`, in a process of its own."""
-    if reason := tensorrt_stubs.missing():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("tensorrt")
-    environment = cuda_stub.environment(folder, tensorrt_stubs.environment(folder))
-
-    def put(question: str, **argument: Any) -> Any:
-        command = [sys.executable, SUPPORT / "tensorrt_stubs" / "probe.py", question, json.dumps(argument)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout.splitlines()[-1])
-
-    return put
 
 
 def test_importing_the_module_imports_nothing_of_nvidia() -> None:
@@ -105,13 +86,13 @@ def test_a_tensorrt_that_will_not_do_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_both_plugins_are_registered_once(ask: Ask) -> None:
+def test_every_plugin_is_registered_once(ask: Ask) -> None:
     answer = ask("registry")
+    inputs = {**dict.fromkeys(BOTH, scan_op.INPUTS), **{name: each.inputs for name, each in VARIANTS.items()}}
     assert int(answer["version"].split(".")[0]) >= 11
     # TensorRT's parser looks for version "1" unless the node names another.
-    assert sorted(answer["plugins"]) == [[name, "1"] for name in sorted(BOTH)]
-    assert set(answer["inputs"]) == set(BOTH)
-    assert all(tuple(inputs) == scan_op.INPUTS for inputs in answer["inputs"].values())
+    assert sorted(answer["plugins"]) == [[name, "1"] for name in sorted(inputs)]
+    assert {name: tuple(names) for name, names in answer["inputs"].items()} == inputs
     assert set(answer["attributes"].values()) == {0}
     assert not answer["imported_rtx"]
 

@@ -13,7 +13,7 @@ put the answers. The CUDA driver is the stub of tests/support/cuda_stub.
     aot_of_each {nodes}                           the same for many nodes, each {name, dtype, sizes, batches}
     jit       {name, dtype, sizes, stream}        what the CUDA driver is called with
 
-`sizes` has batch (−1 where it is symbolic), channels, length and states.
+`sizes` has batch (−1 where it is symbolic), channels, length and states, and groups if B and C have such an axis.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import tensorrt.plugin as trtp
 from cuda_stub import Driver
 
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.ops.scan_shapes import VARIANTS
 from mdnet_engines.tensorrt import plugin as tensorrt_plugin
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-PARAMETERS = ("A", "D", "delta_bias")
+PARAMETERS = ("A", "D", "delta_bias", "h0", "h_last")
 DTYPES = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16}
 
 
@@ -83,12 +84,22 @@ class Scalars(dict):
     nbSymExprs = 0  # noqa: N815
 
 
+def inputs_of(name: str) -> tuple[str, ...]:
+    return VARIANTS[name].inputs if name in VARIANTS else INPUTS
+
+
+def outputs_of(name: str) -> tuple[str, ...]:
+    return VARIANTS[name].outputs if name in VARIANTS else ("y",)
+
+
 def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
     batch, channels, length, states = (sizes[name] for name in ("batch", "channels", "length", "states"))
+    groups = (sizes["groups"],) if sizes.get("groups") else ()
     return {
         **dict.fromkeys(("u", "delta", "z", "y"), (batch, channels, length)),
-        **dict.fromkeys(("B", "C"), (batch, states, length)),
+        **dict.fromkeys(("B", "C"), (batch, *groups, states, length)),
         **dict.fromkeys(("D", "delta_bias"), (channels,)),
+        **dict.fromkeys(("h0", "h_last"), (batch, channels, states)),
         "A": (channels, states),
     }
 
@@ -119,8 +130,9 @@ def plugin(name: str, request: Any) -> Any:
 def described(name: str, dtype: str, sizes: dict[str, int]) -> tuple[Any, list[Any], list[Any]]:
     """An ahead-of-time plugin that has been told its inputs, with the types and shapes that it answered."""
     made = plugin(name, trt.QuickPluginCreationRequest.STRICT_AOT)
-    dims = [shapes(sizes)[tensor] for tensor in INPUTS]
-    output_types = made.get_output_data_types([type_of(tensor, dtype) for tensor in INPUTS], [len(d) for d in dims])
+    dims = [shapes(sizes)[tensor] for tensor in inputs_of(name)]
+    types = [type_of(tensor, dtype) for tensor in inputs_of(name)]
+    output_types = made.get_output_data_types(types, [len(d) for d in dims])
     builder = Builder()
     symbolic = expression(lambda batch: batch, False)
     inputs = [[symbolic if size < 0 else builder.constant(size) for size in d] for d in dims]
@@ -150,42 +162,45 @@ def undecided(name: str) -> Any:
 def misfit(name: str, dtype: str, sizes: dict[str, int], tensor: str) -> Any:
     made, _, _ = described(name, dtype, sizes)
     grown = {**sizes, **{size: sizes[size] + 1 for size in ("channels", "length", "states")}}
-    in_out = [description(t, dtype, grown if t == tensor else sizes) for t in (*INPUTS, "y")]
-    made.get_supported_format_combinations(in_out, len(INPUTS))
+    inputs, outputs = inputs_of(name), outputs_of(name)
+    in_out = [description(t, dtype, grown if t == tensor else sizes) for t in (*inputs, *outputs)]
+    made.get_supported_format_combinations(in_out, len(inputs))
     made.set_tactic(0)
     try:
-        made.get_launch_params([], in_out, len(INPUTS), Launch(), Scalars(), Builder())
-        made.get_kernel([d.desc for d in in_out[:-1]], [in_out[-1].desc])
+        made.get_launch_params([], in_out, len(inputs), Launch(), Scalars(), Builder())
+        made.get_kernel([d.desc for d in in_out[: len(inputs)]], [d.desc for d in in_out[len(inputs) :]])
     except MDNetError as error:
         return str(error)
 
 
 def describe(name: str, dtype: str, sizes: dict[str, int], batches: list[int]) -> Any:
     made, output_types, output_shapes = described(name, dtype, sizes)
-    in_out = [description(tensor, dtype, sizes) for tensor in (*INPUTS, "y")]
-    offered = made.get_supported_format_combinations(in_out, len(INPUTS))
+    in_out = [description(tensor, dtype, sizes) for tensor in (*inputs_of(name), *outputs_of(name))]
+    offered, count = made.get_supported_format_combinations(in_out, len(inputs_of(name))), len(in_out)
     return {
         "types": [kind.name for kind in output_types],
         "shapes": {batch: [[dim.at(batch) for dim in shape] for shape in output_shapes] for batch in batches},
         "symbolic": [[not dim.constant for dim in shape] for shape in output_shapes],
-        "combinations": [[d.type.name for d in offered[i : i + 9]] for i in range(0, len(offered), 9)],
+        "combinations": [[d.type.name for d in offered[i : i + count]] for i in range(0, len(offered), count)],
         "layouts": sorted({d.format.name for d in offered}),
     }
 
 
 def aot(name: str, dtype: str, sizes: dict[str, int], batches: list[int]) -> Any:
     made, _, _ = described(name, dtype, sizes)
-    in_out = [description(tensor, dtype, sizes) for tensor in (*INPUTS, "y")]
-    made.get_supported_format_combinations(in_out, len(INPUTS))
-    made.configure_plugin(in_out[: len(INPUTS)], in_out[len(INPUTS) :])
-    return {tactic: of_tactic(made, tactic, in_out, batches) for tactic in sorted(made.get_valid_tactics()) or [0]}
+    count = len(inputs_of(name))
+    in_out = [description(tensor, dtype, sizes) for tensor in (*inputs_of(name), *outputs_of(name))]
+    made.get_supported_format_combinations(in_out, count)
+    made.configure_plugin(in_out[:count], in_out[count:])
+    tactics = sorted(made.get_valid_tactics()) or [0]
+    return {tactic: of_tactic(made, tactic, in_out, count, batches) for tactic in tactics}
 
 
-def of_tactic(made: Any, tactic: int, in_out: list[trt.DynamicPluginTensorDesc], batches: list[int]) -> Any:
+def of_tactic(made: Any, tactic: int, in_out: list[trt.DynamicPluginTensorDesc], count: int, batches: list[int]) -> Any:
     made.set_tactic(tactic)
     launch, scalars = Launch(), Scalars()
-    made.get_launch_params([], in_out, len(INPUTS), launch, scalars, Builder())
-    kernel, ptx = made.get_kernel([d.desc for d in in_out[:-1]], [in_out[-1].desc])
+    made.get_launch_params([], in_out, count, launch, scalars, Builder())
+    kernel, ptx = made.get_kernel([d.desc for d in in_out[:count]], [d.desc for d in in_out[count:]])
     assert scalars.nbSymExprs == len(scalars)
 
     def at(batch: int, *names: str) -> list[int]:
