@@ -211,8 +211,8 @@ def with_kernel(context, spoil):
     import torch
     from gpu import kernels, scan
 
-    def kernel(inputs, y, *, reverse, small):
-        kernels._native(inputs, y, reverse=reverse)
+    def kernel(inputs, y, **options):
+        kernels._native(inputs, y, **options)
         spoil(y)
     with patch.object(scan, "DTYPES", (torch.float32,)), patch.object(scan, "open_kernel", lambda *_: (kernel, "")):
         scan.run(context)
@@ -814,6 +814,9 @@ kernel({**steps, **mixes, **others}, tensor("y", B, D, L), reverse=True, stream=
 sixteen = {**others, "A": tensor("A", D, 16)}
 for small in (None, False):
     kernel({**steps, **mixes, **sixteen}, tensor("y", B, D, L), reverse=True, small=small, stream=0x57)
+groups = {"A": tensor("A", 66, N), "B": tensor("B", B, 2, N, L), "C": tensor("C", B, 2, N, L)}
+kernel({"u": tensor("u", B, 66, L), "delta": tensor("delta", B, 66, L), **groups}, tensor("y", B, 66, L), reverse=False,
+       softplus=False, stream=0x57)
 said = ""
 driver.refuse(2)
 try:
@@ -834,7 +837,7 @@ def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["image"] == len(cuda_kernel.ptx())
-    _, call, *other = answer["calls"]
+    _, call, *other, version_2 = answer["calls"]
     assert [(each["kernel"], each["grid"]) for each in other] == [
         ("selective_scan_reverse_f16_n16_small", [5, 5, 1]),
         ("selective_scan_reverse_f16_n16", [5, 2, 1]),
@@ -843,6 +846,13 @@ def test_the_launch_has_the_kernels_grid_and_arguments(tmp_path: Path) -> None:
     assert (call["grid"], call["block"], call["shared"], call["stream"]) == ([5, 2, 1], [128, 1, 1], 0, 0x57)
     sizes = {"channels": 33, "length": 197, "states": 17}
     assert call["values"] == [sizes.get(name, 4096 * (i + 1)) for i, name in enumerate(cuda_kernel.ARGUMENTS)]
+    assert version_2["kernel"] == cuda_kernel.kernel_name(reverse=False, dtype="float16", states=17, version=2)
+    assert version_2["grid"] == [5, 2, 2]
+    sizes |= {"groups": 2, "softplus": 0, **dict.fromkeys(("D", "z", "delta_bias", "h0", "h_last"), 0)}
+    assert version_2["values"] == [
+        sizes[name] if name in sizes else 4096 * (cuda_kernel.ARGUMENTS.index(name) + 1)
+        for name in cuda_kernel.ARGUMENTS_V2
+    ]
     assert "cuLaunchKernel: out of memory (2)" in answer["said"]
 
 

@@ -105,30 +105,42 @@ class ScanKernel:
         *,
         reverse: bool,
         small: bool | None = None,
+        softplus: bool | None = None,
+        h_last: Tensor | Buffer | None = None,
         stream: int | None = None,
     ) -> None:
         """Enqueue one scan into `y` on `stream`, by default PyTorch's current one.
 
         `small` is for the kernel for small launches; by default the sizes decide, as in the native library.
         u, delta, z, y [batch, D, L] and B, C [batch, N, L] of one type; A [D, N], D [D], delta_bias [D] float32.
+
+        With `softplus`, on or off, it is version 2's kernel: D, z, delta_bias and h0 [batch, D, N] may be missing, B
+        and C may be [batch, G, N, L], and the last state goes into `h_last`.
         """
-        (batch, channels, length), states = inputs["u"].shape, inputs["A"].shape[1]
-        tensors = {**inputs, "y": y}
+        (batch, channels, length), states, B = inputs["u"].shape, inputs["A"].shape[1], inputs["B"]
+        version = 1 if softplus is None else 2
+        groups = B.shape[1] if len(B.shape) == 4 else 1
+        tensors = {**inputs, "y": y, **({} if h_last is None else {"h_last": h_last})}
         for name, tensor in tensors.items():
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} is not contiguous")
-        sizes = {"channels": channels, "length": length, "states": states}
+        numbers = {
+            **{"channels": channels // groups, "length": length, "states": states, "groups": groups},
+            "softplus": int(bool(softplus)),
+        }
         arguments = [
-            ctypes.c_int32(sizes[name]) if name in sizes else ctypes.c_void_p(tensors[name].data_ptr())
-            for name in cuda_kernel.ARGUMENTS
+            ctypes.c_int32(numbers[name])
+            if name in numbers
+            else ctypes.c_void_p(tensors[name].data_ptr() if name in tensors else None)
+            for name in (cuda_kernel.ARGUMENTS if version == 1 else cuda_kernel.ARGUMENTS_V2)
         ]
         dtype = str(inputs["u"].dtype).removeprefix("torch.")
         if small is None:
-            small = cuda_kernel.is_small(batch, channels, states)
-        kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states, small=small)
-        blocks = -(-channels // cuda_kernel.channels_per_block(kernel))
+            small = version == 1 and cuda_kernel.is_small(batch, channels, states)
+        kernel = cuda_kernel.kernel_name(reverse=reverse, dtype=dtype, states=states, small=small, version=version)
+        blocks = -(-numbers["channels"] // cuda_kernel.channels_per_block(kernel))
         if stream is None:
             import torch
 
             stream = torch.cuda.current_stream().cuda_stream
-        self._module.launch(kernel, (batch, blocks, 1), cuda_kernel.THREADS, arguments, stream)
+        self._module.launch(kernel, (batch, blocks, groups), cuda_kernel.THREADS, arguments, stream)

@@ -20,9 +20,10 @@ from mdnet_engines.ops.scan_shapes import INPUTS
 Kernel = Callable[..., None]
 """`kernel(inputs, y, reverse=…, small=…)`: inputs by name, contiguous and on the device; the result goes into y.
 
-`small` says which of two kernels runs; by default the sizes do. Our CPU kernel has no use for it.
+`small` says which of two kernels runs; by default the sizes do. Our CPU kernel has no use for it. With `softplus=…` it
+is version 2's kernel, which puts the last state into `h_last` if there is one.
 """
-PARAMETERS = ("A", "D", "delta_bias")  # always float32
+PARAMETERS = ("A", "D", "delta_bias", "h0")  # always float32
 
 
 def cases_module() -> Any:
@@ -85,10 +86,24 @@ def open_kernel(device: Device, scratch: Path) -> tuple[Kernel, str]:
     except (ValueError, OSError):  # no such compiler, or one without its sanitizers
         return _native, "our CPU kernel"
 
-    def emulated(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool, small: bool | None = None) -> None:
+    def emulated(
+        inputs: Mapping[str, Tensor],
+        y: Tensor,
+        *,
+        reverse: bool,
+        small: bool | None = None,
+        softplus: bool | None = None,
+        h_last: Tensor | None = None,
+    ) -> None:
         arrays = {name: _array(value) for name, value in inputs.items()}
-        made = cuda_emulation.launch(program, scratch, arrays, reverse=reverse, small=small)
+        if softplus is None:
+            made, last = cuda_emulation.launch(program, scratch, arrays, reverse=reverse, small=small), None
+        else:
+            options = {"reverse": reverse, "softplus": softplus, "state": h_last is not None}
+            made, last = cuda_emulation.launch_v2(program, scratch, arrays, **options)
         y.copy_(torch.from_numpy(made.astype(np.float32)))
+        if h_last is not None and last is not None:
+            h_last.copy_(torch.from_numpy(last.copy()))
 
     return emulated, "the CPU, thread by thread"
 
@@ -98,10 +113,27 @@ def both(states: int) -> tuple[bool, ...]:
     return (False, True) if cuda_kernel.has_small(states) else (False,)
 
 
-def _native(inputs: Mapping[str, Tensor], y: Tensor, *, reverse: bool, small: bool | None = None) -> None:
+def _native(
+    inputs: Mapping[str, Tensor],
+    y: Tensor,
+    *,
+    reverse: bool,
+    small: bool | None = None,
+    softplus: bool | None = None,
+    h_last: Tensor | None = None,
+) -> None:
     from mdnet.scan import selective_scan
 
-    y.copy_(selective_scan(*(inputs[name] for name in INPUTS), reverse))
+    made, last = selective_scan(
+        *(inputs.get(name) for name in INPUTS),
+        reverse,
+        delta_softplus=softplus is not False,
+        h0=inputs.get("h0"),
+        return_last_state=True,
+    )
+    y.copy_(made)
+    if h_last is not None:
+        h_last.copy_(last)
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import functools
 import math
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from gpu.kernels import Kernel, both, cases_module, double, open_kernel, random_
 from gpu.results import Figure
 from mdnet.scan import loop as scan_loop
 from mdnet.scan import mamba_ssm as scan_mamba
+from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops.scan_shapes import INPUTS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,23 +37,36 @@ def run(context: Context) -> None:
 
 
 def check(context: Context, kernel: Kernel, what: str, dtype: torch.dtype, reverse: bool) -> dict[str, Figure]:
-    """Run every case of one type and direction, with either kernel; any that is off fails the row, which names it."""
+    """Run every case of one type and direction, with each kernel; any that is off fails the row, which names it."""
     seed, wrong, largest, count = secrets.randbelow(2**31), [], 0.0, 0
+
+    def compare(name: str, got: Tensor, expected: np.ndarray, kind: str) -> None:
+        nonlocal largest
+        made = got.double().cpu().numpy()
+        if not np.isfinite(made).all():
+            wrong.append(f"{name} (not finite)")
+            return
+        try:
+            cases_module().assert_close(made, expected, kind, cases_module().CUDA_TOLERANCE)
+        except AssertionError as error:
+            wrong.append(f"{name} ({error})")
+        largest = max(largest, float(np.max(np.abs(made - expected)) / np.max(np.abs(expected))))
+
     for case, inputs, expected in _cases(context, dtype, reverse, seed):
         for small in both(inputs["A"].shape[1]):
             name = f"{case}, small" if small else case
             y = torch.full_like(inputs["u"], math.nan)
             kernel(inputs, y, reverse=reverse, small=small)
-            got = y.double().cpu().numpy()
             count += 1
-            if not np.isfinite(got).all():
-                wrong.append(f"{name} (not finite)")
-                continue
-            try:
-                cases_module().assert_close(got, expected, _name(dtype), cases_module().CUDA_TOLERANCE)
-            except AssertionError as error:
-                wrong.append(f"{name} ({error})")
-            largest = max(largest, float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))))
+            compare(name, y, expected, _name(dtype))
+    for case, inputs, expected, last in _variants(context, dtype, reverse, seed):
+        y = torch.full_like(inputs["u"], math.nan)
+        h_last = torch.full_like(inputs["h0"], math.nan) if case.state else None
+        kernel(inputs, y, reverse=reverse, softplus=case.softplus, h_last=h_last)
+        count += 1
+        compare(f"{case.name}, version 2", y, expected, _name(dtype))
+        if h_last is not None:
+            compare(f"{case.name}, last state", h_last, last, "float32")
     figures: dict[str, Figure] = {"cases": count, "largest error, of the largest output": largest, "seed": seed}
     if wrong:
         raise CheckFailed(f"{len(wrong)} of {count} cases are wrong: {'; '.join(wrong)[:200]}", figures)
@@ -74,6 +89,21 @@ def _cases(
         wide = double(inputs)
         expected, _ = scan_loop.scan(*(wide[name] for name in INPUTS), reverse=reverse)
         yield "×".join(map(str, sizes)), inputs, expected.cpu().numpy()
+
+
+def _variants(
+    context: Context, dtype: torch.dtype, reverse: bool, seed: int
+) -> Iterator[tuple[Any, dict[str, Tensor], np.ndarray, np.ndarray]]:
+    """Version 2's cases of the shared table, which the kernels have registers for: inputs, y and the last state."""
+    table = cases_module()
+    for place, case in enumerate(table.EVERY_VARIANT_CASE):
+        if (case.dtype, case.reverse) != (_name(dtype), reverse) or case.elements > context.sizes.case_elements:
+            continue
+        if case.states > cuda_kernel.MAX_STATES:
+            continue
+        inputs = tensors(table.make_variant_inputs(case, seed + place), dtype, context.device)
+        arrays = {name: value.double().cpu().numpy() for name, value in inputs.items()}
+        yield case, inputs, *table.expected_of(case, arrays)
 
 
 def check_mamba(context: Context) -> dict[str, Figure]:
