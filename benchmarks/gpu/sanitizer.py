@@ -25,11 +25,14 @@ from mdnet_engines.ops.scan_shapes import INPUTS
 
 TOOLS = ("memcheck", "racecheck")
 _FOUND = 86  # exit code where it has something to report
-_PARAMETERS = ("A", "D", "delta_bias")  # always float32
+_PARAMETERS = ("A", "D", "delta_bias", "h0")  # always float32
 _SIZES = ((1, 33, 19, 16), (2, 3, 5, 64), (1, 1, 1, 1))
 
 Launch = Callable[[dict[str, np.ndarray], str, bool, bool], np.ndarray]
-"""Inputs, the type of what has steps, whether it is the reverse scan, and the kernel for small launches → y."""
+"""Inputs, the type of what has steps, whether it is the reverse scan, and the kernel for small launches → y.
+
+With h0 among the inputs it is version 2's kernel, and the result y and h_last, one after the other.
+"""
 
 
 def run(context: Context) -> None:
@@ -85,6 +88,16 @@ def arrays(sizes: tuple[int, int, int, int], seed: int) -> dict[str, np.ndarray]
     return {**made, "A": -np.exp(made["A"])}
 
 
+def arrays_v2(sizes: tuple[int, int, int, int], seed: int) -> dict[str, np.ndarray]:
+    """The same with h0, without z, and with two or three groups where they can share the channels evenly."""
+    made = arrays(sizes, seed)
+    batch, channels, _, states = sizes
+    groups = next((groups for groups in (2, 3) if channels % groups == 0), 1)
+    made |= {name: np.repeat(made[name][:, None], groups, 1) for name in ("B", "C")}
+    del made["z"]
+    return {**made, "h0": np.ones((batch, channels, states), np.float32)}
+
+
 def main() -> None:
     """Launch every kernel on small inputs; exit 1 where an output is not finite."""
     launch, dtypes = _on_gpu() if sys.argv[1] == "cuda" else _emulated(Path(sys.argv[2]))
@@ -93,9 +106,10 @@ def main() -> None:
         for sizes in _SIZES:
             kernels = (False, True) if cuda_kernel.has_small(sizes[3]) else (False,)
             for reverse, small in itertools.product((False, True), kernels):
-                if not np.isfinite(launch(arrays(sizes, seed=launches), dtype, reverse, small)).all():
-                    sys.exit(f"{dtype}, {sizes}: not finite")
-                launches += 1
+                for make in (arrays,) if small else (arrays, arrays_v2):
+                    if not np.isfinite(launch(make(sizes, launches), dtype, reverse, small)).all():
+                        sys.exit(f"{dtype}, {sizes}: not finite")
+                    launches += 1
     print(f"{launches} launches")
 
 
@@ -107,8 +121,12 @@ def _on_gpu() -> tuple[Launch, tuple[str, ...]]:
         types = {name: "float32" if name in _PARAMETERS else dtype for name in inputs}
         y = driver.Buffer(np.full_like(inputs["u"], np.nan), dtype)
         buffers = {name: driver.Buffer(values, types[name]) for name, values in inputs.items()}
-        kernel(buffers, y, reverse=reverse, small=small, stream=0)
-        return y.read()
+        if "h0" not in inputs:
+            kernel(buffers, y, reverse=reverse, small=small, stream=0)
+            return y.read()
+        h_last = driver.Buffer(np.full_like(inputs["h0"], np.nan), "float32")
+        kernel(buffers, y, reverse=reverse, softplus=True, h_last=h_last, stream=0)
+        return np.append(y.read(), h_last.read())
 
     return launch, ("float32", "float16", "bfloat16")
 
@@ -120,7 +138,9 @@ def _emulated(folder: Path) -> tuple[Launch, tuple[str, ...]]:
         program = cuda_emulation.build(cuda_kernel.source(), folder)
 
     def launch(inputs: dict[str, np.ndarray], _: str, reverse: bool, small: bool) -> np.ndarray:
-        return cuda_emulation.launch(program, folder, inputs, reverse=reverse, small=small)
+        if "h0" not in inputs:
+            return cuda_emulation.launch(program, folder, inputs, reverse=reverse, small=small)
+        return np.append(*cuda_emulation.launch_v2(program, folder, inputs, reverse=reverse, state=True))
 
     return launch, ("float32",)
 
