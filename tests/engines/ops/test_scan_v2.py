@@ -29,6 +29,7 @@ from mdnet_engines.cuda import kernel as cuda_kernel
 from mdnet_engines.ops import native, scan_v2
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_engines.sessions.onnxruntime import cuda_problem
+from mdnet_engines.tensorrt.plugin import PARSER_ATTRIBUTES
 
 VARIANTS = [*scan_v2.VARIANTS.values()]
 needs_library = pytest.mark.skipif(
@@ -175,6 +176,8 @@ def test_tensorrt_rtx_builds_the_function_body_of_every_variant(grouped: bool, t
         inputs = [value for value in model.graph.input if value.name not in parameters]  # each with the batch first
         del model.graph.input[:]
         model.graph.input.extend(inputs)
+        (node,) = (node for node in model.graph.node if node.op_type == variant.name)
+        node.attribute.extend(onnx.helper.make_attribute(*pair) for pair in PARSER_ATTRIBUTES.items())
         onnx.save(model, tmp_path / f"{variant.name}.onnx")
         graphs[variant.name] = {"onnx": str(tmp_path / f"{variant.name}.onnx"), "tf32": False}
     request = {"ask": "build", "runtime": "tensorrt-rtx", "graphs": graphs, "folder": str(tmp_path), "targets": []}
