@@ -134,7 +134,7 @@ def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     assert delta_softplus
     return None, None, {result}
 """
-GOOD = EXTENSION.format(result="loop.scan(u, delta, A, B, C, D, z, delta_bias, reverse=False)")
+GOOD = EXTENSION.format(result="loop.scan(u, delta, A, B, C, D, z, delta_bias, reverse=False)[0]")
 
 
 @pytest.mark.parametrize("interface", [HARD, SOFT], ids=["hard import", "soft import"])

@@ -198,7 +198,7 @@ def _outside(bundle: Path) -> None:
         (_wrong_hash, "it was altered"),
         (_cut, "the copy is incomplete or altered"),
         (_outside, "graphs.vim.file.name"),
-        (_edit(schema_version=3), "schema version 3"),
+        (_edit(schema_version=99), "schema version 99"),
         (_edit(surprise=1), "surprise"),
         (_edit(graphs={}), "lacks the graphs"),
         (lambda bundle: (bundle / "fusion.onnx").unlink(), "fusion.onnx is missing"),
