@@ -53,7 +53,7 @@ int64_t mdnet_scan_splits(int64_t channels_of_a_group);
 int mdnet_scan_openmp(const MdnetScan* scan, const MdnetScanGradients* gradients, void* gomp_parallel, int threads);
 
 // Enqueue the forward pass on a stream of the current CUDA context, through the CUDA driver, which is loaded when first
-// needed. Tensors must be contiguous and on the device; strides are ignored, float64 is refused. What may be null is as on
-// the CPU. Returns null, or what went wrong as a text that lives until this thread calls again.
+// needed. Tensors must be contiguous and on the device; strides are ignored, float64 is refused. What may be null on
+// the CPU may be null here. Returns null, or what went wrong as a text that lives until this thread calls again.
 const char* mdnet_scan_cuda(const MdnetScan* scan, void* stream);
 }
