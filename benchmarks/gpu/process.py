@@ -43,7 +43,7 @@ class StageProcess:
             stdin.write(json.dumps(request).encode())
 
     def wait(self, limit: float, look: Callable[[], None]) -> tuple[str, str]:
-        """How it ended: a status and a note, both empty where it came to its end; TIMED_OUT where it has not.
+        """How it ended: a status and a note, both empty where it came to its end; TIMED_OUT where it did not.
 
         Args:
             limit: seconds to wait at most.

@@ -61,7 +61,7 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread runs, and has not lost its GPU."""
+        """Whether the model's thread runs and still has its GPU."""
         return self._thread.is_alive() and not self._lost
 
     def put(self, job: Job) -> None:

@@ -7,7 +7,6 @@ these arguments is tests/engines/cuda/test_kernel.py.
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,15 +39,7 @@ Launch = Callable[..., Any]
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Make calls, in one process, and give what was said and noted."""
-    environment = cuda_stub.environment(tmp_path_factory.mktemp("cuda"))
-
-    def put(*calls: dict[str, Any]) -> Any:
-        command = [sys.executable, "-m", "cuda_stub.probe", json.dumps(calls)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return put
+    return cuda_stub.probing("cuda_stub.probe", tmp_path_factory.mktemp("cuda"))
 
 
 def test_every_kernel_is_launched_by_its_name(launch: Launch) -> None:

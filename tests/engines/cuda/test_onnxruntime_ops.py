@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,15 +27,7 @@ Run = Callable[..., Any]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run nodes, in one process."""
-    environment = cuda_stub.environment(tmp_path_factory.mktemp("cuda"))
-
-    def put(*nodes: dict[str, Any]) -> Any:
-        command = [sys.executable, "-m", "cuda_stub.ort_probe", json.dumps(nodes)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return put
+    return cuda_stub.probing("cuda_stub.ort_probe", tmp_path_factory.mktemp("cuda"))
 
 
 def shapes(variant: scan_v2.Variant, *, grouped: bool = True, **changed: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The TensorRT plugins, with NVIDIA's own bindings: what TensorRT is told is what the kernel was written for.
+"""The TensorRT plugins, with NVIDIA's own bindings: TensorRT gets what the kernel was written for.
 
 TensorRT itself can't be had here, and no kernel runs: see tests/support/tensorrt_stubs.
 """

@@ -1,4 +1,4 @@
-"""The TensorRT plugins of version 2, with NVIDIA's own bindings: what TensorRT is told is what the kernel takes.
+"""The TensorRT plugins of version 2, with NVIDIA's own bindings: TensorRT gets what the kernel takes.
 
 That the PTX gives the right result with it is tests/engines/cuda/test_ptx.py.
 """

@@ -6,12 +6,15 @@ The process finds it by `environment`, as the native library does: by name. `Dri
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 COMPILER = shutil.which("cc")
 
@@ -25,6 +28,19 @@ def environment(folder: Path, base: Mapping[str, str] = os.environ) -> dict[str,
     support = str(Path(__file__).parents[1])  # where `python -m cuda_stub.probe` is found
     modules = [support, *filter(None, [base.get("PYTHONPATH")])]
     return {**base, "LD_LIBRARY_PATH": os.pathsep.join(paths), "PYTHONPATH": os.pathsep.join(modules)}
+
+
+def probing(module: str, folder: Path) -> Callable[..., Any]:
+    """A function that hands requests to `python -m MODULE`, one process for each call of it, and gives its answer."""
+    process = environment(folder)
+
+    def ask(*requests: dict[str, Any]) -> Any:
+        command = [sys.executable, "-m", module, json.dumps(requests)]
+        result = subprocess.run(command, env=process, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return ask
 
 
 class Driver:
