@@ -8,7 +8,8 @@ import numpy as np
 
 from mdnet.data.draw_face import draw_face
 from mdnet.data.drawn_set import rating
-from mdnet.data.scut_fbp5500 import Protocol, Rated, read_splits
+from mdnet.data.rated import Rated
+from mdnet.data.scut_fbp5500 import Protocol, read_splits
 from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet, load_set, stratified
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError

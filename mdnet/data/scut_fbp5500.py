@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from mdnet.data.rated import Rated, Split
 from mdnet_engines.errors import MDNetError, UsageError
 
 Protocol = Literal["60-40", "cv5"]
@@ -33,35 +33,6 @@ RELEASED_SIZES: dict[str, tuple[int, int]] = {"60-40": (3300, 2200), "cv5": (440
 _LISTS = "train_test_files"
 _NAME = re.compile(rf"(?:{'|'.join(GROUPS)})[0-9]+\.jpg")
 _ROUNDING = 1e-5  # ratings are written with six decimals and kept as float32
-
-
-@dataclass(frozen=True)
-class Rated:
-    """Images and their mean ratings, in the order of the file they were read from."""
-
-    images: list[Path]
-    ratings: np.ndarray  # (n,) float32, in rating points
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def groups(self) -> list[str]:
-        """Each image's group; see `group_of`."""
-        return [group_of(image.name) for image in self.images]
-
-    def take(self, rows: np.ndarray) -> Rated:
-        """The subset at `rows`."""
-        return Rated([self.images[row] for row in rows], self.ratings[rows])
-
-
-@dataclass(frozen=True)
-class Split:
-    """One training and test set of a protocol."""
-
-    name: str
-    train: Rated
-    test: Rated
 
 
 def group_of(name: str) -> str:
@@ -184,7 +155,8 @@ def _read_list(root: Path, file: Path, present: set[str]) -> Rated:
         )
     if not lines:
         raise MDNetError(f"{file} lists no image")
-    return Rated([root / "Images" / name for name in lines], np.array(ratings, dtype=np.float32))
+    images = [root / "Images" / name for name in lines]
+    return Rated(images, np.array(ratings, dtype=np.float32), [group_of(name) for name in lines])
 
 
 def _read_line(line: str, where: str) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mdnet.data.scut_fbp5500 import Rated
+from mdnet.data.rated import Rated
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.metrics import mae, pearson, rmse
 from mdnet_engines.progress import SILENT, Progress

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mdnet.data.scut_fbp5500 import FOLDS, GROUPS, Protocol, Rated, departures, read_splits
+from mdnet.data.rated import Rated
+from mdnet.data.scut_fbp5500 import FOLDS, Protocol, departures, read_splits
 from mdnet.evaluation.evaluate import BATCH_SIZE, FIGURES, Evaluation, predict
 from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
 from mdnet_engines.progress import SILENT, Progress
-
-EVERY_GROUP = "all"
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class SplitResult:
     test: Rated
     scores: np.ndarray  # (n,) float64, in rating points
 
-    def evaluation(self, group: str = EVERY_GROUP) -> Evaluation:
+    def evaluation(self, group: str | None = None) -> Evaluation:
         """The figures on all test images, or on those of one group; NaN if the split has none of the group."""
-        rows = np.array([group in (EVERY_GROUP, of) for of in self.test.groups], dtype=bool)
+        rows = np.array([group in (None, of) for of in self.test.groups], dtype=bool)
         return Evaluation.of(self.test.ratings[rows], self.scores[rows])
 
 
@@ -61,7 +60,12 @@ class Benchmark:
     splits: list[SplitResult]
     notes: list[str]
 
-    def spread(self, group: str = EVERY_GROUP) -> Spread:
+    @property
+    def groups(self) -> list[str]:
+        """Every group that test images have, sorted; images without one are in none."""
+        return sorted({group for split in self.splits for group in split.test.groups if group})
+
+    def spread(self, group: str | None = None) -> Spread:
         """Over the splits. A split that lacks a figure makes its mean NaN: half a benchmark is not averaged."""
         results = [split.evaluation(group) for split in self.splits]
         values = {name: np.array([result.figures()[name] for result in results]) for name in FIGURES}
@@ -74,7 +78,7 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """Everything, with null for a figure that is not there; `sd` is over the splits, with n − 1."""
 
-        def spread(group: str) -> dict[str, Any]:
+        def spread(group: str | None = None) -> dict[str, Any]:
             over = self.spread(group)
             return {"images": over.images, "mean": _plain(over.mean), "sd": _plain(over.sd)}
 
@@ -87,7 +91,7 @@ class Benchmark:
                     "name": split.name,
                     "model": {"path": str(split.model.path), "kind": split.model.kind, **split.model.facts},
                     **_evaluation(split.evaluation()),
-                    "groups": {group: _evaluation(split.evaluation(group)) for group in GROUPS},
+                    "groups": {group: _evaluation(split.evaluation(group)) for group in self.groups},
                     "predictions": [
                         {"image": image.name, "rating": round(float(rating), 6), "score": float(score)}
                         for image, rating, score in zip(
@@ -97,8 +101,8 @@ class Benchmark:
                 }
                 for split in self.splits
             ],
-            "overall": spread(EVERY_GROUP),
-            "groups": {group: spread(group) for group in GROUPS},
+            "overall": spread(),
+            "groups": {group: spread(group) for group in self.groups},
         }
 
 

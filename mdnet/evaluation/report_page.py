@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from mdnet.data.scut_fbp5500 import GROUPS
 from mdnet.evaluation.evaluate import FIGURES, Evaluation
-from mdnet.evaluation.protocols import EVERY_GROUP, Benchmark
+from mdnet.evaluation.protocols import Benchmark
 from mdnet.evaluation.published import published
 from mdnet_engines.report.charts import Point, histogram, residuals, scatter, thin, worst_first
 from mdnet_engines.report.numbers import number, score_text
@@ -36,11 +35,13 @@ def render_report(benchmark: Benchmark, *, facts: Mapping[str, str]) -> str:
         title=f"MD-Net on {Path(benchmark.data).name}, protocol {benchmark.protocol}",
         notes=benchmark.notes,
         facts={"data": benchmark.data, "protocol": benchmark.protocol, **_models(benchmark), **facts},
-        headline=_averaged(benchmark, EVERY_GROUP),
+        headline=_averaged(benchmark),
         splits=[(split.name, *_row(split.evaluation())) for split in benchmark.splits],
-        groups=[(group, str(benchmark.spread(group).images), *_averaged(benchmark, group)) for group in GROUPS],
+        groups=[
+            (group, str(benchmark.spread(group).images), *_averaged(benchmark, group)) for group in benchmark.groups
+        ],
         split_groups=[
-            (split.name, [(group, *_row(split.evaluation(group))) for group in GROUPS])
+            (split.name, [(group, *_row(split.evaluation(group))) for group in benchmark.groups])
             for split in (benchmark.splits if several else [])
         ],
         several=several,
@@ -73,7 +74,7 @@ def _models(benchmark: Benchmark) -> dict[str, str]:
     return {"model": next(iter(rows.values()))} if same else {f"model of {name}": text for name, text in rows.items()}
 
 
-def _averaged(benchmark: Benchmark, group: str) -> list[str]:
+def _averaged(benchmark: Benchmark, group: str | None = None) -> list[str]:
     """PC, MAE and RMSE as text; with the spread where there are several splits."""
     spread = benchmark.spread(group)
     if len(benchmark.splits) == 1:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mdnet.data.scut_fbp5500 import Rated, Split
+from mdnet.data.rated import Rated, Split
 from mdnet.evaluation.evaluate import FIGURES, Evaluation
 from mdnet.model.config import FUSIONS, TrainConfig
 from mdnet.model.net import MDNet, with_fusion

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdnet.data.scut_fbp5500 import Rated
+from mdnet.data.rated import Rated
 from mdnet.evaluation.evaluate import load_needed
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from mdnet.data.scut_fbp5500 import Rated
+from mdnet.data.rated import Rated
 from mdnet.model.config import TrainConfig
 from mdnet.training.features import encoder_digest, state_digest
 from mdnet_engines.errors import MDNetError, UsageError, first_line

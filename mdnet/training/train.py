@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdnet.data.scut_fbp5500 import Rated
+from mdnet.data.rated import Rated
 from mdnet.model.config import TrainConfig
 from mdnet.model.net import MDNet
 from mdnet.training.features import Features, cached_features

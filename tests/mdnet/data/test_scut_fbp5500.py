@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdnet.data.scut_fbp5500 import GROUPS, RELEASED_SIZES, Protocol, Rated, Split, departures, group_of, read_splits
+from mdnet.data.rated import Rated, Split
+from mdnet.data.scut_fbp5500 import GROUPS, RELEASED_SIZES, Protocol, departures, group_of, read_splits
 from mdnet_engines.errors import MDNetError, UsageError
 
 HALVES = "train_test_files/split_of_60%training and 40%testing"

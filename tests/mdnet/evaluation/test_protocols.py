@@ -14,7 +14,8 @@ import pytest
 from recorded import Recorded
 from scipy import stats
 
-from mdnet.data.scut_fbp5500 import GROUPS, Rated, read_splits
+from mdnet.data.rated import Rated
+from mdnet.data.scut_fbp5500 import GROUPS, read_splits
 from mdnet.evaluation.evaluate import Evaluation, predict
 from mdnet.evaluation.protocols import Benchmark, SplitResult, assign, run_benchmark, seen_images
 from mdnet.evaluation.scored_model import Device, ScoredModel, training_of
@@ -104,7 +105,8 @@ def test_progress_and_results_come_split_by_split(faces: Path) -> None:
 def test_a_split_without_a_group_leaves_a_gap_and_no_mean() -> None:
     def split(names: list[str]) -> SplitResult:
         ratings = np.linspace(2, 4, len(names), dtype=np.float32)
-        return SplitResult("fold", scored_by(), Rated([Path(name) for name in names], ratings), ratings + 0.5)
+        test = Rated([Path(name) for name in names], ratings, [name[:2] for name in names])
+        return SplitResult("fold", scored_by(), test, ratings + 0.5)
 
     result = Benchmark("cv5", "faces", [split(["AF1.jpg", "AF2.jpg", "CM1.jpg"]), split(["AF3.jpg", "AF4.jpg"])], [])
     assert result.spread("AF").mean == pytest.approx({"pearson": 1.0, "mae": 0.5, "rmse": 0.5})

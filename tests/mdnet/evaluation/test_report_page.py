@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from pages import Page, axis, chart, dots, loads_nothing
 
 from mdnet.cli.main import main
-from mdnet.data.scut_fbp5500 import GROUPS, Protocol, Rated
+from mdnet.data.rated import Rated
+from mdnet.data.scut_fbp5500 import GROUPS, Protocol
 from mdnet.evaluation.protocols import Benchmark, SplitResult
 from mdnet.evaluation.published import PUBLISHED
 from mdnet.evaluation.report_page import render_report
@@ -28,9 +29,11 @@ def benchmark(
     names = ["60-40"] if protocol == "60-40" else [f"fold {n}" for n in range(1, 6)]
     splits = []
     for row, name in enumerate(names):
-        files = [Path(f"{GROUPS[i % 4]}{1 + i + row * images}.jpg") for i in range(images)]
+        groups = [GROUPS[i % 4] for i in range(images)]
+        files = [Path(f"{group}{1 + i + row * images}.jpg") for i, group in enumerate(groups)]
         ratings = rng.uniform(1, 5, images).astype(np.float32)
-        splits.append(SplitResult(name, model, Rated(files, ratings), ratings + rng.normal(0, 0.3, images)))
+        test = Rated(files, ratings, groups)
+        splits.append(SplitResult(name, model, test, ratings + rng.normal(0, 0.3, images)))
     return Benchmark(protocol, data, splits, notes or [])
 
 
@@ -136,7 +139,7 @@ def test_a_whole_data_set_gives_a_small_page() -> None:
 @pytest.mark.parametrize("ratings", [np.full(4, 3.0), np.array([2.0, 3.0, 4.0, 5.0])])
 def test_equal_scores_or_ratings_still_make_a_page(scores: np.ndarray, ratings: np.ndarray) -> None:
     model = ScoredModel(Path("m"), "bundle", 128, Training())
-    test = Rated([Path(f"{group}1.jpg") for group in GROUPS], ratings.astype(np.float32))
+    test = Rated([Path(f"{group}1.jpg") for group in GROUPS], ratings.astype(np.float32), [*GROUPS])
     html = render_report(Benchmark("60-40", "d", [SplitResult("60-40", model, test, scores)], []), facts={})
     for name in ("scatter", "residuals", "histogram"):
         chart(html, name)

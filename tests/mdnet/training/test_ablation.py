@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from recorded import Recorded
 
 from mdnet.cli.main import main
-from mdnet.data.scut_fbp5500 import Split, read_splits
+from mdnet.data.rated import Split
+from mdnet.data.scut_fbp5500 import read_splits
 from mdnet.evaluation.evaluate import Evaluation, evaluate
 from mdnet.model.config import FUSIONS, TrainConfig, preset
 from mdnet.model.net import MDNet, random_mdnet, with_fusion

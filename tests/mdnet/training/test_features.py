@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from recorded import Recorded
 
-from mdnet.data.scut_fbp5500 import Rated, read_splits
+from mdnet.data.rated import Rated
+from mdnet.data.scut_fbp5500 import read_splits
 from mdnet.model.config import preset
 from mdnet.model.diffusion import DiffusionEncoder
 from mdnet.model.net import MDNet, random_mdnet
