@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Scale(NamedTuple):
+    """The least and the greatest rating that can be given, such as 1 and 5."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -36,3 +47,5 @@ class Split:
     name: str
     train: Rated
     test: Rated
+    fold: int | None = None
+    """Its number, where the protocol has folds."""

@@ -19,13 +19,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mdnet.data.rated import Rated, Split
+from mdnet.data.rated import Rated, Scale, Split
 from mdnet_engines.errors import MDNetError, UsageError
 
 Protocol = Literal["60-40", "cv5"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 GROUPS = ("AF", "AM", "CF", "CM")
-RATING_RANGE = (1.0, 5.0)
+RATING_SCALE = Scale(1.0, 5.0)
 FOLDS = 5
 RELEASED_SIZES: dict[str, tuple[int, int]] = {"60-40": (3300, 2200), "cv5": (4400, 1100)}
 """Training and test images of each split of the released data set."""
@@ -65,7 +65,15 @@ def read_splits(root: Path, protocol: Protocol) -> list[Split]:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MDNetError(f"{missing[0]} is missing{more}; is the data set unpacked whole?")
     present = set(os.listdir(root / "Images"))
-    splits = [Split(name, *(_read_list(root, file, present) for file in pair)) for name, pair in files.items()]
+    splits = [
+        Split(
+            name,
+            _read_list(root, train, present),
+            _read_list(root, test, present),
+            None if protocol == "60-40" else fold,
+        )
+        for fold, (name, (train, test)) in enumerate(files.items(), start=1)
+    ]
     for split, (train, test) in zip(splits, files.values(), strict=True):
         if shared := set(split.train.images) & set(split.test.images):
             raise MDNetError(f"{test}: {len(shared)} test images are also in {train.name}, such as {_first(shared)}")
@@ -171,9 +179,8 @@ def _read_line(line: str, where: str) -> tuple[str, float]:
         group_of(name)
     except MDNetError as error:
         raise MDNetError(f"{where}: {error}") from None
-    low, high = RATING_RANGE
-    if not low <= rating <= high:  # NaN too
-        raise MDNetError(f"{where}: the rating of {name} is {text}; expected {low:g} to {high:g}")
+    if not RATING_SCALE.low <= rating <= RATING_SCALE.high:  # NaN too
+        raise MDNetError(f"{where}: the rating of {name} is {text}; expected {RATING_SCALE}")
     return name, rating
 
 
