@@ -6,16 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import click
-
 from mdnet_engines.errors import UsageError, require
 from mdnet_engines.system.output_path import is_special
 
 DRAWN_FACES = 2000
-
-protocol_option = click.option(
-    "--protocol", type=click.Choice(["60-40", "cv5"]), default="60-40", show_default=True, help="Official split."
-)
 
 
 def check_output(file: Path | None, option: str = "-o", what: str = "the checkpoint") -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet import __version__
-from mdnet.cli.common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
+from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
+from mdnet.cli.data import data_help, parse_scale, protocol_option, scale_option
 from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
@@ -18,7 +19,6 @@ from mdnet_engines.errors import require
 from mdnet_engines.system.output_path import write_text
 
 if TYPE_CHECKING:
-    from mdnet.data.scut_fbp5500 import Protocol
     from mdnet.evaluation.scored_model import Device
     from mdnet_engines.backends.candidates import Backend
 
@@ -104,10 +104,9 @@ def import_(
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT_OR_BUNDLE...")
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="SCUT-FBP5500, or faces from `mdnet draw`."
-)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help=data_help)
 @protocol_option
+@scale_option
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Write a page with tables and charts to this .html file."
 )
@@ -122,17 +121,19 @@ def import_(
 def evaluate(
     models: tuple[Path, ...],
     data: Path,
-    protocol: Protocol,
+    protocol: str | None,
+    scale: tuple[float, float] | None,
     report: Path | None,
     json_: Path | None,
     batch_size: int,
     device: Device,
     backend: Backend,
 ) -> None:
-    """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over the folds of cv5.
+    """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over its folds.
 
-    A model is a checkpoint or a bundle's folder. For cv5 give five, in the order of the folds (each trained on the
-    training list of its fold), or one for all of them. Figures per group are in --report and --json.
+    A model is a checkpoint or a bundle's folder. Of a protocol with folds give one model for each, in their order
+    (each trained on the training list of its fold), or one for all of them. Of a table without a split or fold column
+    all pictures are scored. Figures per group are in --report and --json.
     """
     from mdnet.evaluation.protocols import run_benchmark
     from mdnet.evaluation.scored_model import open_model
@@ -146,6 +147,7 @@ def evaluate(
             [open_model(path) for path in models],
             data,
             protocol,
+            scale=parse_scale(scale),
             device=device,
             backend=backend,
             batch_size=batch_size,
@@ -153,7 +155,7 @@ def evaluate(
             on_result=lambda split: click.echo(f"{split.name}: {split.evaluation()}"),
         )
     if len(benchmark.splits) > 1:
-        click.echo(f"{protocol}: {benchmark.spread()}")
+        click.echo(f"{benchmark.protocol}: {benchmark.spread()}")
     if json_:
         write_text(json_, json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n")
     if report:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mdnet.cli.common import DRAWN_FACES, check_output, command_line, protocol_option, require_train
+from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
+from mdnet.cli.data import (
+    check_fold,
+    data_help,
+    data_or_drawn,
+    fold_option,
+    parse_scale,
+    protocol_option,
+    scale_option,
+    training_split,
+)
+from mdnet.data.rated import Scale
 from mdnet.model.config import FUSIONS, TrainConfig, preset
 from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError
 
 if TYPE_CHECKING:
-    from mdnet.data.scut_fbp5500 import Protocol
     from mdnet.evaluation.scored_model import Device
     from mdnet.model.net import MDNet
     from mdnet.training.train import Epoch
@@ -26,9 +34,10 @@ if TYPE_CHECKING:
 _TRAINING_OPTIONS = (
     click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch."),
     click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from."),
-    click.option("--data", type=click.Path(path_type=Path), help="SCUT-FBP5500, or faces from `mdnet draw`."),
+    click.option("--data", type=click.Path(path_type=Path), help=data_help),
     protocol_option,
-    click.option("--fold", type=click.IntRange(1, 5), help="Which fold of cv5 to train for."),
+    fold_option,
+    scale_option,
     click.option("--epochs", type=click.IntRange(min=1), default=16, show_default=True),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True),
@@ -104,8 +113,9 @@ def train(
     preset: str | None,
     init: Path | None,
     data: Path | None,
-    protocol: Protocol,
+    protocol: str | None,
     fold: int | None,
+    scale: tuple[float, float] | None,
     device: Device,
     cache: Path | None,
     half_features: bool,
@@ -119,10 +129,9 @@ def train(
     """Train on a training list of the protocol, evaluate on its test list, write a checkpoint.
 
     Without --data, the preset demo draws its own faces. After each epoch the run is kept in OUTPUT.state; a run that
-    was interrupted continues with --resume.
+    was interrupted continues with --resume. docs/mdnet.md has the layout of a table of your own ratings.
     """
     require_train()
-    from mdnet.data.scut_fbp5500 import read_splits
     from mdnet.evaluation.evaluate import evaluate
     from mdnet.evaluation.scored_model import check_device
     from mdnet.model.checkpoint import save_checkpoint
@@ -132,17 +141,18 @@ def train(
     from mdnet.training.train import train as fit
 
     check_output(output)
-    _check_fold(protocol, fold)
+    check_fold(protocol, fold, drawn=data is None)
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
     state.check()
     check_device(device)
-    model = _initial_model(preset, init, seed)
+    model = _initial_model(preset, init, seed, parse_scale(scale))
     if fusion not in (None, model.config.fusion):
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
     config = TrainConfig(**how, seed=seed)
-    with _data_or_drawn(data) as folder, training_log(log) as write_log:
-        split = read_splits(folder, protocol)[(fold or 1) - 1]
+    with data_or_drawn(data) as rated, training_log(log) as write_log:
+        with show_progress() as progress:
+            protocol, split = training_split(rated, protocol, fold, _scale_of(model), progress)
         with show_progress() as progress:
 
             def on_epoch(epoch: Epoch) -> None:
@@ -165,9 +175,10 @@ def train(
             result = evaluate(model, split.test, progress=progress)
     notes = {
         "command": command_line(),
-        "data": data.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
+        "data": rated.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
+        **({"data_sha256": rated.sha256} if rated.sha256 else {}),
         "protocol": protocol,
-        **({"fold": fold} if fold else {}),
+        **({} if fold is None else {"fold": fold}),
         "best_epoch": best.number,
         "test": dataclasses.asdict(result),
     }
@@ -187,8 +198,9 @@ def ablate(
     preset: str | None,
     init: Path | None,
     data: Path | None,
-    protocol: Protocol,
+    protocol: str | None,
     fold: int | None,
+    scale: tuple[float, float] | None,
     device: Device,
     cache: Path | None,
     half_features: bool,
@@ -202,21 +214,21 @@ def ablate(
     Markdown table, mean ± sd over the seeds. The same command with the same -o makes only the runs that are missing.
     """
     require_train()
-    from mdnet.data.scut_fbp5500 import read_splits
     from mdnet.evaluation.scored_model import check_device
     from mdnet.training.ablation import Results, table
     from mdnet.training.ablation import ablate as compare
 
     check_output(output, what="the runs")
-    _check_fold(protocol, fold)
+    check_fold(protocol, fold, drawn=data is None)
     check_device(device)
     results = Results(output)
-    _check_data(data, _initial_model(preset, init, 0))
+    on_scale = parse_scale(scale)
+    _check_data(data, model := _initial_model(preset, init, 0, on_scale))
     config = TrainConfig(**how)
-    with _data_or_drawn(data) as folder, show_progress() as progress:
-        split = read_splits(folder, protocol)[(fold or 1) - 1]
+    with data_or_drawn(data) as rated, show_progress() as progress:
+        _, split = training_split(rated, protocol, fold, _scale_of(model), progress)
         runs = compare(
-            lambda seed: _initial_model(preset, init, seed),
+            lambda seed: _initial_model(preset, init, seed, on_scale),
             split,
             config,
             seeds=range(seeds),
@@ -230,17 +242,27 @@ def ablate(
     click.echo(table(runs))
 
 
-def _check_fold(protocol: Protocol, fold: int | None) -> None:
-    if (protocol == "cv5") != (fold is not None):
-        raise UsageError("--protocol cv5 needs --fold 1 to 5, and --fold needs --protocol cv5")
-
-
 def _check_data(data: Path | None, model: MDNet) -> None:
+    from mdnet.data.scut_fbp5500 import RATING_SCALE
+
     if data is None and model.config.preset != "demo":
         raise UsageError(f"preset {model.config.preset} needs --data DIR; only demo draws its own")
+    if data is None and _scale_of(model) != RATING_SCALE:
+        raise UsageError(f"drawn faces have ratings from {RATING_SCALE}, the model's scale is {_scale_of(model)}")
 
 
-def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
+def _initial_model(preset_name: str | None, init: Path | None, seed: int, scale: Scale | None) -> MDNet:
+    from mdnet.model.net import with_scale
+
+    model = _model_to_start_from(preset_name, init, seed)
+    return model if scale is None else with_scale(model, *scale)
+
+
+def _scale_of(model: MDNet) -> Scale:
+    return Scale(model.config.score_min, model.config.score_max)
+
+
+def _model_to_start_from(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
     from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
     from mdnet.model.net import random_mdnet
 
@@ -254,18 +276,3 @@ def _initial_model(preset_name: str | None, init: Path | None, seed: int) -> MDN
     model = random_mdnet(preset(preset_name), seed)
     model.diffusion = load_checkpoint(demo_checkpoint()).diffusion
     return model
-
-
-@contextlib.contextmanager
-def _data_or_drawn(data: Path | None) -> Iterator[Path]:
-    if data is not None:
-        yield data
-        return
-    from mdnet.data.drawn_set import write_dataset
-
-    with tempfile.TemporaryDirectory(prefix="mdnet-faces-") as scratch:
-        folder = Path(scratch) / "drawn"
-        say(f"no --data: drawing {DRAWN_FACES} faces")
-        with show_progress() as progress:
-            write_dataset(folder, DRAWN_FACES, 0, progress)
-        yield folder

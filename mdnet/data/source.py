@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from mdnet.data.rated import Scale, Split
 from mdnet.data.scut_fbp5500 import PROTOCOLS, RATING_SCALE, Protocol, departures, read_splits
 from mdnet.data.table import RatingTable, read_table
@@ -51,7 +53,7 @@ class RatedData:
                 raise UsageError(
                     f"protocol {asked} is not one of {printable(self.path)}; known: {_KNOWN[self.table is None]}"
                 )
-            return asked
+            return asked.removesuffix(":0") if asked.count(":") == 2 else asked
         if self.table is None:
             return "60-40"
         if self.table.parts is not None:
@@ -83,19 +85,26 @@ class RatedData:
             raise UsageError(f"{printable(self.path)} has ratings from {RATING_SCALE}, not {scale}; {fitting}")
 
     def departures(self, protocol: str, splits: Sequence[Split]) -> list[str]:
-        """What a reader must know of the data before comparing figures, a line each."""
+        """How SCUT-FBP5500 differs from its release, a line each; none for a table."""
+        return departures(self.path, cast(Protocol, protocol), splits) if self.table is None else []
+
+    def notes(self, scale: Scale) -> list[str]:
+        """What the user should know of a table before it is used on `scale`, a line each."""
         if self.table is None:
-            return departures(self.path, cast(Protocol, protocol), splits)
-        return self.notes()
-
-    def notes(self) -> list[str]:
-        """What of the table is not used, a line each."""
-        if self.table is None or not self.table.unused:
             return []
-        unused = printable(", ".join(self.table.unused))
-        return [f"{printable(self.table.file)}: columns that are not used: {unused:.200}"]
+        notes, file, ratings = [], printable(self.table.file), self.table.rated.ratings
+        if self.table.unused:
+            notes.append(f"{file}: columns that are not used: {printable(', '.join(self.table.unused)):.200}")
+        if len(ratings) >= _MANY and np.ptp(ratings) < (scale.high - scale.low) / 2:
+            notes.append(
+                f"{file}: ratings reach from {ratings.min():g} to {ratings.max():g}, less than half of the scale "
+                f"{scale}; are they on that scale?"
+            )
+        return notes
 
 
+_MANY = 20
+"""Ratings of so many pictures should fill half of their scale."""
 _KNOWN = {True: ", ".join(PROTOCOLS), False: "split, folds, kfold:K, kfold:K:SEED, all"}
 """By whether the data are SCUT-FBP5500's."""
 

@@ -1,4 +1,4 @@
-"""One protocol of SCUT-FBP5500, whole: every split scored, every group, mean and spread over the folds."""
+"""One protocol, whole: every split scored, every group, mean and spread over the folds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mdnet.data.rated import Rated
-from mdnet.data.scut_fbp5500 import FOLDS, Protocol, departures, read_splits
+from mdnet.data.rated import Rated, Scale
+from mdnet.data.source import RatedData, open_data
 from mdnet.evaluation.evaluate import BATCH_SIZE, FIGURES, Evaluation, predict
 from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
@@ -55,10 +55,15 @@ class Spread:
 class Benchmark:
     """The result of one protocol. `notes` says what a reader must know before comparing it with another."""
 
-    protocol: Protocol
+    protocol: str
     data: str
     splits: list[SplitResult]
     notes: list[str]
+
+    @property
+    def scale(self) -> Scale:
+        """Of ratings and scores."""
+        return self.splits[0].model.scale
 
     @property
     def groups(self) -> list[str]:
@@ -85,6 +90,7 @@ class Benchmark:
         return {
             "protocol": self.protocol,
             "data": self.data,
+            "scale": {"minimum": self.scale.low, "maximum": self.scale.high},
             "notes": self.notes,
             "splits": [
                 {
@@ -109,29 +115,37 @@ class Benchmark:
 def run_benchmark(
     models: Sequence[ScoredModel],
     data: Path,
-    protocol: Protocol,
+    protocol: str | None = None,
     *,
+    scale: Scale | None = None,
     device: Device = "cpu",
     backend: Backend = "auto",
     batch_size: int = BATCH_SIZE,
     progress: Progress = SILENT,
     on_result: Callable[[SplitResult], None] = lambda _: None,
 ) -> Benchmark:
-    """Score every split of a protocol: with the one model, or for `cv5` with one for each fold, in their order.
+    """Score every split of a protocol: with the one model, or with one for each fold, in their order.
 
     Args:
+        data: SCUT-FBP5500's folder, or a table of ratings.
+        protocol: by default that of the data (`RatedData.protocol`).
+        scale: of the ratings, by default the models'.
         device: what runs checkpoints.
         backend: what runs bundles.
         progress: receives each note before anything is scored, and counts images.
         on_result: called after each split.
 
     Raises:
-        UsageError: another number of models, or `data` is not the data set.
+        UsageError: another number of models, models or ratings of different scales, or `data` is not a data set.
         MDNetError: the data set is broken, an image can't be read, or a model can't be loaded.
     """
-    per_split = assign(models, protocol)
-    splits = read_splits(data, protocol)
-    notes = [*seen_images(per_split, protocol), *departures(data, protocol, splits)]
+    rated = open_data(data)
+    protocol = rated.protocol(protocol, training=False)
+    check_scales(models, rated, scale)
+    splits = rated.splits(protocol, progress)
+    per_split = assign(models, len(splits), protocol)
+    notes = seen_images(per_split, [split.fold for split in splits], protocol, rated)
+    notes += [*rated.departures(protocol, splits), *rated.notes(per_split[0].scale)]
     for note in notes:
         progress.note(note)
     results, loaded = [], None
@@ -152,46 +166,75 @@ def run_benchmark(
     return Benchmark(protocol, str(data), results, notes)
 
 
-def assign(models: Sequence[ScoredModel], protocol: Protocol) -> list[ScoredModel]:
+def check_scales(models: Sequence[ScoredModel], data: RatedData, scale: Scale | None) -> None:
+    """Raise where models and ratings are not all on one scale: errors in rating points would mean nothing.
+
+    Args:
+        scale: of the ratings, where the user has said it.
+    """
+    for model in models:
+        trained = f"{model.path} was trained for the scale {model.scale}"
+        if model.scale != models[0].scale:
+            raise UsageError(f"{trained}, {models[0].path} for {models[0].scale}; one evaluation needs one scale")
+        if scale is not None and scale != model.scale:
+            raise UsageError(
+                f"{trained}, --scale says {scale}; train a model with --scale {scale.low:g} {scale.high:g}"
+            )
+        data.check_scale(model.scale, f"{trained}; for these ratings train one with --scale {{fitting}}")
+
+
+def assign(models: Sequence[ScoredModel], splits: int, protocol: str) -> list[ScoredModel]:
     """The model of each split.
 
     Raises:
-        UsageError: there are neither one nor, for `cv5`, as many as folds.
+        UsageError: there are neither one nor as many as splits.
     """
-    wanted = 1 if protocol == "60-40" else FOLDS
-    if len(models) not in (1, wanted):
-        expected = "one" if wanted == 1 else f"one, or {wanted} in the order of the folds"
+    if len(models) not in (1, splits):
+        expected = "one" if splits == 1 else f"one, or {splits} in the order of the folds"
         raise UsageError(f"{len(models)} models for protocol {protocol}; expected {expected}")
-    return [*models] if len(models) == wanted else [*models] * wanted
+    return [*models] if len(models) == splits else [*models] * splits
 
 
-def seen_images(per_split: Sequence[ScoredModel], protocol: Protocol) -> list[str]:
+def seen_images(
+    per_split: Sequence[ScoredModel], folds: Sequence[int | None], protocol: str, data: RatedData
+) -> list[str]:
     """A line for each model that, by what it says of its training, has learned from images it is tested on.
 
-    One model for all folds gets a line even if it says nothing. Whether the data are those it was trained on can't be
-    told from a name, so a line says what it would mean.
+    A table is known by its hash. SCUT-FBP5500 is not: whether the data are those it was trained on can't be told from
+    a name, so a line says what it would mean. One model for all folds gets a line even if it says nothing.
+
+    Args:
+        folds: the number of each split's fold.
     """
     notes = []
-    for model in dict.fromkeys(model.path for model in per_split):
-        rows = [row for row, other in enumerate(per_split, start=1) if other.path == model]
-        training = per_split[rows[0] - 1].training
-        if (reason := _seen(training, protocol, rows)) is not None:
-            notes.append(f"{model} {reason}: these figures are no benchmark result")
+    for model in {model.path: model for model in per_split}.values():
+        tested = [fold for fold, other in zip(folds, per_split, strict=True) if other.path == model.path]
+        if (reason := _seen(model.training, protocol, tested, data)) is not None:
+            notes.append(f"{model.path} {reason}")
     return notes
 
 
-def _seen(training: Training, protocol: Protocol, folds: list[int]) -> str | None:
+_NO_RESULT = "these figures are no benchmark result"
+
+
+def _seen(training: Training, protocol: str, folds: Sequence[int | None], data: RatedData) -> str | None:
     of = f" of {training.data!r}" if training.data else ""
-    if training.protocol is not None and training.protocol != protocol:
-        return f"was trained with {training.protocol}{of}, so on the same data it has seen test images of {protocol}"
-    if protocol == "60-40":
+    so = "so" if training.data_sha256 else "so on the same data"
+    if training.data_sha256 != data.sha256 and training.protocol is not None:
+        if training.data == data.name:
+            return f"was trained on another {data.name!r}, so whether it has seen test images is not known"
         return None
-    if training.fold is not None and folds != [training.fold]:
+    if training.protocol is not None and training.protocol != protocol:
+        return f"was trained with {training.protocol}{of}, {so} it has seen test images of {protocol}: {_NO_RESULT}"
+    if None in folds:
+        return None
+    if training.fold is not None and [*folds] != [training.fold]:
         tested = ", ".join(str(fold) for fold in folds if fold != training.fold)
-        return f"was trained for fold {training.fold}{of}, so on the same data it has seen test images of fold {tested}"
+        return f"was trained for fold {training.fold}{of}, {so} it has seen test images of fold {tested}: {_NO_RESULT}"
     if len(folds) > 1:
         it_says = f" (it says:{of})" if of else ""
-        return f"scores all five folds, so if it was trained on this data{it_says}, it has seen test images"
+        so = f"so if it was trained on this data{it_says}, it has seen test images"
+        return f"scores all {len(folds)} folds, {so}: {_NO_RESULT}"
     return None
 
 

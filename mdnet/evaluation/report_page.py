@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from mdnet.data.scut_fbp5500 import PROTOCOLS
 from mdnet.evaluation.evaluate import FIGURES, Evaluation
 from mdnet.evaluation.protocols import Benchmark
 from mdnet.evaluation.published import published
@@ -34,7 +35,13 @@ def render_report(benchmark: Benchmark, *, facts: Mapping[str, str]) -> str:
         Path(__file__).with_name("report_page.html.j2"),
         title=f"MD-Net on {Path(benchmark.data).name}, protocol {benchmark.protocol}",
         notes=benchmark.notes,
-        facts={"data": benchmark.data, "protocol": benchmark.protocol, **_models(benchmark), **facts},
+        facts={
+            "data": benchmark.data,
+            "protocol": benchmark.protocol,
+            "scale": str(benchmark.scale),
+            **_models(benchmark),
+            **facts,
+        },
         headline=_averaged(benchmark),
         splits=[(split.name, *_row(split.evaluation())) for split in benchmark.splits],
         groups=[
@@ -46,6 +53,7 @@ def render_report(benchmark: Benchmark, *, facts: Mapping[str, str]) -> str:
         ],
         several=several,
         ours=[_figure(overall.mean[name]) for name in FIGURES],
+        scut=benchmark.protocol in PROTOCOLS,
         published=[
             (row.method, row.protocol or "not stated", *map(_figure, (row.pearson, row.mae, row.rmse)), row.source)
             for row in published(benchmark.protocol)

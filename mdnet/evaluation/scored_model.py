@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from mdnet.data.rated import Scale
 from mdnet_engines.backends.choice import open_graphs
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, Training
 from mdnet_engines.errors import MDNetError, UsageError, require
@@ -32,6 +34,8 @@ class ScoredModel:
     image_size: int
     training: Training
     """Which images it learned from, as far as it says."""
+    scale: Scale = field(kw_only=True)
+    """Of its scores."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """For a report: preset, precision, hash."""
     to_srgb: bool = True
@@ -83,10 +87,12 @@ def check_device(device: Device) -> None:
 def training_of(notes: Mapping[str, object]) -> Training:
     """What a checkpoint's notes say about its training images; whatever else they hold is left out."""
     protocol, fold, data = notes.get("protocol"), notes.get("fold"), notes.get("data")
+    sha256 = notes.get("data_sha256")
     return Training(
         protocol=protocol[:40] if isinstance(protocol, str) else None,
         fold=fold if isinstance(fold, int) else None,
         data=data[:400] if isinstance(data, str) else None,
+        data_sha256=sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None,
     )
 
 
@@ -121,6 +127,7 @@ def _open_bundle(path: Path) -> ScoredModel:
         },
         manifest.preprocessing.to_srgb,
         bundle,
+        scale=Scale(manifest.score.minimum, manifest.score.maximum),
     )
 
 
@@ -132,4 +139,5 @@ def _open_checkpoint(path: Path) -> ScoredModel:
 
     config, notes = read_metadata(path)
     facts = {"preset": config.preset, "precision": "PyTorch fp32", "weights": f"sha256 {sha256_of(path)[:12]}…"}
-    return ScoredModel(path, "checkpoint", config.image_size, training_of(notes), facts)
+    scale = Scale(config.score_min, config.score_max)
+    return ScoredModel(path, "checkpoint", config.image_size, training_of(notes), facts, scale=scale)

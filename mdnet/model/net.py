@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
-from mdnet.model.fusion import Fusion
+from mdnet.model.fusion import Fusion, Head
 from mdnet.model.vim import VisionMamba
 
 
@@ -42,6 +42,19 @@ def with_fusion(model: MDNet, fusion: str, seed: int) -> MDNet:
     changed.diffusion, changed.vim = model.diffusion, model.vim
     changed.fusion = random_fusion(config, seed)
     return changed.eval()
+
+
+def with_scale(model: MDNet, low: float, high: float) -> MDNet:
+    """`model`, changed in place so that its scores are from `low` to `high`; its weights stay.
+
+    Raises:
+        UsageError: `low` is not below `high`.
+    """
+    model.config = dataclasses.replace(model.config, score_min=low, score_max=high)
+    for part in model.fusion.modules():
+        if isinstance(part, Head):
+            part.low, part.high = low, high
+    return model
 
 
 def random_fusion(config: MDNetConfig, seed: int) -> Fusion:

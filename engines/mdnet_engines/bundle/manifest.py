@@ -183,11 +183,13 @@ class Training(Part):
     """Which images the weights were trained on, as the checkpoint records; `None` if it doesn't."""
 
     protocol: str | None = Field(default=None, max_length=40)
-    """Of which protocol of SCUT-FBP5500 the training list was: `60-40` or `cv5`."""
+    """Of which protocol the training list was: `60-40` or `cv5` of SCUT-FBP5500, or one of a table of ratings."""
     fold: int | None = None
-    """Of `cv5`: which of the five folds was left out, from 1."""
+    """Which fold was left out, where the protocol has folds; from 1, unless a table numbers them otherwise."""
     data: str | None = Field(default=None, max_length=400)
     """What the data set was called."""
+    data_sha256: Sha256 | None = None
+    """Of a table of ratings: its file's hash."""
 
 
 class Provenance(Part):

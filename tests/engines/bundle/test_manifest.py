@@ -133,7 +133,7 @@ DOCUMENT: dict[str, Any] = {
         "weights": "checkpoint",
         "checkpoint_sha256": "f" * 64,
         "seed": None,
-        "training": {"protocol": "cv5", "fold": 2, "data": "SCUT-FBP5500"},
+        "training": {"protocol": "kfold:5", "fold": 2, "data": "ratings.csv", "data_sha256": "e" * 64},
         "command": "mdnet-export build",
         "versions": {"torch": "2.9.0"},
     },

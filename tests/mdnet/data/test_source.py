@@ -60,7 +60,8 @@ def test_what_is_neither_is_refused(where: str, tmp_path: Path) -> None:
 def test_the_protocol_follows_from_the_columns(table: Path, columns: str, training: str, evaluating: str) -> None:
     data = open_data(write(table.parent, columns))
     assert (data.protocol(None, training=True), data.protocol(None, training=False)) == (training, evaluating)
-    assert data.protocol("kfold:3", training=True) == "kfold:3"
+    assert data.protocol("kfold:3", training=True) == data.protocol("kfold:3:0", training=False) == "kfold:3"
+    assert data.protocol("kfold:10:10", training=True) == "kfold:10:10"
 
 
 def test_protocols_belong_to_their_kind_of_data(table: Path, faces: Path) -> None:
@@ -91,6 +92,16 @@ def test_ratings_must_be_on_the_scale(table: Path, faces: Path) -> None:
 
 
 def test_columns_of_no_use_are_noted(table: Path) -> None:
-    assert open_data(table).notes() == []
-    (note,) = open_data(write(table.parent, "image,rating,splits\na.jpg,3,train\n")).notes()
+    assert open_data(table).notes(Scale(1, 10)) == []
+    (note,) = open_data(write(table.parent, "image,rating,splits\na.jpg,3,train\n")).notes(Scale(1, 10))
     assert note.endswith("ratings.csv: columns that are not used: splits")
+
+
+def test_ratings_that_leave_half_the_scale_empty_are_noted(table: Path, faces: Path) -> None:
+    names = [f"{number}.jpg" for number in range(20)]
+    for name in names:
+        (table.parent / name).touch()
+    data = open_data(write(table.parent, "image,rating\n" + "".join(f"{n},{1 + i / 5}\n" for i, n in enumerate(names))))
+    (note,) = data.notes(Scale(1, 10))
+    assert "ratings reach from 1 to 4.8, less than half of the scale 1 to 10; are they on that scale?" in note
+    assert data.notes(Scale(1, 5)) == open_data(faces).notes(Scale(1, 5)) == []

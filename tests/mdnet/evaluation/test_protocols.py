@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from recorded import Recorded
 from scipy import stats
 
-from mdnet.data.rated import Rated
+from mdnet.data.rated import Rated, Scale
 from mdnet.data.scut_fbp5500 import GROUPS, read_splits
+from mdnet.data.source import RatedData, open_data
 from mdnet.evaluation.evaluate import Evaluation, predict
 from mdnet.evaluation.protocols import Benchmark, SplitResult, assign, run_benchmark, seen_images
 from mdnet.evaluation.scored_model import Device, ScoredModel, training_of
@@ -43,8 +45,10 @@ def brightness(images: np.ndarray) -> np.ndarray:
     return 1 + images.astype(np.float32).mean(axis=(1, 2, 3)) / 64
 
 
-def scored_by(name: str = "model", gain: float = 1.0, **training: object) -> Brightness:
-    return Brightness(Path(name), "checkpoint", SIZE, training_of(training), gain=gain)
+def scored_by(
+    name: str = "model", gain: float = 1.0, scale: tuple[float, float] = (1, 5), **training: object
+) -> Brightness:
+    return Brightness(Path(name), "checkpoint", SIZE, training_of(training), gain=gain, scale=Scale(*scale))
 
 
 def expected_scores(data: Rated) -> np.ndarray:
@@ -139,7 +143,14 @@ def test_json_has_every_score(faces: Path) -> None:
 @pytest.mark.parametrize(("protocol", "count"), [("60-40", 2), ("60-40", 5), ("cv5", 2), ("cv5", 6), ("cv5", 0)])
 def test_a_wrong_number_of_models_is_refused(protocol: str, count: int) -> None:
     with pytest.raises(UsageError, match=f"{count} models for protocol {protocol}; expected one"):
-        assign([scored_by()] * count, protocol)
+        assign([scored_by()] * count, 1 if protocol == "60-40" else 5, protocol)
+
+
+def seen(models: list[Brightness], protocol: str, data: RatedData | None = None) -> list[str]:
+    """The lines about one model, or one for each fold, that is tested with a protocol."""
+    folds: dict[str, list[int | None]] = {"cv5": [*range(1, 6)], "kfold:3": [1, 2, 3]}
+    numbers = folds.get(protocol, [None])
+    return seen_images(assign(models, len(numbers), protocol), numbers, protocol, data or RatedData(Path("faces")))
 
 
 @pytest.mark.parametrize(
@@ -158,15 +169,15 @@ def test_a_wrong_number_of_models_is_refused(protocol: str, count: int) -> None:
             "trained with 60-40 of 'x', so on the same data it has seen test images",
         ),
         ("cv5", {"protocol": "cv5", "fold": 2}, "trained for fold 2, so .* test images of fold 1, 3, 4, 5"),
-        ("cv5", {"protocol": "cv5"}, "scores all five folds"),
-        ("cv5", {"data": "x"}, r"scores all five folds, so if it was trained on this data \(it says: of 'x'\)"),
-        ("cv5", {}, "scores all five folds, so if it was trained on this data, it has seen test images"),
+        ("cv5", {"protocol": "cv5"}, "scores all 5 folds"),
+        ("cv5", {"data": "x"}, r"scores all 5 folds, so if it was trained on this data \(it says: of 'x'\)"),
+        ("cv5", {}, "scores all 5 folds, so if it was trained on this data, it has seen test images"),
     ],
 )
 def test_one_model_that_has_seen_test_images_is_told_of_once(
     protocol: str, training: dict[str, object], reason: str | None
 ) -> None:
-    notes = seen_images(assign([scored_by(**training)], protocol), protocol)
+    notes = seen([scored_by(**training)], protocol)
     if reason is None:
         assert notes == []
         return
@@ -179,15 +190,101 @@ def test_of_five_models_only_those_at_the_wrong_fold_are_told_of() -> None:
     def models(*folds: int) -> list[Brightness]:
         return [scored_by(f"m{row}", protocol="cv5", fold=fold) for row, fold in enumerate(folds, start=1)]
 
-    assert seen_images(models(1, 2, 3, 4, 5), "cv5") == []
-    wrong = seen_images(models(2, 1, 3, 4, 5), "cv5")
+    assert seen(models(1, 2, 3, 4, 5), "cv5") == []
+    wrong = seen(models(2, 1, 3, 4, 5), "cv5")
     assert [note.split(",")[0] for note in wrong] == ["m1 was trained for fold 2", "m2 was trained for fold 1"]
-    assert seen_images([scored_by(f"m{n}") for n in range(1, 6)], "cv5") == []  # they say nothing: nothing is known
+    assert seen([scored_by(f"m{n}") for n in range(1, 6)], "cv5") == []  # they say nothing: nothing is known
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Twelve pictures with ratings from 1 to 10; one is alone in its group."""
+    lines = ["image,rating,group,split"]
+    for row in range(12):
+        colours = np.random.default_rng(row).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(colours).resize((SIZE, SIZE)).save(tmp_path / f"{row}.png")
+        lines.append(f"{row}.png,{1 + row * 0.75},{'alone' if row == 11 else 'x'},{'train' if row < 6 else 'val'}")
+    (tmp_path / "ratings.csv").write_text("\n".join(lines))
+    return tmp_path / "ratings.csv"
+
+
+def test_a_table_is_scored_by_its_own_split_scale_and_groups(table: Path) -> None:
+    result = run_benchmark([scored_by(scale=(1, 10))], table)
+    assert (result.protocol, [split.name for split in result.splits], result.notes) == ("split", ["val"], [])
+    assert [image.name for image in result.splits[0].test.images] == [f"{row}.png" for row in range(6, 12)]
+    assert result.groups == ["alone", "x"]
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert document["scale"] == {"minimum": 1, "maximum": 10}
+    assert {name: group["images"] for name, group in document["groups"].items()} == {"alone": 1, "x": 5}
+    assert document["groups"]["alone"]["mean"]["pearson"] is None  # no correlation of one image
+
+
+def test_folds_by_a_seed_are_scored_one_by_one(table: Path) -> None:
+    result = run_benchmark([scored_by(f"{n}", n, (1, 10)) for n in (1, 2, 3)], table, "kfold:3:5")
+    tested = [image.name for split in result.splits for image in split.test.images]
+    assert sorted(tested) == sorted(f"{row}.png" for row in range(12))
+    for gain, split in enumerate(result.splits, start=1):
+        np.testing.assert_allclose(split.scores, gain * expected_scores(split.test), rtol=1e-6)
+
+
+def test_a_scale_that_the_model_was_not_trained_for_is_refused(table: Path, faces: Path) -> None:
+    with pytest.raises(MDNetError) as caught:
+        run_benchmark([scored_by()], table)
+    first = str(caught.value).splitlines()[0]
+    assert "ratings reach from 1 to 9.25; model was trained for the scale 1 to 5" in first
+    assert first.endswith("for these ratings train one with --scale 1 10")
+    with pytest.raises(UsageError, match="model was trained for the scale 1 to 5, --scale says 1 to 10"):
+        run_benchmark([scored_by()], table, scale=Scale(1, 10))
+    with pytest.raises(
+        UsageError, match="has ratings from 1 to 5, not 1 to 10; model was trained for the scale 1 to 10"
+    ):
+        run_benchmark([scored_by(scale=(1, 10))], faces)
+
+
+def test_models_of_different_scales_are_refused(table: Path) -> None:
+    with pytest.raises(
+        UsageError, match="b was trained for the scale 0 to 10, a for 1 to 10; one evaluation needs one"
+    ):
+        run_benchmark([scored_by("a", scale=(1, 10)), scored_by("b", scale=(0, 10))], table, "kfold:2")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "training", "reason"),
+    [
+        ("split", {"protocol": "split"}, None),
+        (
+            "all",
+            {"protocol": "split"},
+            "was trained with split of 'ratings.csv', so it has seen test images of all: these",
+        ),
+        ("kfold:3", {"protocol": "split"}, "so it has seen test images of kfold:3: these figures are no benchmark"),
+        ("kfold:3", {"protocol": "kfold:3:1", "fold": 1}, "was trained with kfold:3:1 of"),
+        ("kfold:3", {"protocol": "kfold:3", "fold": 2}, "was trained for fold 2 of .*, so .* test images of fold 1, 3"),
+        (
+            "split",
+            {"protocol": "kfold:3", "fold": 2, "sha256": "a" * 64},
+            "was trained on another 'ratings.csv', so whether",
+        ),
+        ("split", {"protocol": "kfold:3", "fold": 2, "sha256": "a" * 64, "data": "other.csv"}, None),
+        ("split", {"protocol": "60-40", "sha256": None, "data": "faces"}, None),
+        ("kfold:3", {"sha256": None, "data": None}, "scores all 3 folds, so if it was trained on this data"),
+    ],
+)
+def test_a_model_that_has_seen_a_tables_pictures_is_known_by_its_hash(
+    table: Path, protocol: str, training: dict[str, object], reason: str | None
+) -> None:
+    data = open_data(table)
+    said = {"data": "ratings.csv", "data_sha256": training.get("sha256", data.sha256), **training}
+    notes = seen([scored_by(**said)], protocol, data)
+    assert len(notes) == (reason is not None)
+    assert reason is None or re.search(reason, notes[0])
 
 
 def test_notes_of_any_kind_make_a_training() -> None:
     assert training_of({"protocol": 5, "fold": "2", "data": None, "best_epoch": 3}) == Training()
     assert training_of({"protocol": "cv5", "fold": 2, "data": "d" * 900}).data == "d" * 400
+    assert training_of({"data_sha256": "a" * 63}) == training_of({"data_sha256": 5}) == Training()
+    assert training_of({"data_sha256": "a" * 64}).data_sha256 == "a" * 64
 
 
 def test_an_image_that_cannot_be_read_ends_the_evaluation(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from pages import Page, axis, chart, dots, loads_nothing
 
 from mdnet.cli.main import main
-from mdnet.data.rated import Rated
+from mdnet.data.rated import Rated, Scale
 from mdnet.data.scut_fbp5500 import GROUPS, Protocol
 from mdnet.evaluation.protocols import Benchmark, SplitResult
 from mdnet.evaluation.published import PUBLISHED
@@ -25,7 +25,7 @@ def benchmark(
     protocol: Protocol = "cv5", images: int = 40, notes: list[str] | None = None, data: str = "d"
 ) -> Benchmark:
     rng = np.random.default_rng(4)
-    model = ScoredModel(Path("model.safetensors"), "checkpoint", 128, Training(), {"preset": "demo"})
+    model = ScoredModel(Path("model.safetensors"), "checkpoint", 128, Training(), {"preset": "demo"}, scale=Scale(1, 5))
     names = ["60-40"] if protocol == "60-40" else [f"fold {n}" for n in range(1, 6)]
     splits = []
     for row, name in enumerate(names):
@@ -138,12 +138,32 @@ def test_a_whole_data_set_gives_a_small_page() -> None:
 @pytest.mark.parametrize("scores", [np.full(4, 3.0), np.array([2.0, 3.0, 4.0, 5.0])])
 @pytest.mark.parametrize("ratings", [np.full(4, 3.0), np.array([2.0, 3.0, 4.0, 5.0])])
 def test_equal_scores_or_ratings_still_make_a_page(scores: np.ndarray, ratings: np.ndarray) -> None:
-    model = ScoredModel(Path("m"), "bundle", 128, Training())
+    model = ScoredModel(Path("m"), "bundle", 128, Training(), scale=Scale(1, 5))
     test = Rated([Path(f"{group}1.jpg") for group in GROUPS], ratings.astype(np.float32), [*GROUPS])
     html = render_report(Benchmark("60-40", "d", [SplitResult("60-40", model, test, scores)], []), facts={})
     for name in ("scatter", "residuals", "histogram"):
         chart(html, name)
     assert table(Page(html), "groups")["AF"][1] == "–"  # no correlation of one image
+
+
+def test_a_tables_page_has_its_scale_and_groups_and_no_published_results() -> None:
+    model = ScoredModel(Path("m"), "bundle", 128, Training(), scale=Scale(1, 10))
+    ratings = np.linspace(1, 10, 6).astype(np.float32)
+    test = Rated([Path(f"{row}.jpg") for row in range(6)], ratings, ["old", "young", "old", "", "young", "<b>"])
+    html = render_report(Benchmark("split", "r.csv", [SplitResult("val", model, test, ratings + 0.5)], []), facts={})
+    page = Page(html)
+    assert list(table(page, "groups")) == ["<b>", "old", "young"]
+    assert "published" not in page.tables
+    assert "in rating points (1 to 10)" in " ".join(page.text.split())
+    assert "Groups as the table of ratings has them" in page.text
+    loads_nothing(html)
+
+
+def test_a_table_without_groups_has_no_table_of_groups() -> None:
+    model = ScoredModel(Path("m"), "bundle", 128, Training(), scale=Scale(0, 1))
+    test = Rated([Path("a.jpg"), Path("b.jpg")], np.array([0, 1], np.float32))
+    page = Page(render_report(Benchmark("all", "r.csv", [SplitResult("all", model, test, np.ones(2))], []), facts={}))
+    assert "groups" not in page.tables
 
 
 def test_the_command_writes_the_page(faces: Path, tmp_path: Path) -> None:

@@ -200,8 +200,11 @@ def test_the_train_command_resumes_logs_and_notes_its_fold(
         (["train", "--preset", "demo", "--data", "missing"], "no folder Images"),
         (["train", "--preset", "demo", "--epochs", "0"], "0 is not in the range"),
         (["train", "--preset", "demo", "--protocol", "cv5"], "--protocol cv5 needs --fold 1 to 5"),
-        (["train", "--preset", "demo", "--fold", "1"], "--fold needs --protocol cv5"),
-        (["train", "--preset", "demo", "--protocol", "cv5", "--fold", "6"], "6 is not in the range"),
+        (["train", "--preset", "demo", "--fold", "1"], "--fold needs --protocol cv5, folds or kfold:K; this is 60-40"),
+        (
+            ["train", "--preset", "demo", "--protocol", "cv5", "--fold", "6"],
+            "--fold 6: --protocol cv5 has folds 1 to 5",
+        ),
         (["train", "--preset", "demo", "--resume"], "no run to resume"),
     ],
 )
