@@ -1,4 +1,4 @@
-"""The images of a parity run and of calibration: a folder, SCUT-FBP5500 in its layout, or faces drawn on the spot."""
+"""The images of a parity run and of calibration: a folder, SCUT-FBP5500, a table of ratings, or faces drawn here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from mdnet.data.draw_face import draw_face
 from mdnet.data.drawn_set import rating
 from mdnet.data.rated import Rated
-from mdnet.data.scut_fbp5500 import Protocol, read_splits
+from mdnet.data.scut_fbp5500 import read_splits
+from mdnet.data.source import RatedData, is_table, open_data
 from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet, load_set, stratified
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
@@ -68,21 +69,23 @@ def calibration_images(
     training: Training | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
-    """`count` images to calibrate with: drawn, spread over the files below `folder`, or of SCUT-FBP5500.
+    """`count` images to calibrate with: drawn, spread over the files below `folder`, or of rated pictures.
 
-    Of SCUT-FBP5500, given as its root, only the training list is used, of the protocol and fold that the weights were
-    trained with; it is sampled so that every group and the range of ratings are covered.
+    Of SCUT-FBP5500, given as its root, and of a table of ratings only the training list is used, of the protocol and
+    fold that the weights were trained with; it is sampled so that every group and the range of ratings are covered.
+    All pictures of a table without splits can be taken, unless the weights were trained on some of them.
 
     Raises:
         UsageError: too few images can be read, or the folder holds test images of SCUT-FBP5500.
+        MDNetError: the table is wrong.
     """
     if count < MIN_IMAGES:
         raise UsageError(f"--num-calib is {count}; calibration needs at least {MIN_IMAGES} images")
     if folder is None:
         names = [f"drawn face {i}" for i in range(count)]
         return CalibrationSet(names, _drawn(_CALIBRATION_SEED, size, count)[0], f"{count} drawn faces")
-    if is_dataset(folder):
-        train = _training_list(folder, training)
+    if is_dataset(folder) or is_table(folder):
+        train = _training_list(open_data(folder), training, progress)
         rows = stratified(train.ratings, train.groups, count)
         source = f"{len(rows)} training images of {folder.name}"
         return load_set([train.images[row] for row in rows], size, source, progress=progress)
@@ -102,10 +105,17 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "Images").is_dir() and (folder / "train_test_files").is_dir()
 
 
-def _training_list(root: Path, training: Training | None) -> Rated:
-    protocol: Protocol = "cv5" if training is not None and training.protocol == "cv5" else "60-40"
-    fold = training.fold or 1 if training is not None else 1
-    return read_splits(root, protocol)[fold - 1 if protocol == "cv5" else 0].train
+def _training_list(data: RatedData, training: Training | None, progress: Progress) -> Rated:
+    """What the weights were trained on, as far as they say; else what the data's own protocol trains on."""
+    protocol, fold = data.protocol(None, training=False), None
+    if training is not None and training.protocol is not None and training.data_sha256 == data.sha256:
+        protocol, fold = training.protocol, training.fold
+    splits = data.splits(protocol, progress)
+    chosen = next((split for split in splits if split.fold == fold), splits[0])
+    train = chosen.test if protocol == "all" else chosen.train
+    if not len(train):
+        raise UsageError(f"{data.path} has no picture to train on, so none to calibrate with")
+    return train
 
 
 def _drawn(seed: int, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:

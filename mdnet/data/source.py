@@ -122,6 +122,11 @@ def check_protocol(text: str) -> str:
     )
 
 
+def is_table(path: Path) -> bool:
+    """Whether `open_data` would read it as a table: a file, or a folder that holds one."""
+    return path.is_file() or (not (path / "Images").is_dir() and any((path / name).is_file() for name in TABLE_NAMES))
+
+
 def open_data(path: Path) -> RatedData:
     """Look at what `path` names, and read it if it is a table.
 

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from recorded import Recorded
 
+from mdnet.data.rated import Rated
+from mdnet.data.source import open_data
 from mdnet_calib.calibration_set import MIN_IMAGES, refuse_overlap
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
@@ -87,6 +89,49 @@ def test_only_images_that_the_weights_learned_from_calibrate(
     groups = {group: sum(name.startswith(group) for name in some.names) for group in ("AF", "AM", "CF", "CM")}
     assert min(groups.values()) >= 1
     assert set(calibration_images(faces, 64, 1000, training=training).names) == set(train)
+
+
+@pytest.fixture(scope="module")
+def table(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 of the faces as a table, the last ten to be tested on, and the same without its splits."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = sorted(listed(faces / LISTS / "All_labels.txt").items())[:40]
+    lines = [f"{faces / 'Images' / name},{rating},{name[:2]}" for name, rating in rows]
+    (folder / "plain.csv").write_text("\n".join(["image,rating,group", *lines]))
+    parts = ["train"] * 30 + ["test"] * 10
+    split = [f"{line},{part}" for line, part in zip(lines, parts, strict=True)]
+    (folder / "ratings.csv").write_text("\n".join(["image,rating,group,split", *split]))
+    return folder
+
+
+def names_in(split: Rated) -> set[str]:
+    return {image.name for image in split.images}
+
+
+def test_only_training_images_of_a_table_calibrate(table: Path) -> None:
+    (split,) = open_data(table).splits("split")
+    found = calibration_images(table / "ratings.csv", 64, 1000)
+    assert set(found.names) == names_in(split.train)
+    assert found.source == "30 training images of ratings.csv"
+    assert calibration_images(table, 64, 1000).digest == found.digest
+    some = calibration_images(table, 64, 12)
+    assert {name[:2] for name in some.names} == set(split.train.groups)
+
+
+def test_of_a_table_that_the_weights_were_trained_on_their_fold_calibrates(table: Path) -> None:
+    data = open_data(table / "plain.csv")
+    fold = data.splits("kfold:4")[1]
+    known = Training(protocol="kfold:4", fold=2, data="plain.csv", data_sha256=data.sha256)
+    assert set(calibration_images(data.path, 64, 1000, training=known).names) == names_in(fold.train)
+    other = known.model_copy(update={"data_sha256": "0" * 64})
+    assert len(calibration_images(data.path, 64, 1000, training=other).names) == 40
+
+
+def test_a_table_of_test_images_alone_calibrates_nothing(table: Path) -> None:
+    file = table / "test-only.csv"
+    file.write_text((table / "ratings.csv").read_text().replace(",train", ",test"))
+    with pytest.raises(UsageError, match=r"test-only.csv has no picture to train on, so none to calibrate with"):
+        calibration_images(file, 64, 16)
 
 
 def test_parity_and_calibration_of_one_data_set_do_not_meet(faces: Path) -> None:

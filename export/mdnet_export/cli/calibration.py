@@ -27,8 +27,9 @@ _CANDIDATES = 4  # times as many images for --k-centre to choose from
 _OPTIONS = (
     click.option(
         "--calib",
-        type=click.Path(path_type=Path, exists=True, file_okay=False),
-        help="int8, fp8, fp16: folder of calibration images, or SCUT-FBP5500's root (its training images are used).",
+        type=click.Path(path_type=Path, exists=True),
+        help="int8, fp8, fp16: folder of calibration images; or SCUT-FBP5500's root or a table of ratings (.csv, "
+        ".parquet), of which training images are used.",
     ),
     click.option("--num-calib", type=int, help="int8, fp8, fp16: how many of them. Default: 64; 8 for fp16."),
     click.option("--k-centre", is_flag=True, help="int8, fp8: choose images that differ in the encoder's features."),

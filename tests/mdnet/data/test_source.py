@@ -8,7 +8,7 @@ import pytest
 
 from mdnet.data.rated import Scale
 from mdnet.data.scut_fbp5500 import read_splits
-from mdnet.data.source import check_protocol, open_data
+from mdnet.data.source import check_protocol, is_table, open_data
 from mdnet_engines.errors import MDNetError, UsageError
 
 
@@ -29,6 +29,12 @@ def test_a_table_and_the_folder_that_holds_it_are_the_same(table: Path) -> None:
     by_file, by_folder = open_data(table), open_data(table.parent)
     assert by_file.name == by_folder.name == "ratings.csv"
     assert by_file.sha256 == by_folder.sha256 is not None
+
+
+def test_tables_are_told_from_folders_of_pictures(table: Path, faces: Path) -> None:
+    (table.parent / "pictures").mkdir()
+    found = [is_table(path) for path in (table, table.parent, table.parent / "pictures", faces, faces / "Images")]
+    assert found == [True, True, False, False, False]
 
 
 def test_scut_fbp5500_is_known_by_its_layout(faces: Path) -> None:
