@@ -191,6 +191,23 @@ def test_readmes_python_scores_the_examples(
     ]
 
 
+def test_the_runtime_pages_python_scores_each_kind_of_image(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = next(block.text for block in blocks("docs/runtime.md") if block.language == "python")
+    monkeypatch.chdir(ROOT)
+    exec(code.replace('"mdnet-bundle"', repr(str(demo_bundle))), names := {"__name__": "page"})
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"<Scorer {demo_bundle}: demo int8, 128x128 pixels, ")
+    assert rows[-1].startswith("item 99 ")
+    calls = re.findall(r"^scorer\.score\((.+?)\)(?:  .*)?$", code, re.MULTILINE)
+    assert len(calls) == 11
+    for call in calls:
+        results = eval(f"scorer.score({call})", names)
+        assert results, call
+        assert all(result.ok for result in results), call
+
+
 @pytest.fixture(scope="module")
 def model_page() -> str:
     return (DOCS / "mdnet.md").read_text(encoding="utf-8")

@@ -6,12 +6,9 @@ import functools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias, cast
 
 import numpy as np
-from PIL import Image
 
 from mdnet_engines.backends.candidates import Backend, open_choice
 from mdnet_engines.backends.choice import choose
@@ -27,10 +24,7 @@ from mdnet_rt.images.preprocess import Decoded, FindBox, ImageError, decode, dec
 from mdnet_rt.rows.result import Result
 from mdnet_rt.scoring import forked
 from mdnet_rt.scoring.pipeline import Pipeline, Task
-from mdnet_rt.sources.entry import Entry
-
-Item: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Entry
-"""An image: its path, its file's bytes, a PIL image, uint8 `[H, W, 3]` RGB, or an entry of `mdnet_rt.sources.entry`."""
+from mdnet_rt.sources.objects import Data, Item, read_objects
 
 BUNDLE_VARIABLE = "MDNET_BUNDLE"
 BUNDLE_FOLDER = "mdnet-bundle"
@@ -126,7 +120,7 @@ class Scorer:
             raise MDNetError(f"{self.choice} is off the bundle's gates ({report.failures()})")
 
     def score(self, items: Iterable[Item] | Item, *, batch_size: int | None = None) -> list[Result]:
-        """Score images (or one); as `stream`, in a list."""
+        """Score images, or one; as `stream`, in a list."""
         return list(self.stream(items, batch_size=batch_size))
 
     def stream(
@@ -142,16 +136,18 @@ class Scorer:
         """Score images as they are taken from `items`, giving one `Result` for each, in their order.
 
         Two batches are decoded ahead while the graphs run, so memory does not grow with the number of images. An image
-        that can't be used becomes a `Result` with its reason. `Result.path` is the path, an entry's name, a PIL image's
-        own file name, or `item N` (from 0).
+        that can't be used becomes a `Result` with its reason.
 
         Args:
+            items: paths, folders, patterns, bytes, open files, PIL images, arrays, tensors, or an iterable of these:
+                `mdnet_rt.sources.objects.read_objects` has the list, and says what `Result.path` is.
             workers: threads that read and decode; by default one for each core, up to four.
             find_box: which square of an image to score instead of the central one (`mdnet_rt.images.face_crop`).
             keep_pixels: fill in `Result.pixels`.
             stop: when set, the batch in the graphs is finished and the iterator ends.
 
         Raises:
+            UsageError: `items`, or one of them, can't be an image; at once, unless a generator gives it.
             MDNetError: this scorer is of another process, or the graphs could not be run; no single image is at fault.
         """
         self._refuse_after_fork()  # before anything is read
@@ -164,9 +160,8 @@ class Scorer:
             stop=stop,
         )
         to_srgb = self.manifest.preprocessing.to_srgb
-        tasks = (_task(item, i, self.image_size, find_box, to_srgb) for i, item in enumerate(_several(items)))
-        with closing(pipeline.run(tasks)) as rows:
-            yield from rows
+        images = read_objects(items)
+        return pipeline.run(_task(name, data, self.image_size, find_box, to_srgb) for name, data in images)
 
     def score_batch(self, images: np.ndarray) -> np.ndarray:
         """Run the graphs once on preprocessed images.
@@ -214,6 +209,11 @@ class Scorer:
                 "open one in each process, after the fork"
             )
 
+    def __repr__(self) -> str:
+        manifest, closed = self.manifest, "" if self._graphs else ", closed"
+        size = f"{self.image_size}x{self.image_size} pixels"
+        return f"<Scorer {self.bundle.path}: {manifest.preset} {manifest.precision}, {size}, {self.choice}{closed}>"
+
     def __enter__(self) -> Scorer:
         return self
 
@@ -221,9 +221,8 @@ class Scorer:
         self.close()
 
 
-def _task(item: Item, index: int, size: int, find_box: FindBox | None, to_srgb: bool) -> Task:
-    name, data = (item.name, item.data) if isinstance(item, Entry) else (_name(item, index), item)
-    if isinstance(data, (str, os.PathLike, bytes)):
+def _task(name: str, data: Data, size: int, find_box: FindBox | None, to_srgb: bool) -> Task:
+    if isinstance(data, (Path, bytes)):
         held = len(data) if isinstance(data, bytes) else 0
         return Task(name, functools.partial(decode, data, size, find_box=find_box, to_srgb=to_srgb), held)
     if isinstance(data, ImageError):
@@ -238,20 +237,6 @@ def _task(item: Item, index: int, size: int, find_box: FindBox | None, to_srgb: 
 
 def _refuse(error: ImageError) -> Decoded:
     raise error
-
-
-def _name(item: Item, index: int) -> str:
-    if isinstance(item, (str, os.PathLike)):
-        return os.fspath(item)
-    return str(getattr(item, "filename", "") or f"item {index}")
-
-
-def _several(items: Iterable[Item] | Item) -> Iterable[Item]:
-    # A path and one array are iterable too, but not as images; four axes are a stack, which iterates as one.
-    one = (
-        items.ndim == 3 if isinstance(items, np.ndarray) else isinstance(items, (str, os.PathLike, bytes, Image.Image))
-    )
-    return cast("Iterable[Item]", [items] if one else items)
 
 
 def _check_contract(graphs: Mapping[GraphName, Session]) -> None:

@@ -76,6 +76,11 @@ def find_locations(patterns: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     return _once(location for locations in expanded for location in locations())
 
 
+def is_pattern(location: str) -> bool:
+    """Whether it has one of the characters that make a pattern; a file of that name may exist all the same."""
+    return _MAGIC.search(location) is not None
+
+
 def read_list(stream: BinaryIO, *, null: bool = False) -> Iterator[str]:
     """The locations in a text file, one a line; `null`: each ended by a NUL byte, as `find -print0` has them.
 
@@ -114,7 +119,7 @@ def _expand(pattern: str | os.PathLike[str]) -> Callable[[], Iterator[str]]:
     path = Path(text)
     if os.path.lexists(path):
         return lambda: _images_at(path)
-    if not _MAGIC.search(text):
+    if not is_pattern(text):
         raise UsageError(f"{printable(path)} does not exist; give images, folders or a quoted pattern")
     base, parts = (Path(path.anchor), path.parts[1:]) if path.anchor else (Path(), path.parts)
     matches = sorted({os.fspath(match) for match in _matches(base, parts)}, key=natural_key)
@@ -171,7 +176,7 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
         for entry in _listing(folder):
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 yield from _matches(folder / entry.name, parts)
-    elif _MAGIC.search(head):
+    elif is_pattern(head):
         for entry in _listing(folder):
             hidden = entry.name.startswith(".") and not head.startswith(".")
             if not hidden and fnmatch.fnmatchcase(entry.name, head):

@@ -115,8 +115,12 @@ def test_every_kind_of_item_gives_the_same_score(scorer: Scorer, photo: Photo, e
     file = photo("a.png")
     with Image.open(file) as image:
         pixels = np.asarray(image)
-        results = scorer.score([file, str(file), file.read_bytes(), image, pixels, pixels[None][0]])
-    assert [result.path for result in results] == [str(file), str(file), "item 2", str(file), "item 4", "item 5"]
+        items = [file, str(file), file.read_bytes(), image, pixels, pixels[None], pixels.transpose(2, 0, 1) / 255]
+        results = scorer.score(items)
+    assert [result.path for result in results] == [
+        *(str(file), str(file), "item 2", str(file)),
+        *("item 4", "item 5", "item 6"),
+    ]
     expected = expected_score(preprocess(pixels, SIZE))
     np.testing.assert_allclose([result.score for result in results], expected, atol=TOLERANCE)
 
@@ -126,6 +130,46 @@ def test_one_item_or_a_stack_need_no_list(scorer: Scorer, photo: Photo) -> None:
     assert len(scorer.score(file)) == len(scorer.score(str(file))) == len(scorer.score(file.read_bytes())) == 1
     assert len(scorer.score(noise(1)[0])) == 1
     assert len(scorer.score(noise(3))) == 3
+
+
+@pytest.mark.parametrize("shade", [0.0, 0.5, 1.0])
+def test_grey_and_transparency_score_as_the_files_that_hold_them(
+    scorer: Scorer, expected_score: Expected, tmp_path: Path, shade: float
+) -> None:
+    pixels = np.random.default_rng(2).integers(1, 256, (50, 40, 4), np.uint8)
+    pixels[..., 3] = round(255 * shade)
+    for name, array in (("grey.png", pixels[..., 0]), ("clear.png", pixels)):
+        Image.fromarray(array).save(tmp_path / name)
+        expected = expected_score(load_image(tmp_path / name, SIZE))
+        scores = [result.score for result in scorer.score([tmp_path / name, array])]
+        np.testing.assert_allclose(scores, expected, atol=TOLERANCE)
+
+
+def test_a_folder_is_all_its_images(scorer: Scorer, photo: Photo, tmp_path: Path) -> None:
+    files = [str(photo(f"in/{i}.png", seed=i)) for i in (2, 10)]
+    for where in (tmp_path / "in", str(tmp_path / "in" / "*.png")):
+        assert [(result.path, result.ok) for result in scorer.score(where)] == [(file, True) for file in files]
+
+
+def test_what_is_no_image_is_refused_before_anything_is_scored(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OrtSession, "run", None)
+    with pytest.raises(UsageError, match="item 500 is None"):
+        scorer.score([*noise(500), None])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="undo the normalisation"):
+        scorer.stream(noise(500) / np.float32(50) - 2)  # when it is called, not when it is read
+
+
+def test_a_generator_that_ends_in_something_else_loses_no_earlier_row(scorer: Scorer) -> None:
+    rows = scorer.stream(each for each in [*noise(5), 7])  # type: ignore[misc]
+    assert [next(rows).ok for _ in range(5)] == [True] * 5
+    with pytest.raises(UsageError, match="item 5 is an int"):
+        next(rows)
+
+
+def test_a_scorer_says_what_it_is(shared_bundle: Path) -> None:
+    with Scorer.open(shared_bundle, backend="onnxruntime-cpu") as scorer:
+        assert repr(scorer) == f"<Scorer {shared_bundle}: tiny fp32, 32x32 pixels, onnxruntime-cpu>"
+    assert repr(scorer).endswith("onnxruntime-cpu, closed>")
 
 
 def test_a_lazily_opened_image_may_come_twice(scorer: Scorer, photo: Photo) -> None:
@@ -154,15 +198,16 @@ def test_a_bad_image_is_a_row_and_the_others_are_scored(
     good = [photo(f"{seed}.png", seed=seed) for seed in range(4)]
     empty = tmp_path / "empty.jpg"
     empty.touch()
-    items = [empty, good[0], tmp_path / "gone.jpg", good[1], b"text", np.zeros((2, 2)), *good[2:], None, tmp_path]
-    results = scorer.score(items)  # type: ignore[list-item]
+    (tmp_path / "folder").mkdir()
+    nothing = np.zeros((0, 5, 3), np.uint8)
+    items = [empty, good[0], tmp_path / "gone.jpg", good[1], b"text", nothing, *good[2:], tmp_path / "folder"]
+    results = scorer.score(items)
     reasons = [result.reason for result in results if not result.ok]
     assert [result.ok for result in results] == [item in good if isinstance(item, Path) else False for item in items]
     assert reasons[:2] == ["empty file", "no such file"]
     assert reasons[2].startswith("not an image")
-    assert reasons[3].startswith("expected a uint8 array")
-    assert reasons[4].startswith("NoneType is not an image")
-    assert reasons[5] == "is a directory"
+    assert reasons[3] == "no pixels"
+    assert reasons[4].startswith("no images in ")
     for result in results:
         assert (result.score is None) is not result.ok
         if result.ok:
