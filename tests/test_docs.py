@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from pages_of_docs import NAMES, blocks, command_lines, matches, problem, prose
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mamba import modeling_mamba
 
-from mdnet.model.config import MDNetConfig, TrainConfig, preset
+from mdnet.model.config import PRESETS, MDNetConfig, TrainConfig, preset
+from mdnet.model.diffusion import DiffusionEncoder, to_vae_range
 from mdnet.model.net import MDNet
 from mdnet_calib.sensitivity import Budget
 from mdnet_export.build import build_bundle
+from mdnet_export.graphs.export import EncoderGraph
 from mdnet_export.model_source import choose_weights
 from mdnet_export.parity_images import calibration_images, parity_images
 from mdnet_export.quantise import Calibration
@@ -255,6 +258,26 @@ def test_the_models_page_has_the_models_shapes(model_page: str) -> None:
         "score": (config.vim_dim,),
     }.items():
         assert f"{written(*shape)}" in row(start), start
+
+
+def test_the_models_page_has_each_variants_size(model_page: str) -> None:
+    for name, config in PRESETS.items():
+        if config.image_size != 256:
+            continue
+        with torch.device("meta"):  # shapes only
+            encoder = DiffusionEncoder(config)
+            image = torch.empty(1, 256, 256, 3, dtype=torch.uint8)
+            vae = gmac(encoder.vae, to_vae_range(image))
+            whole = gmac(EncoderGraph(encoder), image)
+        sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (encoder.vae, encoder.unet)]
+        shown = f"{sizes[0]:.2f} | {sizes[1]:.1f} | {vae:.1f} | {whole:.1f} |"
+        assert re.search(rf"^\| .*`{name}`.* \| {re.escape(shown)}$", model_page, re.MULTILINE), (name, shown)
+
+
+def gmac(module: torch.nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return counter.get_total_flops() / 2e9
 
 
 def test_the_models_page_has_every_field_with_its_value(model_page: str) -> None:

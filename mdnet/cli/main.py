@@ -54,7 +54,7 @@ def draw(folder: Path, count: int, seed: int) -> None:
     help="Stable Diffusion 1.x: a diffusers folder, or CompVis' single .safetensors or .ckpt.",
 )
 @click.option("--vim", type=click.Path(path_type=Path), required=True, help="Vision Mamba: a .pth of hustvl/Vim.")
-@click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; by default chosen by Vim's width.")
+@click.option("--preset", help="Such as sd15-vim-s or sd21-vim-s; by default chosen by what the files are.")
 @click.option(
     "--image-size", type=click.IntRange(min=64), help="Side of the input, a multiple of 64.  [default: preset's]"
 )

@@ -17,6 +17,7 @@ from mdnet_engines.errors import UsageError, printable
 
 FUSIONS = ("cross-attention", "concatenation", "diffusion-only", "vim-only")
 """How the streams are joined: MD-Net's way, then its ablations."""
+VAES = ("kl", "tiny")
 
 # Far above every model there is, and small enough to be multiplied.
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -34,14 +35,20 @@ class MDNetConfig:
     """Side of the square input, S. Ours: the smallest size that gives Stable Diffusion's U-Net a 4×4 mid block."""
 
     # Frozen diffusion encoder: the VAE's encoder, then the U-Net's down path and mid block (SD 1.5 by default).
+    vae: str = "kl"
+    """One of `VAES`: Stable Diffusion's own (diffusers' `AutoencoderKL`), or distilled from it (`AutoencoderTiny`)."""
     vae_channels: tuple[Width, ...] = (128, 256, 512, 512)
+    """At S, S/2, S/4 and S/8; a tiny VAE has one width."""
     vae_layers: Count = 2
+    """ResNet blocks of a level; a tiny VAE has one at S, whatever this says of the others."""
     latent_channels: Width = 4
     vae_scaling: Annotated[float, Field(gt=0, le=1000)] = 0.18215
     unet_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
     unet_layers: Count = 2
-    unet_heads: Count = 8
-    """Heads of every attention; diffusers' SD 1.5 configuration calls this count `attention_head_dim`."""
+    unet_heads: Count | tuple[Count, ...] = 8
+    """Heads of an attention, one count or one for each level; diffusers' configurations say `attention_head_dim`."""
+    unet_linear_projection: bool = False
+    """Whether a transformer begins and ends with linear layers (SD 2) or 1×1 convolutions (SD 1): other shapes."""
     context_dim: Width = 768
     context_length: Width = 77
     norm_groups: Count = 32
@@ -72,11 +79,22 @@ class MDNetConfig:
             raise UsageError(f"image_size is {self.image_size}; the U-Net's mid block needs a multiple of 64")
         if len(self.vae_channels) != 4 or len(self.unet_channels) != 4:
             raise UsageError("vae_channels and unet_channels need four entries each: S/8 latents, S/64 mid block")
-        for name in ("vae_channels", "unet_channels"):
-            for divisor in ("norm_groups", *(["unet_heads"] if name == "unet_channels" else [])):
-                if any(width % getattr(self, divisor) for width in getattr(self, name)):
-                    widths = ", ".join(map(str, getattr(self, name)))
-                    raise UsageError(f"{name} {widths} are not multiples of {divisor} {getattr(self, divisor)}")
+        if self.vae not in VAES:
+            raise UsageError(f"vae is {self.vae!r}; known: {', '.join(VAES)}")
+        if self.vae == "tiny" and len(set(self.vae_channels)) > 1:
+            raise UsageError(f"vae_channels are {_listed(self.vae_channels)}; a tiny VAE has one width")
+        if isinstance(self.unet_heads, tuple) and len(self.unet_heads) != 4:
+            raise UsageError(f"unet_heads has {len(self.unet_heads)} entries; give one number, or one for each level")
+        divisors: list[tuple[str, str, tuple[int, ...]]] = [
+            ("unet_channels", "norm_groups", (self.norm_groups,) * 4),
+            ("unet_channels", "unet_heads", self.unet_heads_by_level),
+        ]
+        if self.vae == "kl":  # the other has no norms
+            divisors.append(("vae_channels", "norm_groups", (self.norm_groups,) * 4))
+        for name, divisor, counts in divisors:
+            if any(width % count for width, count in zip(getattr(self, name), counts, strict=True)):
+                shown = _listed(counts if len(set(counts)) > 1 else counts[:1])
+                raise UsageError(f"{name} {_listed(getattr(self, name))} are not multiples of {divisor} {shown}")
         if self.vim_patch > self.image_size:
             raise UsageError(f"vim_patch is {self.vim_patch}, larger than image_size {self.image_size}")
         if self.score_min >= self.score_max:
@@ -85,6 +103,16 @@ class MDNetConfig:
             raise UsageError(f"vim_dim {self.vim_dim} is not a multiple of fusion_heads {self.fusion_heads}")
         if self.fusion not in FUSIONS:
             raise UsageError(f"fusion is {self.fusion!r}; known: {', '.join(FUSIONS)}")
+
+    @property
+    def unet_heads_by_level(self) -> tuple[int, ...]:
+        """Heads of the attentions of each of the four levels; the mid block has the last one's."""
+        return self.unet_heads if isinstance(self.unet_heads, tuple) else (self.unet_heads,) * 4
+
+    @property
+    def vae_blocks(self) -> tuple[int, ...]:
+        """ResNet blocks of a tiny VAE at S, S/2, S/4 and S/8."""
+        return (1, *(self.vae_layers,) * 3)
 
     @property
     def vim_inner(self) -> int:
@@ -137,8 +165,10 @@ class MDNetConfig:
         try:
             return cls(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = printable(".".join(str(part) for part in first["loc"]))
+            first = max(error.errors(), key=lambda found: len(found["loc"]))  # an entry of a tuple before the tuple
+            field, *rest = first["loc"]
+            places = [part for part in rest if isinstance(part, int)]  # of a union, pydantic names the type too
+            where = printable(".".join(map(str, (field, *places))))
             raise UsageError(f"{where} is {first['input']!r:.80}: {first['msg'].lower()}") from None
 
 
@@ -164,29 +194,37 @@ class TrainConfig:
     seed: int = 0
 
 
+# The same code at widths that train on two cores in minutes.
+_DEMO = MDNetConfig(
+    "demo",
+    image_size=128,
+    vae_channels=(8, 16, 24, 32),
+    vae_layers=1,
+    unet_channels=(32, 48, 64, 64),
+    unet_layers=1,
+    unet_heads=2,
+    context_dim=32,
+    context_length=8,
+    norm_groups=8,
+    vim_dim=48,
+    vim_depth=3,
+    fusion_depth=2,
+    fusion_heads=2,
+    fusion_mlp=2,
+    head_dim=32,
+)
 PRESETS: dict[str, MDNetConfig] = {
     config.preset: config
     for config in (
         MDNetConfig("sd15-vim-s"),
         MDNetConfig("sd15-vim-t", vim_dim=192, fusion_heads=3),
-        # The same code at widths that train on two cores in minutes.
-        MDNetConfig(
-            "demo",
-            image_size=128,
-            vae_channels=(8, 16, 24, 32),
-            vae_layers=1,
-            unet_channels=(32, 48, 64, 64),
-            unet_layers=1,
-            unet_heads=2,
-            context_dim=32,
-            context_length=8,
-            norm_groups=8,
-            vim_dim=48,
-            vim_depth=3,
-            fusion_depth=2,
-            fusion_heads=2,
-            fusion_mlp=2,
-            head_dim=32,
+        # Heads of 64 channels each; where SD 2.1 predicts velocity in place of noise, the encoder half is the same.
+        MDNetConfig("sd21-vim-s", unet_heads=(5, 10, 20, 20), unet_linear_projection=True, context_dim=1024),
+        # TAESD's latents come out scaled as SD 1.x's U-Net takes them.
+        MDNetConfig("sd15-taesd-vim-s", vae="tiny", vae_channels=(64,) * 4, vae_layers=3, vae_scaling=1.0),
+        _DEMO,
+        dataclasses.replace(
+            _DEMO, preset="demo-taesd", vae="tiny", vae_channels=(16,) * 4, vae_layers=1, vae_scaling=1.0
         ),
     )
 }
@@ -202,3 +240,7 @@ def preset(name: str) -> MDNetConfig:
         return PRESETS[name]
     except KeyError:
         raise UsageError(f"no preset {name!r}; known: {', '.join(PRESETS)}") from None
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

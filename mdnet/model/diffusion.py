@@ -7,7 +7,7 @@ by key. The decoder halves are never built.
 from __future__ import annotations
 
 import torch
-from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.autoencoders.vae import Encoder, EncoderTiny
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2DCrossAttn, get_down_block
 from torch import Tensor, nn
@@ -37,12 +37,34 @@ class VAEEncoder(nn.Module):
         return mean * self.scaling
 
 
+class TinyVAEEncoder(nn.Module):
+    """Image in [-1, 1] → latent, by an encoder that was distilled from a VAE's to give what the U-Net expects.
+
+    The encoder itself moves the range to [0, 1], which TAESD was trained in.
+    """
+
+    def __init__(self, config: MDNetConfig):
+        super().__init__()
+        self.scaling = config.vae_scaling
+        self.encoder = EncoderTiny(
+            in_channels=3,
+            out_channels=config.latent_channels,
+            num_blocks=config.vae_blocks,
+            block_out_channels=config.vae_channels,
+            act_fn="relu",
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.encoder(image) * self.scaling
+
+
 class UNetEncoder(nn.Module):
     """Latent, timestep and context → feature maps of the down path and the mid block."""
 
     def __init__(self, config: MDNetConfig):
         super().__init__()
         channels, time_dim = config.unet_channels, 4 * config.unet_channels[0]
+        heads = config.unet_heads_by_level
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
@@ -61,8 +83,9 @@ class UNetEncoder(nn.Module):
                     resnet_act_fn="silu",
                     resnet_groups=config.norm_groups,
                     cross_attention_dim=config.context_dim,
-                    num_attention_heads=config.unet_heads,
-                    attention_head_dim=config.unet_heads,  # unused by these blocks; diffusers warns without it
+                    num_attention_heads=heads[level],
+                    attention_head_dim=heads[level],  # unused by these blocks; diffusers warns without it
+                    use_linear_projection=config.unet_linear_projection,
                     downsample_padding=1,
                 )
             )
@@ -71,7 +94,8 @@ class UNetEncoder(nn.Module):
             temb_channels=time_dim,
             resnet_groups=config.norm_groups,
             cross_attention_dim=config.context_dim,
-            num_attention_heads=config.unet_heads,
+            num_attention_heads=heads[-1],
+            use_linear_projection=config.unet_linear_projection,
         )
 
     def forward(self, latent: Tensor, timestep: int, context: Tensor) -> dict[str, Tensor]:
@@ -110,7 +134,7 @@ class DiffusionEncoder(nn.Module):
     def __init__(self, config: MDNetConfig):
         super().__init__()
         self.timestep = config.timestep
-        self.vae = VAEEncoder(config)
+        self.vae = TinyVAEEncoder(config) if config.vae == "tiny" else VAEEncoder(config)
         self.unet = UNetEncoder(config)
         self.context: Tensor
         self.register_buffer("context", torch.randn(config.context_length, config.context_dim))

@@ -120,6 +120,7 @@ def stock_models(config: MDNetConfig) -> tuple[AutoencoderKL, UNet2DConditionMod
         block_out_channels=config.unet_channels,
         layers_per_block=config.unet_layers,
         attention_head_dim=config.unet_heads,
+        use_linear_projection=config.unet_linear_projection,
         cross_attention_dim=config.context_dim,
         norm_num_groups=config.norm_groups,
     )

@@ -103,10 +103,10 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def _preset_of_width(file: Path, width: int) -> str:
-    for config in PRESETS.values():
-        if config.vim_dim == width:
-            return config.preset
-    known = ", ".join(f"{config.vim_dim} ({config.preset})" for config in PRESETS.values())
+    first = {config.vim_dim: config.preset for config in reversed(PRESETS.values())}
+    if width in first:
+        return first[width]
+    known = ", ".join(f"{each} ({first[each]})" for each in sorted(first, reverse=True))
     raise UsageError(f"{file} is a Vim of width {width}; there are presets for {known}")
 
 

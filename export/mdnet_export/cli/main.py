@@ -49,7 +49,7 @@ main.add_command(triton)
 
 @main.command()
 @checkpoint_option
-@click.option("--preset", help="sd15-vim-s, sd15-vim-t or demo; a checkpoint knows its own.")
+@click.option("--preset", help="Such as sd15-vim-s, sd21-vim-s or demo; a checkpoint knows its own.")
 @click.option("--random-init", is_flag=True, help="Random weights: proves size and speed before you have weights.")
 @click.option("--seed", default=0, show_default=True, help="Seed of --random-init.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from mdnet.model.diffusion import DiffusionEncoder, VAEEncoder
+from mdnet.model.diffusion import DiffusionEncoder, TinyVAEEncoder, VAEEncoder
 from mdnet.model.vim import Block, Branch, Mixer, VisionMamba
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,7 +36,8 @@ def fold_diffusion(encoder: DiffusionEncoder) -> None:
 
     - every ResNet block's time projection becomes part of its first convolution's bias;
     - every cross-attention's keys and values become constants;
-    - `conv_out`, `quant_conv`, the choice of the mean and the scaling factor become one convolution.
+    - `conv_out`, `quant_conv`, the choice of the mean and the scaling factor become one convolution; of a tiny VAE,
+      its last convolution and the scaling factor.
 
     Afterwards `unet.encode(latent, time=None, context=None)` is what is left to run.
     """
@@ -48,7 +49,10 @@ def fold_diffusion(encoder: DiffusionEncoder) -> None:
             _fold_time(module, time)
         elif isinstance(module, BasicTransformerBlock):
             module.attn2 = FoldedCrossAttention(module.attn2, encoder.context)  # type: ignore[assignment]
-    _fold_posterior(encoder.vae)
+    if isinstance(encoder.vae, TinyVAEEncoder):
+        _fold_scaling(encoder.vae)
+    else:
+        _fold_posterior(encoder.vae)
 
 
 def _fold_time(block: ResnetBlock2D, time: Tensor) -> None:
@@ -67,6 +71,13 @@ def _fold_posterior(vae: VAEEncoder) -> None:
     merged.weight.copy_(torch.einsum("om,mikl->oikl", mix, conv.weight))
     merged.bias = nn.Parameter(mix @ conv.bias + quant.bias[:channels] * vae.scaling, requires_grad=False)
     vae.encoder.conv_out = merged
+
+
+def _fold_scaling(vae: TinyVAEEncoder) -> None:
+    last = vae.encoder.layers[-1]
+    assert isinstance(last, nn.Conv2d)
+    for name, parameter in list(last.named_parameters()):
+        setattr(last, name, nn.Parameter(parameter * vae.scaling, requires_grad=False))
 
 
 class FoldedCrossAttention(nn.Module):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
+import pytest
+import stock_diffusion as stock
 import torch
 
-from mdnet.model.config import preset
+from mdnet.model.config import MDNetConfig, preset
 from mdnet.model.diffusion import DiffusionEncoder
 from mdnet.model.net import random_mdnet
 from mdnet_export.graphs.export import EncoderGraph
@@ -23,9 +26,14 @@ def test_folded_vim_gives_the_same_tokens() -> None:
         torch.testing.assert_close(folded(IMAGE), vim(IMAGE), rtol=0, atol=1e-5)
 
 
-def test_folding_is_exact_in_double_precision() -> None:
+# A scaling other than 1, which no tiny VAE that was published has, must not be lost.
+CONFIGS = {**stock.SMALL, "taesd, scaled": dataclasses.replace(stock.SMALL["taesd"], vae_scaling=0.5)}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_folding_is_exact_in_double_precision(config: MDNetConfig) -> None:
     torch.manual_seed(0)
-    encoder = DiffusionEncoder(preset("demo")).double()
+    encoder = DiffusionEncoder(config).double()
     image = IMAGE.permute(0, 3, 1, 2).double() / 127.5 - 1
     folded = with_shared_weights(encoder)
     fold_diffusion(folded)
@@ -36,8 +44,9 @@ def test_folding_is_exact_in_double_precision() -> None:
         assert (feature - expected[name]).abs().max() < 1e-12, name
 
 
-def test_folding_leaves_the_model_as_it_was() -> None:
-    model = random_mdnet(preset("demo"), 0)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_folding_leaves_the_model_as_it_was(config: MDNetConfig) -> None:
+    model = random_mdnet(config, 0)
     before = copy.deepcopy(model.state_dict())
     EncoderGraph(model.diffusion)
     fold_vim(with_shared_weights(model.vim))

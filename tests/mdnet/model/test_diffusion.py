@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import stock_diffusion as stock
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from mdnet.model.config import MDNetConfig, preset
-from mdnet.model.diffusion import DiffusionEncoder
+from mdnet.model.diffusion import DiffusionEncoder, TinyVAEEncoder, to_vae_range
 
 
 def stock_features(encoder: DiffusionEncoder, config: MDNetConfig, image: Tensor) -> dict[str, Tensor]:
@@ -47,13 +49,44 @@ def run_folded(encoder: DiffusionEncoder, image: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("run", [DiffusionEncoder.__call__, run_folded], ids=["unfolded", "folded"])
-def test_features_equal_stock_diffusers(run: Callable) -> None:
-    check_against_stock(preset("demo"), run)
+@pytest.mark.parametrize("encoder", stock.SMALL)
+def test_features_equal_stock_diffusers(encoder: str, run: Callable) -> None:
+    check_against_stock(stock.SMALL[encoder], run)
 
 
 @pytest.mark.slow
-def test_folded_features_equal_stock_diffusers_at_the_sd15_configuration() -> None:
-    check_against_stock(preset("sd15-vim-s"), run_folded)
+@pytest.mark.parametrize("name", ["sd15-vim-s", "sd21-vim-s", "sd15-taesd-vim-s"])
+def test_folded_features_equal_stock_diffusers_at_the_full_configuration(name: str) -> None:
+    check_against_stock(preset(name), run_folded)
+
+
+def test_a_tiny_vae_gives_stock_latents_to_the_bit() -> None:
+    """Of images in [-1, 1], whose range diffusers' encoder moves to TAESD's [0, 1]."""
+    config = stock.SMALL["taesd"]
+    torch.manual_seed(1)
+    vae = stock.vae(config)
+    ours = TinyVAEEncoder(config)
+    ours.load_state_dict({name: value for name, value in vae.state_dict().items() if name.startswith("encoder.")})
+    image = torch.randint(0, 256, (2, config.image_size, config.image_size, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = vae.encode(to_vae_range(image)).latents
+        assert torch.equal(ours(to_vae_range(image)), expected)
+        # What TAESD's own code does: the layers alone, on values in [0, 1].
+        unit = vae.encoder.layers(image.permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(unit, expected, rtol=0, atol=1e-5)
+
+
+def test_heads_differ_by_level_where_the_configuration_says_so() -> None:
+    """They leave no trace in the weights: another count gives other features on the same ones."""
+    config = stock.SMALL["sd21"]
+    torch.manual_seed(1)
+    encoder, other = DiffusionEncoder(config), DiffusionEncoder(dataclasses.replace(config, unet_heads=2))
+    other.load_state_dict(encoder.state_dict())
+    attentions = [module for module in encoder.modules() if isinstance(module, Attention)]
+    assert sorted({attention.heads for attention in attentions}) == [1, 2, 3, 4]  # 1: the VAE's
+    image = torch.randint(0, 256, (1, config.image_size, config.image_size, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert not torch.allclose(encoder(image)["down_s16"], other(image)["down_s16"], atol=1e-3)
 
 
 def test_the_encoder_is_frozen_in_training_mode() -> None:

@@ -116,7 +116,7 @@ def test_image_size_and_preset_are_taken(files: Path, tmp_path: Path) -> None:
     ("words", "code", "message"),
     [
         (["--image-size", "100"], 2, "image_size is 100; the U-Net's mid block needs a multiple of 64"),
-        (["--preset", "none"], 2, "no preset 'none'; known: sd15-vim-s, sd15-vim-t, demo"),
+        (["--preset", "none"], 2, "no preset 'none'; known: sd15-vim-s, sd15-vim-t, sd21-vim-s"),
         (["--preset", "sd15-vim-t"], 1, "vim_dim is 48, preset sd15-vim-t expects 192"),
         (["--sd", "gone"], 1, "gone: no such file or folder"),
         (["--vim", "gone.pth"], 1, "gone.pth: no such file"),
