@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from mdnet.cli.main import main as mdnet
 from mdnet.data.drawn_set import write_dataset
+from mdnet.model.config import preset
 from mdnet_export.cli.main import main as mdnet_export
 
 
@@ -23,7 +24,7 @@ def run(command: object, *words: object) -> str:
 @pytest.mark.parametrize("source", ["sd", pytest.param("sd.safetensors", marks=pytest.mark.slow)])
 def test_import_cache_train_evaluate_build_evaluate(source: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    published_weights.main(tmp_path, "demo")
+    published_weights.main(tmp_path, preset("demo"))
     data = tmp_path / "SCUT-FBP5500"
     write_dataset(data, 40, seed=2)
     start, trained, bundle = tmp_path / "start.safetensors", tmp_path / "mine.safetensors", tmp_path / "bundle"

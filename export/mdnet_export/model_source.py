@@ -10,6 +10,7 @@ from mdnet.evaluation.scored_model import training_of
 from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
 from mdnet.model.config import MDNetConfig, preset
 from mdnet.model.net import MDNet, random_mdnet
+from mdnet.weights.assemble import TAESD_LICENCE, sd_licence
 from mdnet_engines.bundle.files import sha256_of
 from mdnet_engines.bundle.manifest import Provenance, Training
 from mdnet_engines.errors import UsageError
@@ -50,8 +51,10 @@ class Weights:
             return ["weights: Apache-2.0, trained on drawn faces"]
         if self.kind == "random":
             return ["weights: random"]
+        tiny = [f"tiny VAE encoder weights: {TAESD_LICENCE}, if they are TAESD's"] if self.config.vae == "tiny" else []
         return [
-            "Stable Diffusion 1.5 encoder weights: CreativeML Open RAIL-M, whose use restrictions pass on",
+            f"Stable Diffusion encoder weights: {sd_licence(self.config)}, whose use restrictions pass on",
+            *tiny,
             "Vision Mamba weights: Apache-2.0",
             "SCUT-FBP5500, where it was the training data: non-commercial research only",
         ]

@@ -51,7 +51,12 @@ def draw(folder: Path, count: int, seed: int) -> None:
     "--sd",
     type=click.Path(path_type=Path),
     required=True,
-    help="Stable Diffusion 1.x: a diffusers folder, or CompVis' single .safetensors or .ckpt.",
+    help="Stable Diffusion 1.x or 2.x: a diffusers folder, or a single .safetensors or .ckpt.",
+)
+@click.option(
+    "--vae",
+    type=click.Path(path_type=Path),
+    help="A distilled VAE encoder in place of SD's: AutoencoderTiny's folder, or TAESD's .safetensors or .pth.",
 )
 @click.option("--vim", type=click.Path(path_type=Path), required=True, help="Vision Mamba: a .pth of hustvl/Vim.")
 @click.option("--preset", help="Such as sd15-vim-s or sd21-vim-s; by default chosen by what the files are.")
@@ -65,6 +70,7 @@ def draw(folder: Path, count: int, seed: int) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("mdnet.safetensors"), show_default=True)
 def import_(
     sd: Path,
+    vae: Path | None,
     vim: Path,
     preset: str | None,
     image_size: int | None,
@@ -85,6 +91,7 @@ def import_(
         imported = import_weights(
             sd,
             vim,
+            vae=vae,
             preset=preset,
             image_size=image_size,
             null_prompt_file=null_prompt,

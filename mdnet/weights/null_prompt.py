@@ -5,6 +5,7 @@ It never changes, so it is computed once and stored in the MD-Net checkpoint; th
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,26 @@ from torch import Tensor
 
 from mdnet.model.checkpoint import few
 from mdnet.model.config import MDNetConfig
-from mdnet.weights.foreign_files import Weights, listing, open_folder, open_weights
+from mdnet.weights.foreign_files import Stored, Weights, listing, open_folder, open_weights
 from mdnet_engines.errors import MDNetError, first_line, require
 
 LDM_TEXT = "cond_stage_model.transformer."
+OPEN_CLIP_TEXT = "cond_stage_model.model."
+OPEN_CLIP_LAYERS = 23
+"""Stable Diffusion 2 leaves out the last of OpenCLIP's 24 layers; files made from diffusers' folders lack it."""
+OPEN_CLIP_NAMES = {
+    "token_embedding.": "embeddings.token_embedding.",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.": "final_layer_norm.",
+    "transformer.resblocks.": "encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    ".attn.": ".self_attn.",
+}
+"""Parts of OpenCLIP's names → of transformers'."""
+OPEN_CLIP_UNUSED = ("text_projection", "logit_scale", "attn_mask")
 HEAD_WIDTH = 64
 """Of every CLIP text encoder that was published."""
 
@@ -27,7 +44,7 @@ def null_prompt(source: Path, stored: Path | None, config: MDNetConfig) -> tuple
     """The embedding (tokens, context_dim) in float32, and the files it came from.
 
     Args:
-        source: a diffusers folder with `text_encoder/` and `tokenizer/`, or CompVis' single file.
+        source: a diffusers folder with `text_encoder/` and `tokenizer/`, or a single file.
         stored: a file that holds the embedding; it goes before `source`.
 
     Raises:
@@ -96,14 +113,18 @@ def _from_folder(root: Path, config: MDNetConfig) -> tuple[Tensor, tuple[Path, .
 
 
 def _from_single_file(weights: Weights, config: MDNetConfig) -> Tensor:
-    """CLIP's sizes are read from the shapes; its vocabulary ends with the start and the end token, which also pads."""
-    stored = {
-        name.removeprefix(LDM_TEXT): value for name, value in weights.tensors.items() if name.startswith(LDM_TEXT)
-    }
+    """CLIP's sizes are read from the shapes; its vocabulary ends with the start and the end token.
+
+    OpenAI's CLIP, of Stable Diffusion 1, pads with the end token, OpenCLIP with 0.
+    """
+    stored = _below(weights, LDM_TEXT)
     stored = {name.removeprefix("text_model."): value for name, value in stored.items()}
+    if open_clip := not stored:
+        stored = _as_transformers(_below(weights, OPEN_CLIP_TEXT))
     words, fc1 = (stored.get(name) for name in ("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"))
     if words is None or fc1 is None:
-        raise _no_text_encoder(f"{weights.source} has no text encoder ({LDM_TEXT}text_model.*)", config)
+        problem = f"{weights.source} has no text encoder ({LDM_TEXT}text_model.*, {OPEN_CLIP_TEXT}*)"
+        raise _no_text_encoder(problem, config)
     vocabulary, width = words.shape
     transformers = _transformers()
     model = transformers.CLIPTextModel(
@@ -114,7 +135,7 @@ def _from_single_file(weights: Weights, config: MDNetConfig) -> Tensor:
             num_hidden_layers=len({name.split(".")[2] for name in stored if name.startswith("encoder.layers.")}),
             num_attention_heads=max(width // HEAD_WIDTH, 1),
             max_position_embeddings=config.context_length,
-            hidden_act="quick_gelu",
+            hidden_act="gelu" if open_clip else "quick_gelu",
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
@@ -128,14 +149,41 @@ def _from_single_file(weights: Weights, config: MDNetConfig) -> Tensor:
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise MDNetError(f"{weights.source}: its text encoder is not a CLIP text model ({problem[:300]})") from None
-    ids = torch.full((1, config.context_length), vocabulary - 1)
-    ids[0, 0] = vocabulary - 2
+    ids = torch.full((1, config.context_length), 0 if open_clip else vocabulary - 1)
+    ids[0, :2] = torch.tensor([vocabulary - 2, vocabulary - 1])
     return _encode(model, ids)
+
+
+def _below(weights: Weights, prefix: str) -> dict[str, Stored]:
+    return {name.removeprefix(prefix): each for name, each in weights.tensors.items() if name.startswith(prefix)}
+
+
+def _as_transformers(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """OpenCLIP's names → transformers', without the last layer; queries, keys and values lie in one tensor there."""
+    renamed: dict[str, Stored] = {}
+    for theirs, value in stored.items():
+        name = theirs
+        for part, ours in OPEN_CLIP_NAMES.items():
+            name = name.replace(part, ours)
+        layer = name.removeprefix("encoder.layers.").split(".")[0]
+        if name in OPEN_CLIP_UNUSED or (layer.isdigit() and int(layer) >= OPEN_CLIP_LAYERS):
+            continue
+        head, in_proj, kind = name.partition("in_proj_")
+        for i, third in enumerate("qkv" if in_proj else ""):
+            shape = (value.shape[0] // 3, *value.shape[1:])
+            renamed[f"{head}{third}_proj.{kind}"] = Stored(shape, functools.partial(_third, value, i))
+        if not in_proj:
+            renamed[name] = value
+    return renamed
+
+
+def _third(stored: Stored, i: int) -> Tensor:
+    return stored.read().chunk(3)[i]
 
 
 @torch.inference_mode()
 def _encode(model: Any, ids: Tensor) -> Tensor:
-    # Stable Diffusion 1.x: the last hidden state, with the final norm, and no attention mask.
+    # The last hidden state, with the final norm, and no attention mask. Stable Diffusion 2 left out the last layer.
     return model.eval()(ids).last_hidden_state.clone()
 
 

@@ -1,9 +1,9 @@
-"""The frozen encoder from Stable Diffusion 1.x: a diffusers folder or CompVis' single file.
+"""The frozen encoder from Stable Diffusion 1.x or 2.x: a diffusers folder or CompVis' and Stability's single file.
 
     stable-diffusion-v1-5/                              v1-5-pruned-emaonly.safetensors or .ckpt
       unet/  config.json  diffusion_pytorch_model.*       model.diffusion_model.*   (model_ema.* before it)
       vae/   config.json  diffusion_pytorch_model.*       first_stage_model.*
-      text_encoder/  tokenizer/   (see import_context)    cond_stage_model.*
+      text_encoder/  tokenizer/   (see null_prompt)       cond_stage_model.*
 
 Only the encoder halves are read. Keys of the single file are translated by diffusers' own loader, which needs no
 network for that; such a file says nothing about heads and the latents' scaling: they are the preset's.
@@ -33,8 +33,22 @@ LDM_DECODERS = ("output_blocks.", "out.", "decoder.", "post_quant_conv.")
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def context_dim_of(source: Path) -> int | None:
+    """The width of the prompts that the U-Net at `source` takes, where the files say it."""
+    if source.is_dir():
+        file = source / "unet" / "config.json"
+        width = read_json(file).get("cross_attention_dim") if file.is_file() else None
+        return width if isinstance(width, int) else None
+    if not source.exists():
+        return None
+    stored = open_weights(source).tensors.get(f"{LDM_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    return stored.shape[-1] if stored else None
+
+
 def open_encoder(source: Path, config: MDNetConfig) -> Weights:
     """The encoder halves of the U-Net and the VAE at `source`, named as in `DiffusionEncoder`.
+
+    Where the preset's VAE is a tiny one, which lies elsewhere, the U-Net alone.
 
     Raises:
         MDNetError: `source` is something else, or its configuration is not `config`'s.
@@ -42,28 +56,34 @@ def open_encoder(source: Path, config: MDNetConfig) -> Weights:
     if source.is_dir():
         return _open_diffusers(source, config)
     if not source.exists():
-        raise MDNetError(f"{source}: no such file or folder; expected Stable Diffusion 1.x, as diffusers or CompVis")
+        raise MDNetError(f"{source}: no such file or folder; expected Stable Diffusion, as diffusers or CompVis")
     return _open_compvis(open_weights(source), config)
 
 
 def take_encoder(weights: Weights, config: MDNetConfig) -> dict[str, Tensor]:
     """Read what `open_encoder` found: the encoder's state dict in float32, without `context`."""
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in DiffusionEncoder(config).state_dict().items()}
-    del shapes["context"]
+        state = DiffusionEncoder(config).state_dict()
+    parts = tuple(f"{part}." for part in _parts(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(parts)}
     return take(weights, shapes, f"Stable Diffusion's encoder in preset {config.preset}")
 
 
+def _parts(config: MDNetConfig) -> tuple[str, ...]:
+    return ("unet",) if config.vae == "tiny" else ("unet", "vae")
+
+
 def _open_diffusers(root: Path, config: MDNetConfig) -> Weights:
-    for part in ("unet", "vae"):
-        if not (root / part).is_dir():
-            raise MDNetError(
-                f"{root} holds {listing(root)}; expected a diffusers pipeline with unet/ and vae/, weights included"
-            )
+    parts = _parts(config)
+    if not all((root / part).is_dir() for part in parts):
+        folders = " and ".join(f"{part}/" for part in parts)
+        raise MDNetError(
+            f"{root} holds {listing(root)}; expected a diffusers pipeline with {folders}, weights included"
+        )
     check_configs(root, config)
     tensors: dict[str, Stored] = {}
     files: list[Path] = []
-    for part in ("unet", "vae"):
+    for part in parts:
         weights = open_folder(root / part, "diffusion_pytorch_model", "diffusion_pytorch_model")
         files += weights.files
         for name, stored in weights.tensors.items():
@@ -88,7 +108,7 @@ def check_configs(root: Path, config: MDNetConfig) -> None:
         "cross_attention_dim": config.context_dim,
         "norm_num_groups": config.norm_groups,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "use_linear_projection": False,
+        "use_linear_projection": config.unet_linear_projection,
         "only_cross_attention": False,
         "resnet_time_scale_shift": "default",
         "act_fn": "silu",
@@ -107,15 +127,23 @@ def check_configs(root: Path, config: MDNetConfig) -> None:
         "act_fn": "silu",
     }
     for part, stock, expected in (("unet", UNet2DConditionModel, unet), ("vae", AutoencoderKL, vae)):
-        file = root / part / "config.json"
-        found = read_json(file)
-        defaults = inspect.signature(stock.__init__).parameters
-        expected["_class_name"] = stock.__name__
-        for name, wanted in expected.items():
-            value = found.get(name, wanted if name == "_class_name" else defaults.get(name, inspect.Parameter).default)
-            if _plain(value) != _plain(wanted):
-                shown = printable(str(_plain(value)))
-                raise MDNetError(f"{file}: {name} is {shown}, preset {config.preset} expects {_plain(wanted)}")
+        if part in _parts(config):
+            check_config(root / part / "config.json", stock, expected, config)
+
+
+def check_config(file: Path, stock: type, expected: dict[str, Any], config: MDNetConfig) -> None:
+    """Compare a part's `config.json` with what `config` expects of diffusers' class `stock`.
+
+    Raises:
+        MDNetError: a field differs; the message names it with both values.
+    """
+    found = read_json(file)
+    defaults = inspect.signature(stock).parameters
+    for name, wanted in {"_class_name": stock.__name__, **expected}.items():
+        value = found.get(name, wanted if name == "_class_name" else defaults.get(name, inspect.Parameter).default)
+        if _plain(value) != _plain(wanted):
+            shown = printable(str(_plain(value)))
+            raise MDNetError(f"{file}: {name} is {shown}, preset {config.preset} expects {_plain(wanted)}")
 
 
 def _plain(value: Any) -> Any:
@@ -135,9 +163,9 @@ def _open_compvis(weights: Weights, config: MDNetConfig) -> Weights:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     unet, vae = (_encoder_half(weights, prefix) for prefix in (LDM_UNET, LDM_VAE))
-    if not unet or not vae:
+    if not unet or not (vae or config.vae == "tiny"):
         raise MDNetError(
-            f"{weights.source} holds {_kind(weights.tensors)}; expected Stable Diffusion 1.x in one file, with "
+            f"{weights.source} holds {_kind(weights.tensors)}; expected Stable Diffusion in one file, with "
             f"{LDM_UNET}* and {LDM_VAE}*, or a diffusers folder"
         )
     blocks = {"down_block_types": config.vae_channels, "up_block_types": config.vae_channels}  # only counted
@@ -145,6 +173,8 @@ def _open_compvis(weights: Weights, config: MDNetConfig) -> Weights:
         f"unet.{name}": value
         for name, value in convert_ldm_unet_checkpoint(unet, {"layers_per_block": config.unet_layers}).items()
     }
+    if config.vae == "tiny":
+        return Weights(weights.source, converted, weights.files)
     # Here the converter looks into the tensors, to make 1×1 convolutions linear.
     read = {name: stored.read() for name, stored in vae.items()}
     for name, tensor in convert_ldm_vae_checkpoint(read, blocks).items():

@@ -1,4 +1,6 @@
-"""Files with the keys, names and layout of what Stable Diffusion 1.5 and Vision Mamba published; weights are random.
+"""Files with the keys, names and layout of what Stable Diffusion 1.5 and 2.1, TAESD and Vision Mamba published.
+
+Weights are random.
 
 python tests/support/published_weights.py FOLDER [PRESET]   # full size by default: 2.3 GB of fp16 files
 """
@@ -46,7 +48,9 @@ def write_vim(file: Path, state: dict[str, Tensor], size: int, **args: object) -
     return file
 
 
-def clip_state(config: MDNetConfig, layers: int, vocabulary: int, heads: int) -> tuple[object, dict[str, Tensor]]:
+def clip_state(
+    config: MDNetConfig, layers: int, vocabulary: int, heads: int, activation: str = "quick_gelu"
+) -> tuple[object, dict[str, Tensor]]:
     """transformers' text model, and its weights under the published names (`text_model.…`)."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -58,7 +62,7 @@ def clip_state(config: MDNetConfig, layers: int, vocabulary: int, heads: int) ->
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=config.context_length,
-            hidden_act="quick_gelu",
+            hidden_act=activation,
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
@@ -69,8 +73,40 @@ def clip_state(config: MDNetConfig, layers: int, vocabulary: int, heads: int) ->
     return model, state
 
 
-def write_text_encoder(root: Path, model: object, state: dict[str, Tensor], file: str = "model.safetensors") -> None:
-    """`text_encoder/` and `tokenizer/`; the vocabulary is a few letters and the two special tokens, which come last."""
+def open_clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published names of a text model → Stability's (`cond_stage_model.model.…`), with a last layer that is not used.
+
+    Written down from open_clip's transformer.py, whose attention is PyTorch's own.
+    """
+    outer = {"embeddings.token_embedding.weight": "token_embedding.weight"}
+    outer |= {"embeddings.position_embedding.weight": "positional_embedding"}
+    outer |= {f"final_layer_norm.{kind}": f"ln_final.{kind}" for kind in ("weight", "bias")}
+    inner = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    inner |= {"self_attn.out_proj": "attn.out_proj"}
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    layers = sorted({int(name.split(".")[2]) for name in bare if name.startswith("encoder.layers.")})
+    made = {theirs: bare[ours] for ours, theirs in outer.items()}
+    for kind in ("weight", "bias"):
+        for i in layers:
+            ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            made |= {f"{theirs}.{b}.{kind}": bare[f"{ours}.{a}.{kind}"] for a, b in inner.items()}
+            parts = [bare[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            made[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(parts)
+    last = f"transformer.resblocks.{layers[-1]}."
+    unused = f"transformer.resblocks.{layers[-1] + 1}."
+    made |= {name.replace(last, unused): torch.randn_like(made[name]) for name in list(made) if name.startswith(last)}
+    width = made["ln_final.bias"].shape[0]
+    made |= {"text_projection": torch.randn(width, width), "logit_scale": torch.tensor(4.6)}
+    return {f"cond_stage_model.model.{name}": tensor for name, tensor in made.items()}
+
+
+def write_text_encoder(
+    root: Path, model: object, state: dict[str, Tensor], file: str = "model.safetensors", pad: str = END
+) -> None:
+    """`text_encoder/` and `tokenizer/`; the vocabulary is a few letters and the two special tokens, which come last.
+
+    Stable Diffusion 2's tokenizer pads with `!`, by one of its two files alone.
+    """
     encoder, tokenizer = root / "text_encoder", root / "tokenizer"
     encoder.mkdir(parents=True)
     tokenizer.mkdir()
@@ -81,12 +117,12 @@ def write_text_encoder(root: Path, model: object, state: dict[str, Tensor], file
     else:
         save_file(state, encoder / file, {"format": "pt"})
     size = state["text_model.embeddings.token_embedding.weight"].shape[0]
-    letters = [f"{chr(0x100 + i)}" for i in range(size - 2)]
+    letters = ["!", *(chr(0x100 + i) for i in range(size - 3))]
     words = {word: number for number, word in enumerate([*letters, START, END])}
     (tokenizer / "vocab.json").write_text(json.dumps(words))
     (tokenizer / "merges.txt").write_text("#version: 0.2\n")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad}))
     length = state["text_model.embeddings.position_embedding.weight"].shape[0]
     described = {**special, "model_max_length": length, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(described))
@@ -151,9 +187,8 @@ def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def main(root: Path, name: str = "sd15-vim-s") -> None:
-    """Write `sd/` (fp16), `sd.safetensors` (CompVis, fp16) and `vim.pth`."""
-    config = preset(name)
+def main(root: Path, config: MDNetConfig) -> None:
+    """Write `sd/` (fp16), `sd.safetensors` (CompVis' or Stability's, fp16) and `vim.pth`."""
     parts = {}
     for part, make in (("unet", stock.unet), ("vae", stock.vae)):
         with torch.device("meta"):
@@ -163,14 +198,19 @@ def main(root: Path, name: str = "sd15-vim-s") -> None:
         model.save_config(folder)
         parts[part] = {k: torch.randn(t.shape, dtype=torch.float16) * 0.02 for k, t in model.state_dict().items()}
         save_file(parts[part], folder / "diffusion_pytorch_model.fp16.safetensors")
-    text, state = clip_state(config, layers=12, vocabulary=49408, heads=max(config.context_dim // 64, 1))
+    heads = max(config.context_dim // 64, 1)
+    sd2 = config.unet_linear_projection
+    text, state = clip_state(config, 23 if sd2 else 12, 49408, heads, "gelu" if sd2 else "quick_gelu")
     halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    write_text_encoder(root / "sd", text, halves, "model.fp16.safetensors")
+    write_text_encoder(root / "sd", text, halves, "model.fp16.safetensors", "!" if sd2 else END)
     single = {**ldm_unet(parts["unet"], config), **ldm_vae(parts["vae"])}
-    single |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in halves.items()}
+    if sd2:
+        single |= open_clip_state(halves)
+    else:
+        single |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in halves.items()}
     save_file({name: tensor.contiguous() for name, tensor in single.items()}, root / "sd.safetensors")
     write_vim(root / "vim.pth", vim_state(config, 224, classes=1000), 224)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), preset(*sys.argv[2:] or ["sd15-vim-s"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,10 +20,10 @@ from safetensors.torch import save_file
 from mdnet.cli.main import main
 from mdnet.data.drawn_set import write_dataset
 from mdnet.model.checkpoint import load_checkpoint, read_metadata
-from mdnet.model.config import preset
+from mdnet.model.config import PRESETS, MDNetConfig, preset
 from mdnet.model.net import MDNet
 from mdnet.model.vim import VisionMamba
-from mdnet.weights.assemble import import_weights
+from mdnet.weights.assemble import import_weights, sd_licence
 
 CONFIG = preset("demo")
 
@@ -84,6 +85,64 @@ def test_the_notes_name_every_source_with_its_hash_and_licence(files: Path, tmp_
     assert notes["command"].startswith("mdnet")
 
 
+VARIANTS = {
+    "sd21": dataclasses.replace(stock.SMALL["sd21"], preset="small-sd21"),
+    "taesd": preset("demo-taesd"),
+}
+
+
+def write_pipeline(root: Path, config: MDNetConfig) -> Path:
+    """`sd/`, its VAE in `tiny/` where it is a tiny one, `prompt.safetensors`; any text encoder is left out."""
+    torch.manual_seed(2)
+    stock.unet(config).save_pretrained(root / "sd" / "unet")
+    stock.vae(config).save_pretrained(root / ("tiny" if config.vae == "tiny" else "sd/vae"))
+    save_file({"context": torch.randn(config.context_length, config.context_dim)}, root / "prompt.safetensors")
+    return root
+
+
+@pytest.mark.parametrize(("name", "licence"), [("sd21", "RAIL"), ("taesd", "MIT")])
+def test_the_preset_follows_from_the_files(
+    name: str, licence: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = VARIANTS[name]
+    monkeypatch.setitem(PRESETS, variant.preset, variant)
+    root = write_pipeline(tmp_path, variant)
+    vae = ["--vae", root / "tiny"] if name == "taesd" else []
+    words = ["--sd", root / "sd", *vae, "--vim", files / "vim.pth", "--null-prompt", root / "prompt.safetensors"]
+    output = tmp_path / "out.safetensors"
+    result = run("import", *words, "--image-size", 64, "-o", output)
+    assert result.exit_code == 0, result.output
+    config, notes = read_metadata(output)
+    assert config == dataclasses.replace(variant, image_size=64)
+    part, file = ("vae", "tiny") if name == "taesd" else ("stable_diffusion", "sd/vae")
+    stored = "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256((root / file / stored).read_bytes()).hexdigest()
+    assert notes[part]["files"][stored if name == "taesd" else f"vae/{stored}"] == digest
+    assert licence in notes[part]["licence"]
+    assert torch.isfinite(load_checkpoint(output)(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))).all()
+
+
+def test_stable_diffusion_2_has_its_own_licence() -> None:
+    assert sd_licence(preset("sd21-vim-s")) == "CreativeML Open RAIL++-M"
+    assert sd_licence(preset("sd15-taesd-vim-s")) == sd_licence(preset("sd15-vim-s")) == "CreativeML OpenRAIL-M"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "demo-taesd"], "preset demo-taesd needs --vae: AutoencoderTiny's folder, or taesd_encoder"),
+        (["--preset", "demo", "--vae", "x"], "preset demo has Stable Diffusion's own VAE; --vae is for presets such"),
+    ],
+)
+def test_a_vae_that_the_preset_does_not_have_or_lacks_is_bad_usage(
+    words: list[str], message: str, files: Path, tmp_path: Path
+) -> None:
+    result = import_(files, tmp_path / "out.safetensors", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_seed_is_the_fusions_alone(files: Path) -> None:
     def with_seed(seed: int) -> MDNet:
         prompt = files / "prompt.safetensors"
@@ -142,7 +201,7 @@ def test_a_folder_without_a_text_encoder_says_how_to_go_on(files: Path, tmp_path
 def test_whole_published_files_need_nothing_else_and_transformers_stays_quiet(tmp_path: Path) -> None:
     """In a process of its own: what transformers prints, it prints past click's runner."""
     pytest.importorskip("transformers")
-    published.main(tmp_path, "demo")
+    published.main(tmp_path, CONFIG)
     contexts = []
     for source in ("sd", "sd.safetensors"):
         output = tmp_path / f"{source}.out"
@@ -159,7 +218,7 @@ MEASURED = """
 import json, resource, sys
 from pathlib import Path
 from mdnet.model.checkpoint import save_checkpoint
-from mdnet.weights.assemble import import_weights
+from mdnet.weights.assemble import import_weights, sd_licence
 sd, vim, out = map(Path, sys.argv[1:])
 imported = import_weights(sd, vim)
 save_checkpoint(imported.model, out, notes=imported.notes)
@@ -186,7 +245,7 @@ def test_a_full_size_import_stays_under_10_gib(source: str, full_size: Path, tmp
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("full-size")
-    published.main(root)
+    published.main(root, preset("sd15-vim-s"))
     return root
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import published_weights as published
 import pytest
+import stock_diffusion as stock
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdnet.model.config import preset
 from mdnet.weights.null_prompt import null_prompt
@@ -62,6 +64,72 @@ def test_the_null_prompt_of_a_single_file_needs_no_tokenizer(
     save_file({f"cond_stage_model.transformer.{k}": v for k, v in state.items()}, tmp_path / "sd.safetensors")
     got, _ = null_prompt(tmp_path / "sd.safetensors", None, CONFIG)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+OPEN_CLIP = stock.SMALL["sd21"]
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> tuple[object, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Stable Diffusion 2's text encoder: transformers' model with its weights, Stability's, and the embedding.
+
+    The embedding is by PyTorch's own layers on Stability's weights: all but the last, the final norm, a causal mask,
+    and 0 as the padding.
+    """
+    pytest.importorskip("transformers")
+    torch.manual_seed(7)
+    width, length = OPEN_CLIP.context_dim, OPEN_CLIP.context_length
+    model, state = published.clip_state(OPEN_CLIP, layers=23, vocabulary=40, heads=1, activation="gelu")
+    single = published.open_clip_state(state)
+    theirs = {name.removeprefix("cond_stage_model.model."): tensor for name, tensor in single.items()}
+    ids = torch.tensor([38, 39] + [0] * (length - 2))
+    x = (theirs["token_embedding.weight"][ids] + theirs["positional_embedding"])[None]
+    mask = nn.Transformer.generate_square_subsequent_mask(length)
+    names = {"attn.": "self_attn.", "ln_1.": "norm1.", "ln_2.": "norm2.", "mlp.c_fc.": "linear1."}
+    names["mlp.c_proj."] = "linear2."
+    layer = nn.TransformerEncoderLayer(width, 1, 4 * width, activation="gelu", norm_first=True, batch_first=True).eval()
+    for i in range(23):
+        block = f"transformer.resblocks.{i}."
+        part = {name.removeprefix(block): tensor for name, tensor in theirs.items() if name.startswith(block)}
+        for old, new in names.items():
+            part = {name.replace(old, new): tensor for name, tensor in part.items()}
+        layer.load_state_dict(part)
+        with torch.no_grad():
+            x = layer(x, src_mask=mask, is_causal=True)
+    return model, state, single, F.layer_norm(x[0], (width,), theirs["ln_final.weight"], theirs["ln_final.bias"])
+
+
+OpenClip = tuple[object, dict[str, Tensor], dict[str, Tensor], Tensor]
+
+
+def test_stable_diffusion_2s_null_prompt_is_the_same_of_folder_and_single_file(
+    open_clip: OpenClip, tmp_path: Path
+) -> None:
+    model, state, single, expected = open_clip
+    published.write_text_encoder(tmp_path, model, state, pad="!")
+    save_file({name: tensor.contiguous() for name, tensor in single.items()}, tmp_path / "v2.safetensors")
+    for source in (tmp_path, tmp_path / "v2.safetensors"):
+        got, _ = null_prompt(source, None, OPEN_CLIP)
+        # 23 layers of float32, by other kernels.
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_single_file_that_lacks_open_clips_unused_layer_gives_the_same(open_clip: OpenClip, tmp_path: Path) -> None:
+    """So diffusers' script writes it: its folders have 23 layers."""
+    _, _, single, expected = open_clip
+    kept = {name: tensor.contiguous() for name, tensor in single.items() if ".resblocks.23." not in name}
+    assert len(kept) == len(single) - 12
+    save_file(kept, tmp_path / "v2.safetensors")
+    got, _ = null_prompt(tmp_path / "v2.safetensors", None, OPEN_CLIP)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_an_open_clip_text_encoder_with_missing_weights_is_refused(open_clip: OpenClip, tmp_path: Path) -> None:
+    _, _, single, _ = open_clip
+    part = "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_bias"
+    save_file({k: v.contiguous() for k, v in single.items() if k != part}, tmp_path / "v2.safetensors")
+    with pytest.raises(MDNetError, match=r"not a CLIP text model .*layers.22.self_attn.*bias"):
+        null_prompt(tmp_path / "v2.safetensors", None, OPEN_CLIP)
 
 
 def test_a_text_encoder_with_missing_weights_is_refused(text: tuple[Tensor, dict, Path], tmp_path: Path) -> None:

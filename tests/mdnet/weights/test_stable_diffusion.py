@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mdnet.model.config import preset
+from mdnet.model.config import MDNetConfig, preset
 from mdnet.model.diffusion import DiffusionEncoder
-from mdnet.weights.stable_diffusion import LDM_UNET_EMA, open_encoder, take_encoder
+from mdnet.weights.stable_diffusion import LDM_UNET_EMA, context_dim_of, open_encoder, take_encoder
 from mdnet_engines.errors import MDNetError
 
 CONFIG = preset("demo")
@@ -30,9 +30,9 @@ STEM = "diffusion_pytorch_model"
 class Stock:
     """A whole stock pipeline whose weights are exact in fp16, so that every file variant holds the same numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: MDNetConfig = CONFIG) -> None:
         torch.manual_seed(3)
-        self.unet, self.vae = stock.unet(CONFIG).eval(), stock.vae(CONFIG).eval()
+        self.unet, self.vae = stock.unet(config).eval(), stock.vae(config).eval()
         with torch.no_grad():
             for parameter in (*self.unet.parameters(), *self.vae.parameters()):
                 parameter.add_(torch.randn_like(parameter) * 0.05)  # no two norms alike
@@ -60,20 +60,20 @@ def folder(pipeline: Stock, tmp_path: Path) -> Path:
     return pipeline.save(tmp_path / "sd")
 
 
-def imported(source: Path) -> DiffusionEncoder:
-    encoder = DiffusionEncoder(CONFIG)
-    state = take_encoder(open_encoder(source, CONFIG), CONFIG)
+def imported(source: Path, config: MDNetConfig) -> DiffusionEncoder:
+    encoder = DiffusionEncoder(config)
+    state = take_encoder(open_encoder(source, config), config)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    encoder.load_state_dict({**state, "context": torch.randn(CONFIG.context_length, CONFIG.context_dim)})
+    encoder.load_state_dict({**state, "context": torch.randn(config.context_length, config.context_dim)})
     return encoder
 
 
-def check_features(source: Path, pipeline: Stock) -> None:
+def check_features(source: Path, pipeline: Stock, config: MDNetConfig = CONFIG) -> None:
     torch.manual_seed(4)
-    encoder = imported(source)
-    image = torch.randint(0, 256, (1, CONFIG.image_size, CONFIG.image_size, 3), dtype=torch.uint8)
+    encoder = imported(source, config)
+    image = torch.randint(0, 256, (1, config.image_size, config.image_size, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        expected = stock.features(pipeline.vae, pipeline.unet, encoder.context, CONFIG.timestep, image)
+        expected = stock.features(pipeline.vae, pipeline.unet, encoder.context, config.timestep, image)
         got = encoder(image)
     assert set(got) == set(expected)
     for name, feature in got.items():
@@ -169,6 +169,21 @@ def test_decoders_are_never_read(pipeline: Stock, tmp_path: Path) -> None:
             save_file(pipeline.compvis(), source)
         names = set(open_encoder(source, CONFIG).tensors)
         assert names == set(DiffusionEncoder(CONFIG).state_dict()) - {"context"}
+
+
+SD21 = stock.SMALL["sd21"]
+
+
+@pytest.mark.parametrize("source", ["sd", "v2-1_512-ema-pruned.safetensors"])
+def test_stable_diffusion_2_gives_stock_features(source: str, tmp_path: Path) -> None:
+    pipeline = Stock(SD21)
+    if source == "sd":
+        pipeline.save(tmp_path / source)
+    else:  # what else Stability's file has beside the networks
+        schedule = dict.fromkeys(("betas", "alphas_cumprod", "sqrt_recip_alphas_cumprod"), torch.ones(1000))
+        save_file({**pipeline.compvis(), **{k: v.clone() for k, v in schedule.items()}}, tmp_path / source)
+    assert context_dim_of(tmp_path / source) == SD21.context_dim
+    check_features(tmp_path / source, pipeline, SD21)
 
 
 # What is wrong, and what the message must say about it.
@@ -307,7 +322,7 @@ def single_files(tmp_path: Path) -> dict[str, tuple[Callable[[Path], object], st
     return {
         "LoRA": (
             lambda file: save_file({"lora_unet_mid_block.lora_down.weight": torch.ones(1)}, file),
-            r"holds a LoRA.*expected Stable Diffusion 1.x in one file, with model.diffusion_model.\*",
+            r"holds a LoRA.*expected Stable Diffusion in one file, with model.diffusion_model.\*",
         ),
         "one part": (
             lambda file: save_file({"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, file),
@@ -364,11 +379,12 @@ def test_a_cut_ckpt_is_explained(pipeline: Stock, tmp_path: Path) -> None:
         open_encoder(file, CONFIG)
 
 
-def test_stable_diffusion_2_in_one_file_names_what_differs(pipeline: Stock, tmp_path: Path) -> None:
-    state = pipeline.compvis()
-    name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
-    state[name] = state[name][:, :, 0, 0].contiguous()  # its projections are linear
-    save_file(state, tmp_path / "v2.safetensors")
-    message = r"proj_in.weight is \(32, 32\), expected \(32, 32, 1, 1\)"
+def test_stable_diffusion_2_for_a_preset_of_1_names_what_differs(tmp_path: Path) -> None:
+    pipeline = Stock(SD21)
+    message = r"unet/config.json: attention_head_dim is \[2, 3, 4, 4\], preset demo expects 2"
+    with pytest.raises(MDNetError, match=message):
+        open_encoder(pipeline.save(tmp_path / "sd"), CONFIG)
+    save_file(pipeline.compvis(), tmp_path / "v2.safetensors")
+    message = r"to_k.weight is \(32, 64\), expected \(32, 32\)"
     with pytest.raises(MDNetError, match=message):
         take_encoder(open_encoder(tmp_path / "v2.safetensors", CONFIG), CONFIG)
