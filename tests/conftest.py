@@ -59,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def takes_graphs(file: str) -> bool:
     """Whether tests of the file take the demo's graphs or bundles."""
-    return "/export/" in file or file.endswith("/test_evaluate.py")
+    return "/export/" in file or file.endswith(("/test_evaluate.py", "/test_explain.py"))
 
 
 @pytest.hookimpl(optionalhook=True)

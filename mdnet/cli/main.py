@@ -1,4 +1,4 @@
-"""`mdnet`: draw data, import weights, train, evaluate."""
+"""`mdnet`: draw data, import weights, train, evaluate, explain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from mdnet import __version__
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
 from mdnet.cli.data import data_help, parse_scale, protocol_option, scale_option
+from mdnet.cli.explain import explain
 from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 @click.group(cls=Command)
 @click.version_option(package_name="mdnet")
 def main() -> None:
-    """MD-Net in PyTorch: published weights, data, training, evaluation."""
+    """MD-Net in PyTorch: published weights, data, training, evaluation, what a score depends on."""
 
 
-for command in (prior, train, ablate):
+for command in (prior, train, ablate, explain):
     main.add_command(command)
 
 

@@ -54,10 +54,14 @@ class ScoredModel:
         """
         if self._bundle is not None:
             return open_graphs(self._bundle, backend=backend, check=backend == "auto").score
+        return torch_scores(self.load_torch(device))
+
+    def load_torch(self, device: Device = "cpu") -> MDNet:
+        """Read a checkpoint's model onto `device`; raises as `load`."""
         from mdnet.model.checkpoint import load_checkpoint
 
         check_device(device)
-        return torch_scores(load_checkpoint(self.path).to(device))
+        return load_checkpoint(self.path).to(device)
 
 
 def open_model(path: Path) -> ScoredModel:

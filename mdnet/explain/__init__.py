@@ -1,0 +1,1 @@
+"""Where a score comes from: occlusion, attention, and how far they agree."""
