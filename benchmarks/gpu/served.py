@@ -179,7 +179,7 @@ def _gates(context: Context, graphs: Graphs, held: Reference, precision: str) ->
     """The bundle's own gates, graph by graph and on the score, against PyTorch fp32."""
     report = measure(graphs, held.outputs, held.images, precision=precision, backend=context.device.kind)
     figures: dict[str, Figure] = {gate.name: gate.value for gate in report.gates if gate.value is not None}
-    if failed := [gate.name for gate in report.gates if not gate.passed]:
+    if failed := [gate.name for gate in report.gates if gate.failed]:
         raise CheckFailed(f"not within the {precision} limits: {', '.join(failed)}", figures)
     return figures
 

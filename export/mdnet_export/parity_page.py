@@ -40,8 +40,9 @@ def render_html(
         title=title,
         facts={**measured, **facts, **measured},
         verdict=_verdict(report),
-        failed=[_gate_row(gate) for gate in report.gates if not gate.passed],
-        applicable=sum(gate.value is not None for gate in report.gates),
+        failed=[_gate_row(gate) for gate in report.gates if gate.failed],
+        evaluated=sum(gate.value is not None for gate in report.gates),
+        open=[_gate_row(gate) for gate in report.gates if gate.value is None],
         gates=[_gate_row(gate) for gate in report.gates],
         graphs={
             graph: {
@@ -119,8 +120,8 @@ def _gate_row(gate: Gate) -> dict[str, str]:
     sign = "≤" if gate.at_most else "≥"
     row = {"name": gate.name, "limit": f"{sign} {number(gate.limit)}", "note": gate.note}
     if gate.value is None:
-        return {**row, "value": "–", "state": "na"}
-    return {**row, "value": number_beside(gate.value, gate.limit), "state": "pass" if gate.passed else "fail"}
+        return {**row, "value": "–", "state": "warn"}
+    return {**row, "value": number_beside(gate.value, gate.limit), "state": gate.verdict}
 
 
 def _summary(points: list[Point], finite: list[Point]) -> dict[str, str]:

@@ -77,15 +77,17 @@ def test_json_takes_numpy_scalars() -> None:
     assert json.loads(json.dumps(to_json(report)))["scores"][0]["reference"] == 2.5
 
 
-def test_json_states_what_passed() -> None:
+def test_json_states_what_passed_and_what_was_not_evaluated() -> None:
     document = to_json(make_report(gates=[PASSING, FAILING, SKIPPED]))
-    assert (document["passed"], [gate["passed"] for gate in document["gates"]]) == (False, [True, False, True])
+    assert document["passed"] is False
+    assert [gate["verdict"] for gate in document["gates"]] == ["pass", "fail", "not evaluated"]
 
 
-def test_passed_in_a_file_is_not_believed() -> None:
+def test_a_verdict_in_a_file_is_not_believed() -> None:
     document = to_json(make_report(gates=[FAILING]))
-    document["passed"] = document["gates"][0]["passed"] = True
-    assert not from_json(document).passed
+    document["passed"], document["gates"][0]["verdict"] = True, "pass"
+    read = from_json(document)
+    assert (read.passed, read.gates[0].verdict) == (False, "fail")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,26 @@ def test_verdict_names_the_failed_gates_and_no_other(forced: bool) -> None:
     assert "1 of 2 gates fails" in verdict
     assert "Pearson is 0.97, must be ≥ 0.999" in verdict
     assert PASSING.name not in verdict
-    assert SKIPPED.name not in verdict
+
+
+@pytest.mark.parametrize(
+    ("gates", "sentence"),
+    [
+        ([PASSING, SKIPPED], "One gate was not evaluated; of it nothing is known"),
+        ([FAILING, SKIPPED, SKIPPED], "2 gates were not evaluated; of them nothing is known"),
+        ([SKIPPED], "No gate was evaluated"),
+    ],
+)
+def test_verdict_says_loudly_what_was_not_evaluated_and_why(gates: list[Gate], sentence: str) -> None:
+    text = " ".join(Page(render(make_report(gates=gates))).text.split())
+    verdict = text[: text.index("What was measured")]
+    assert sentence in verdict
+    assert SKIPPED.name in verdict
+    assert SKIPPED.note in verdict
+
+
+def test_verdict_with_every_gate_evaluated_mentions_no_gap() -> None:
+    assert "not evaluated" not in Page(render(make_report(gates=[PASSING]))).text
 
 
 def test_gate_table_says_each_state_in_words() -> None:
@@ -200,7 +221,7 @@ def test_gate_table_says_each_state_in_words() -> None:
     assert rows[1:] == [
         ["max |Δscore|", "0.004", "≤ 0.02", "✓ pass"],
         ["Pearson", "0.97", "≥ 0.999", "✗ FAIL"],
-        ["Spearman", "–", "≥ 0.99", "not applicable"],
+        ["Spearman", "–", "≥ 0.99", "⚠ not evaluated"],
         ["the reference scores hardly vary"],
     ]
 

@@ -158,9 +158,15 @@ class ParitySummary(Part):
     pearson: float | None = None
     spearman: float | None = None
     """None where the reference scores hardly vary (random weights), which leaves a correlation no meaning."""
+    not_evaluated: str = Field(default="", max_length=2000)
+    """The gates that could not be evaluated, and why: `passed` says nothing of them."""
 
     def __str__(self) -> str:
-        """The differences, for one line of output."""
+        """The differences and what was not evaluated, for one line of output."""
+        return self.figures() + (f"; not evaluated: {self.not_evaluated}" if self.not_evaluated else "")
+
+    def figures(self) -> str:
+        """The differences alone."""
         if self.max_abs is None or self.mean_abs is None:
             return f"scores that are not finite, {self.source}"
         correlation = "" if self.pearson is None else f", Pearson {self.pearson:.6f}"

@@ -100,7 +100,7 @@ def gate_against_build(graphs: Mapping[str, Mapping[str, TensorParity]], expecte
 def score_gates(limits: Limits, expected: np.ndarray, got: np.ndarray) -> list[Gate]:
     finite = bool(np.isfinite(got).all())
     spread = float(np.std(expected, dtype=np.float64)) >= limits.pearson_needs_sd and finite
-    why = "" if spread else "the reference scores hardly vary"
+    why = "" if spread else f"the reference scores hardly vary: their sd is below {limits.pearson_needs_sd:g}"
     return [
         Gate("scores that are not finite", float(np.sum(~np.isfinite(got))), True, 0),
         Gate("score max |Δ|", max_abs(expected, got), True, limits.score_max_abs),
@@ -133,7 +133,7 @@ def batch_gates(
 def rating_gate(limits: Limits, ratings: np.ndarray, expected: np.ndarray, got: np.ndarray) -> Gate:
     name = "Pearson with the ratings, lost"
     if len(ratings) < RATED_IMAGES or not np.isfinite(got).all():
-        return Gate(name, None, True, limits.rating_loss, f"needs {RATED_IMAGES} images")
+        return Gate(name, None, True, limits.rating_loss, f"{len(ratings)} rated images, {RATED_IMAGES} are needed")
     lost = pearson(ratings, expected) - pearson(ratings, got)
     # A model that gives every image the same score has no correlation to lose.
     return Gate(name, None if math.isnan(lost) else lost, True, limits.rating_loss, "" if lost == lost else "no spread")

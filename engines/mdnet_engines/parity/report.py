@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mdnet_engines.bundle.manifest import ParitySummary
 from mdnet_engines.parity.metrics import mae, max_abs, pearson, spearman
 
 PEARSON_GATE = "score Pearson"
+Verdict = Literal["pass", "fail", "not evaluated"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class TensorParity:
 
 @dataclass(frozen=True)
 class Gate:
-    """One threshold: `value` must be at most (or at least) `limit`. `value` None: not applicable, and why."""
+    """One threshold: `value` must be at most (or at least) `limit`. `value` None: not evaluated; `note` says why."""
 
     name: str
     value: float | None
@@ -32,10 +34,16 @@ class Gate:
     note: str = ""
 
     @property
-    def passed(self) -> bool:
+    def verdict(self) -> Verdict:
+        """A gate that could not be evaluated neither passes nor fails. NaN fails."""
         if self.value is None:
-            return True
-        return self.value <= self.limit if self.at_most else self.value >= self.limit
+            return "not evaluated"
+        holds = self.value <= self.limit if self.at_most else self.value >= self.limit
+        return "pass" if holds else "fail"
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict == "fail"
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,24 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        return all(gate.passed for gate in self.gates)
+        """Whether no gate failed. `not_evaluated` says what this leaves open."""
+        return not any(gate.failed for gate in self.gates)
 
     def failures(self) -> str:
         """The gates that failed, with value and limit, on one line; empty where all passed."""
         return "; ".join(
             f"{gate.name} is {gate.value:.6g}, allowed is {'at most' if gate.at_most else 'at least'} {gate.limit:g}"
             for gate in self.gates
-            if not gate.passed and gate.value is not None
+            if gate.failed
         )
+
+    def not_evaluated(self) -> str:
+        """The gates that could not be evaluated, each with its reason, on one line; empty where all were."""
+        names: dict[str, list[str]] = {}
+        for gate in self.gates:
+            if gate.verdict == "not evaluated":
+                names.setdefault(gate.note, []).append(gate.name)
+        return "; ".join(f"{', '.join(gates)} ({reason})" for reason, gates in names.items())
 
     def with_gates_of_gpu_graphs(self, other: ParityReport) -> ParityReport:
         """This report, held to the gates of `other` as well, which measured the graphs that GPUs get."""
@@ -99,6 +116,7 @@ class ParityReport:
         return ParitySummary(
             passed=self.passed,
             forced=self.forced,
+            not_evaluated=self.not_evaluated()[:2000],
             images=len(self.scores),
             source=self.source,
             max_abs=max_abs(expected, got) if finite else None,

@@ -14,20 +14,20 @@ from mdnet_engines.parity.report import Gate, LayerParity, ParityReport, ScorePa
 
 
 def to_json(report: ParityReport) -> dict[str, Any]:
-    """Every field of `report`, plus `passed` for it and for each gate, as what strict JSON can hold.
+    """Every field of `report`, plus its `passed` and the `verdict` of each gate, as what strict JSON can hold.
 
-    NaN and infinities become the strings "NaN", "Infinity", "-Infinity" (null already means "not applicable").
+    NaN and infinities become the strings "NaN", "Infinity", "-Infinity" (null already means "not evaluated").
     A file name that is not UTF-8 keeps its surrogates: write it with `json.dumps`' default, ASCII escapes.
     """
     document = asdict(report)
     for part, gate in zip(document["gates"], report.gates, strict=True):
-        part["passed"] = gate.passed
+        part["verdict"] = gate.verdict
     document["passed"] = report.passed
     return _plain(document)
 
 
 def from_json(document: Mapping[str, Any]) -> ParityReport:
-    """The report that `to_json` wrote; what it computed (`passed`) is computed anew, not believed.
+    """The report that `to_json` wrote; what it computed (`passed`, `verdict`) is computed anew, not believed.
 
     Raises:
         BundleError: a field is missing or is not of its type.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mdnet_engines.parity.report import ParityReport
 
 DEFAULT_BUNDLE = Path("mdnet-bundle")
+_VERDICTS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "not evaluated": "[bold yellow]not evaluated[/]"}
 
 images_option = click.option(
     "--images",
@@ -167,7 +168,8 @@ def _print_result(bundle: Bundle) -> None:
     parity = manifest.parity
     verdict = "parity passed" if parity.passed else "PARITY FAILED, written because of --force"
     say(f"{bundle.path}: {manifest.preset} {manifest.precision}, {size:.1f} MB")
-    say(f"{verdict}: {parity}; see {bundle.path / 'parity.html'}")
+    say(f"{verdict}: {parity.figures()}; see {bundle.path / 'parity.html'}")
+    _warn_of_gaps(parity.not_evaluated)
     if manifest.precision == "fp16":
         say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
     if manifest.precision == "fp8":
@@ -191,11 +193,18 @@ def _print_layers(report: ParityReport) -> None:
 
 
 def _print_gates(report: ParityReport) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("gate", "value", "limit", "", title=f"{report.precision} on {report.backend}, {report.source}")
     for gate in report.gates:
-        value = gate.note if gate.value is None else f"{gate.value:.6g}"
+        value = escape(gate.note) if gate.value is None else f"{gate.value:.6g}"
         limit = f"{'≤' if gate.at_most else '≥'} {gate.limit:g}"
-        table.add_row(gate.name, value, limit, "pass" if gate.passed else "[bold red]FAIL[/]")
+        table.add_row(escape(gate.name), value, limit, _VERDICTS[gate.verdict])
     show(table)
+    _warn_of_gaps(report.not_evaluated())
+
+
+def _warn_of_gaps(not_evaluated: str) -> None:
+    if not_evaluated:
+        say(f"warning: not evaluated, neither passed nor failed: {not_evaluated}")

@@ -49,7 +49,7 @@ def report(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -
 
 
 def failed(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -> set[str]:
-    return {gate.name for gate in report(score, precision).gates if not gate.passed}
+    return {gate.name for gate in report(score, precision).gates if gate.failed}
 
 
 def test_an_exact_bundle_passes() -> None:
@@ -113,10 +113,13 @@ def test_constant_scores_have_no_correlation_to_fail() -> None:
     flat = {**REFERENCE, "score": np.full(12, 3, np.float32)}
     result = measure(sessions(lambda v: v * 0 + 3), flat, IMAGES, precision="fp32", backend="fake")  # type: ignore[arg-type]
     gate = next(gate for gate in result.gates if gate.name == "score Pearson")
-    assert gate.value is None
-    assert gate.passed
-    assert "hardly vary" in gate.note
-    assert result.summary().pearson is None
+    assert (gate.value, gate.verdict) == (None, "not evaluated")
+    assert "hardly vary: their sd is below 0.02" in gate.note
+    assert result.passed
+    summary = result.summary()
+    assert summary.pearson is None
+    assert summary.not_evaluated == f"score Pearson ({gate.note})"
+    assert str(summary) == f"{summary.figures()}; not evaluated: {summary.not_evaluated}"
 
 
 # --- against ratings ---
@@ -151,20 +154,20 @@ def test_a_correlation_with_the_ratings_that_is_lost_fails() -> None:
     gate, lost = rated(200, noise=0.3)
     assert lost > 5 * LIMITS["int8"].rating_loss
     assert gate.value == pytest.approx(lost, abs=1e-6)
-    assert not gate.passed
+    assert gate.verdict == "fail"
 
 
 def test_a_correlation_with_the_ratings_that_is_kept_passes() -> None:
     gate, lost = rated(200, noise=0.01)
     assert gate.value == pytest.approx(lost, abs=1e-6)
     assert abs(lost) < LIMITS["int8"].rating_loss
-    assert gate.passed
+    assert gate.verdict == "pass"
 
 
 def test_few_ratings_say_nothing() -> None:
     gate, lost = rated(RATED_IMAGES - 1, noise=0.3)
     assert lost > LIMITS["int8"].rating_loss
-    assert (gate.value, gate.passed, gate.note) == (None, True, "needs 100 images")
+    assert (gate.value, gate.verdict, gate.note) == (None, "not evaluated", "99 rated images, 100 are needed")
     assert rated(RATED_IMAGES, noise=0.3)[0].value is not None
 
 

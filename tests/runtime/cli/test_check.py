@@ -63,6 +63,20 @@ def test_an_altered_weight_is_one_line_with_the_figures_and_exit_1(altered: Path
         assert "score max |Δ| is" in line
 
 
+def test_a_gate_that_could_not_be_evaluated_is_named_and_never_passes(bundle: Path) -> None:
+    """The bundle was built where no backend was measured, so that nothing is known of what was lost since."""
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["backends"] = []
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    gate = "SNR of a graph output, lost since the build, dB"
+    result = run("check", bundle)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f"4 probes; not evaluated: {gate} (the build measured no such backend)\n")
+    verdicts = {each["name"]: each["verdict"] for each in json.loads(run("check", bundle, "--json").stdout)["gates"]}
+    assert verdicts[gate] == "not evaluated"
+    assert set(verdicts.values()) == {"pass", "not evaluated"}
+
+
 def test_machines_get_json(bundle: Path, altered: Path) -> None:
     """`altered` is the same folder: the fixture has changed it."""
     document = json.loads(run("check", bundle, "--json").stdout)
@@ -70,7 +84,7 @@ def test_machines_get_json(bundle: Path, altered: Path) -> None:
     assert document["digest"] == Bundle.open(bundle).manifest.digest()
     assert set(document["graphs"]) == {"encoder", "vim", "fusion"}
     assert document["parity"]["images"] == 4
-    failed = [gate["name"] for gate in document["gates"] if not gate["passed"]]
+    failed = [gate["name"] for gate in document["gates"] if gate["verdict"] == "fail"]
     assert "score max |Δ|" in failed
     assert document["machine"]["architecture"]
 
