@@ -25,6 +25,7 @@ from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import BatchRange, PlanRuntime
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.ops import native
+from mdnet_engines.parity.gates import LIMITS_SCALE
 from mdnet_engines.parity.measure import measure
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions.placement import end_profiles
@@ -177,7 +178,8 @@ def _rows(
 
 def _gates(context: Context, graphs: Graphs, held: Reference, precision: str) -> dict[str, Figure]:
     """The bundle's own gates, graph by graph and on the score, against PyTorch fp32."""
-    report = measure(graphs, held.outputs, held.images, precision=precision, backend=context.device.kind)
+    backend = context.device.kind
+    report = measure(graphs, held.outputs, held.images, precision=precision, scale=LIMITS_SCALE, backend=backend)
     figures: dict[str, Figure] = {gate.name: gate.value for gate in report.gates if gate.value is not None}
     if failed := [gate.name for gate in report.gates if gate.failed]:
         raise CheckFailed(f"not within the {precision} limits: {', '.join(failed)}", figures)

@@ -37,7 +37,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost on the calibration images: the largest |Δscore| and the least Pearson correlation."""
+    """What may be lost on the calibration images: the largest |Δscore| and the least Pearson correlation.
+
+    The default drift is for scores from 1 to 5.
+    """
 
     max_score_drift: float = 0.05
     min_pearson: float = 0.9997

@@ -27,10 +27,10 @@ from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
 from mdnet_calib.ranges import Histogram, collect
 from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
 from mdnet_engines.bundle.files import sha256_of
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
+from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision, ScoreScale
 from mdnet_engines.bundle.precision_facts import CalibrationFacts, Fp8Facts, Int8Facts
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.parity.gates import LIMITS_SCALE, limits_for
 from mdnet_engines.parity.metrics import pearson
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions import openvino as openvino_session
@@ -51,12 +51,17 @@ _SLOWER = 0.95  # of the float graph's speed
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate: on what, ranges by which method, within which budget, and where histograms are kept."""
+    """How to calibrate: on what, ranges by which method, within which budget, and where histograms are kept.
+
+    The budget's drift is in rating points of `scale`.
+    """
 
     images: CalibrationSet
     method: RangeMethod = "percentile"
     budget: Budget = field(default_factory=Budget)
     cache: Path | None = None
+    scale: ScoreScale = LIMITS_SCALE
+    """Of the scores."""
 
     def facts(self, precision: Precision) -> CalibrationFacts:
         """What the manifest says of it."""
@@ -283,6 +288,7 @@ class _Drift:
         self.scratch, self.write = scratch, write
         self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
         self.written: list[str] = []
+        self.spread = limits_for("int8", calibration.scale).pearson_needs_sd
         float_graphs: dict[GraphName, Session] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
         expected = [run_graphs(float_graphs, image)["score"] for image in self._images()]
         self.expected = np.concatenate(expected).astype(np.float64)
@@ -300,7 +306,7 @@ class _Drift:
         ]
         got, expected = np.concatenate(scores).astype(np.float64), self.expected[:count]
         delta = np.abs(got - expected)
-        spread = expected.std() >= LIMITS["int8"].pearson_needs_sd
+        spread = expected.std() >= self.spread
         return Drift(float(delta.max()), float(delta.mean()), float(pearson(expected, got)) if spread else None)
 
     def alone(self, nodes: list[str]) -> Drift:

@@ -96,14 +96,15 @@ def verify_bundle(
     expected = reference.outputs(images)
     progress.step(f"{bundle.path} on {runtimes}")
     graphs = open_choice(bundle, choice)
-    report = measure(graphs, expected, images, precision=manifest.precision, backend=runtimes)
+    precision, scale = manifest.precision, manifest.score
+    report = measure(graphs, expected, images, precision=precision, scale=scale, backend=runtimes)
     del graphs
     gpus = bundle.on_gpus()
     if backend == "auto" and gpus != bundle and not choice.on_gpu:
         on_cpu = named(bundle, "onnxruntime-cpu")
         progress.step(f"the graphs for GPUs on {on_cpu}")
         graphs = open_choice(gpus, on_cpu)
-        others = measure(graphs, expected, images, precision=manifest.precision, backend=str(on_cpu))
+        others = measure(graphs, expected, images, precision=precision, scale=scale, backend=str(on_cpu))
         report = report.with_gates_of_gpu_graphs(others)
         del graphs
     if layers or not report.passed:

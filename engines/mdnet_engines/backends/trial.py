@@ -125,16 +125,16 @@ def _measure(request: dict[str, Any], say: Say) -> dict[str, Any]:
     choice = Choice(request["graphs"])
     say("step", f"opening {choice}")
     graphs = open_choice(bundle, choice, threads=request["threads"])
-    probes, precision = read_probes(bundle), bundle.manifest.precision
+    probes, scale = read_probes(bundle), bundle.manifest.score
+    held_to: dict[str, Any] = {"precision": bundle.manifest.precision, "scale": scale, "backend": str(choice)}
     say("step", f"{choice} on {probes.images.source}")
     if request["quick"]:
         few = probes.first(QUICK)
-        expected = few.reference["score"]
-        report = measure_scores(graphs.score, expected, few.images, precision=precision, backend=str(choice))
+        report = measure_scores(graphs.score, few.reference["score"], few.images, **held_to)
     else:
         wanted = _images(request, bundle) if "folder" in request else probes
-        report = measure(graphs, wanted.reference, wanted.images, precision=precision, backend=str(choice))
-    outputs = measure_graphs(graphs, probes.reference, probes.images.pixels)
+        report = measure(graphs, wanted.reference, wanted.images, **held_to)
+    outputs = measure_graphs(graphs, probes.reference, probes.images.pixels, scale)
     gates = list(report.gates)
     if "folder" not in request:  # else it is being built: there is nothing to compare with yet
         gates.append(gate_against_build(outputs, expected_snr(bundle.manifest, choice.graphs)))

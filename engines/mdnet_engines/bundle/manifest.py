@@ -36,6 +36,7 @@ Rules, each with what it prevents:
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, StringConstraints, model_validator
@@ -141,8 +142,19 @@ class Preprocessing(Part):
 class ScoreScale(Part):
     """The rating scale of the score."""
 
-    minimum: float
-    maximum: float
+    minimum: float = Field(allow_inf_nan=False)
+    maximum: float = Field(allow_inf_nan=False)
+
+    @property
+    def width(self) -> float:
+        """In rating points."""
+        return self.maximum - self.minimum
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScoreScale:
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"the scale {self.minimum:g} to {self.maximum:g} is not one")
+        return self
 
 
 class ParitySummary(Part):

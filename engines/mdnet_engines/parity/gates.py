@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mdnet_engines.bundle.manifest import GraphName
+from mdnet_engines.bundle.manifest import GraphName, ScoreScale
 from mdnet_engines.parity.metrics import mae, max_abs, pearson
 from mdnet_engines.parity.report import PEARSON_GATE, Gate, TensorParity
 from mdnet_engines.sessions.session import Session, run_graphs
@@ -76,7 +76,15 @@ LIMITS: dict[str, Limits] = {
         batch_max_abs=2e-2,
     ),
 }
-"""The one table of thresholds."""
+"""The one table of thresholds, for scores on `LIMITS_SCALE`; `limits_for` has those of another scale."""
+LIMITS_SCALE = ScoreScale(minimum=1, maximum=5)
+_IN_RATING_POINTS = ("score_max_abs", "score_mean_abs", "pearson_needs_sd", "batch_max_abs")
+
+
+def limits_for(precision: str, scale: ScoreScale) -> Limits:
+    """What `precision` must hold for scores on `scale`: limits in rating points are in proportion to its width."""
+    limits, times = LIMITS[precision], scale.width / LIMITS_SCALE.width
+    return replace(limits, **{name: times * getattr(limits, name) for name in _IN_RATING_POINTS})
 
 
 def gate_against_build(graphs: Mapping[str, Mapping[str, TensorParity]], expected: Mapping[str, float]) -> Gate:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mdnet_engines.bundle.manifest import GraphName
-from mdnet_engines.parity.gates import LIMITS, batch_gates, graph_gates, rating_gate, score_gates
+from mdnet_engines.bundle.manifest import GraphName, ScoreScale
+from mdnet_engines.parity.gates import (
+    LIMITS,
+    LIMITS_SCALE,
+    batch_gates,
+    graph_gates,
+    limits_for,
+    rating_gate,
+    score_gates,
+)
 from mdnet_engines.parity.metrics import max_abs
 from mdnet_engines.parity.report import LayerParity, ParityReport, ScorePair, TensorParity
 from mdnet_engines.sessions.session import Session, run_graphs
@@ -35,6 +43,7 @@ def measure(
     images: Images,
     *,
     precision: str,
+    scale: ScoreScale,
     backend: str,
 ) -> ParityReport:
     """Compare a bundle's graphs with PyTorch's outputs on the same images.
@@ -45,6 +54,7 @@ def measure(
     Args:
         sessions: the three graphs.
         reference: `score` of PyTorch fp32 for all images, and every other graph output for the first of them at least.
+        scale: the rating scale, which limits in rating points follow.
     """
     known = _known(sessions, reference)
     runs: list[Outputs] = []
@@ -55,9 +65,9 @@ def measure(
             scores.append(run[_IN_USE])
         else:
             scores.append(run_graphs(sessions, images.pixels[i : i + 1])["score"])
-    graphs = _compare(sessions, reference, runs)
+    graphs = _compare(sessions, reference, runs, scale)
     got = np.concatenate(scores)
-    limits = LIMITS[precision]
+    limits = limits_for(precision, scale)
     gates = [
         *score_gates(limits, reference["score"], got),
         *graph_gates(limits, graphs),
@@ -69,16 +79,21 @@ def measure(
 
 
 def measure_graphs(
-    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray
+    sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.ndarray, scale: ScoreScale
 ) -> dict[str, dict[str, TensorParity]]:
     """Compare every graph output with PyTorch's, each graph fed with PyTorch's own inputs, for as many as are known."""
-    return _compare(
-        sessions, reference, [_run(sessions, reference, pixels, i) for i in range(_known(sessions, reference))]
-    )
+    runs = [_run(sessions, reference, pixels, i) for i in range(_known(sessions, reference))]
+    return _compare(sessions, reference, runs, scale)
 
 
 def measure_scores(
-    score: Callable[[np.ndarray], np.ndarray], expected: np.ndarray, images: Images, *, precision: str, backend: str
+    score: Callable[[np.ndarray], np.ndarray],
+    expected: np.ndarray,
+    images: Images,
+    *,
+    precision: str,
+    scale: ScoreScale,
+    backend: str,
 ) -> ParityReport:
     """Compare the scores of one batch with PyTorch's: what takes least time, and finds a backend that is off.
 
@@ -87,7 +102,7 @@ def measure_scores(
         expected: PyTorch's scores (n,).
     """
     got = score(images.pixels)
-    gates = score_gates(LIMITS[precision], expected, got)
+    gates = score_gates(limits_for(precision, scale), expected, got)
     return ParityReport(precision, backend, images.source, {}, _pairs(images, expected, got), gates)
 
 
@@ -121,15 +136,23 @@ def _run(sessions: Mapping[GraphName, Session], reference: Outputs, pixels: np.n
 
 
 def _compare(
-    sessions: Mapping[GraphName, Session], reference: Outputs, runs: list[Outputs]
+    sessions: Mapping[GraphName, Session], reference: Outputs, runs: list[Outputs], scale: ScoreScale
 ) -> dict[str, dict[str, TensorParity]]:
-    return {
-        name: {
-            output: compare(reference[output][: len(runs)], np.concatenate([run[output] for run in runs]))
-            for output in session.outputs
-        }
-        for name, session in sessions.items()
-    }
+    def parity(output: str) -> TensorParity:
+        expected, got = reference[output][: len(runs)], np.concatenate([run[output] for run in runs])
+        return _compare_scores(expected, got, scale) if output == "score" else compare(expected, got)
+
+    return {name: {output: parity(output) for output in session.outputs} for name, session in sessions.items()}
+
+
+def _compare_scores(expected: np.ndarray, got: np.ndarray, scale: ScoreScale) -> TensorParity:
+    """As `compare`, but cosine and SNR are those of the same scores on the scale of the limits.
+
+    Both depend on where a scale's zero lies: around it, the same error is a larger part of a score.
+    """
+    times = LIMITS_SCALE.width / scale.width
+    a, b = (LIMITS_SCALE.minimum + times * (values.astype(np.float64) - scale.minimum) for values in (expected, got))
+    return replace(compare(a, b), max_abs=max_abs(expected, got))
 
 
 def _pairs(images: Images, expected: np.ndarray, got: np.ndarray) -> list[ScorePair]:

@@ -43,9 +43,8 @@ _OPTIONS = (
     click.option(
         "--max-score-drift",
         type=click.FloatRange(0, min_open=True),
-        default=Budget.max_score_drift,
-        show_default=True,
-        help="int8, fp8: largest |Δscore| on calibration images; blocks stay in float to keep it.",
+        help="int8, fp8: largest |Δscore| on calibration images, in rating points; blocks stay in float to keep it. "
+        f"Default: {Budget.max_score_drift:g} on a scale of 1 to 5, on others in proportion.",
     ),
     click.option(
         "--min-pearson",
@@ -77,7 +76,7 @@ def choose_calibration(
     num_calib: int | None,
     k_centre: bool,
     range_method: RangeMethod,
-    max_score_drift: float,
+    max_score_drift: float | None,
     min_pearson: float,
     calib_cache: Path | None,
     progress: Progress,
@@ -93,6 +92,8 @@ def choose_calibration(
         return None
     if precision in ("int8", "fp8") and calib is None and weights.kind == "checkpoint":
         raise UsageError(f"{precision} needs images like those to be scored; give a folder of some 64 with --calib DIR")
+    from mdnet_engines.bundle.manifest import ScoreScale
+    from mdnet_engines.parity.gates import LIMITS_SCALE
     from mdnet_export.parity_images import calibration_images
     from mdnet_export.quantise import Calibration
 
@@ -109,7 +110,10 @@ def choose_calibration(
         say(f"note: {images.skipped} calibration images could not be read and are left out")
     if k_centre:
         images = _spread_out(images, count, weights, progress)
-    return Calibration(images, range_method, Budget(max_score_drift, min_pearson), calib_cache)
+    scale = ScoreScale(minimum=weights.config.score_min, maximum=weights.config.score_max)
+    if max_score_drift is None:
+        max_score_drift = Budget.max_score_drift * scale.width / LIMITS_SCALE.width
+    return Calibration(images, range_method, Budget(max_score_drift, min_pearson), calib_cache, scale)
 
 
 def _spread_out(images: CalibrationSet, count: int, weights: Weights, progress: Progress) -> CalibrationSet:

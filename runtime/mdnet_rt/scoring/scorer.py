@@ -111,10 +111,14 @@ class Scorer:
         """
         if self.manifest.probes is None:
             return
-        probes, precision = read_probes(self.bundle).first(QUICK), self.manifest.precision
-        expected = probes.reference["score"]
+        probes, manifest = read_probes(self.bundle).first(QUICK), self.manifest
         report = measure_scores(
-            self.score_batch, expected, probes.images, precision=precision, backend=str(self.choice)
+            self.score_batch,
+            probes.reference["score"],
+            probes.images,
+            precision=manifest.precision,
+            scale=manifest.score,
+            backend=str(self.choice),
         )
         if not report.passed:
             raise MDNetError(f"{self.choice} is off the bundle's gates ({report.failures()})")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from mdnet_engines.parity.gates import LIMITS, RATED_IMAGES
+from mdnet_engines.bundle.manifest import ScoreScale
+from mdnet_engines.parity.gates import LIMITS, LIMITS_SCALE, RATED_IMAGES, limits_for
 from mdnet_engines.parity.measure import Images, compare, measure
 from mdnet_engines.parity.report import Gate, ParityReport
 
@@ -44,8 +45,18 @@ IMAGES = Images([f"{i}.jpg" for i in range(12)], PIXELS, "made up")
 REFERENCE = {"local": mean(PIXELS), "tokens": mean(PIXELS), "score": mean(PIXELS)}
 
 
+def measured(
+    graphs: Mapping[str, FakeSession],
+    reference: dict[str, np.ndarray],
+    images: Images,
+    precision: str,
+    scale: ScoreScale = LIMITS_SCALE,
+) -> ParityReport:
+    return measure(graphs, reference, images, precision=precision, scale=scale, backend="fake")  # type: ignore[arg-type]
+
+
 def report(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -> ParityReport:
-    return measure(sessions(score), REFERENCE, IMAGES, precision=precision, backend="fake")  # type: ignore[arg-type]
+    return measured(sessions(score), REFERENCE, IMAGES, precision)
 
 
 def failed(score: Callable[[np.ndarray], np.ndarray], precision: str = "fp32") -> set[str]:
@@ -111,7 +122,7 @@ def test_an_order_that_changes_in_batches_fails() -> None:
 
 def test_constant_scores_have_no_correlation_to_fail() -> None:
     flat = {**REFERENCE, "score": np.full(12, 3, np.float32)}
-    result = measure(sessions(lambda v: v * 0 + 3), flat, IMAGES, precision="fp32", backend="fake")  # type: ignore[arg-type]
+    result = measured(sessions(lambda v: v * 0 + 3), flat, IMAGES, "fp32")
     gate = next(gate for gate in result.gates if gate.name == "score Pearson")
     assert (gate.value, gate.verdict) == (None, "not evaluated")
     assert "hardly vary: their sd is below 0.02" in gate.note
@@ -120,6 +131,45 @@ def test_constant_scores_have_no_correlation_to_fail() -> None:
     assert summary.pearson is None
     assert summary.not_evaluated == f"score Pearson ({gate.note})"
     assert str(summary) == f"{summary.figures()}; not evaluated: {summary.not_evaluated}"
+
+
+# --- another scale ---
+
+
+def rescaled(scale: ScoreScale, error: float) -> ParityReport:
+    """The report of a bundle whose scores are off by `error` widths of the scale, on the scale's own ratings."""
+
+    def on_scale(value: np.ndarray) -> np.ndarray:
+        return scale.minimum + scale.width * (value - 1) / 4
+
+    def off(value: np.ndarray) -> np.ndarray:
+        return on_scale(value) + error * scale.width * np.where(value > value.mean(), 1, -1)
+
+    reference = {**REFERENCE, "score": on_scale(REFERENCE["score"])}
+    return measured(sessions(off), reference, IMAGES, "int8", scale)
+
+
+@pytest.mark.parametrize("scale", [(0, 1), (-1, 1), (0, 10), (0, 100), (-350, 50)])
+@pytest.mark.parametrize("error", [0.001, 0.007, 0.01, 0.03])
+def test_a_verdict_does_not_depend_on_the_scale(scale: tuple[float, float], error: float) -> None:
+    """The same error, in widths, has the same verdicts, cosine and SNR on every scale; limits grow with the width."""
+    own = ScoreScale(minimum=scale[0], maximum=scale[1])
+    ours, theirs = rescaled(LIMITS_SCALE, error), rescaled(own, error)
+    assert [gate.verdict for gate in theirs.gates] == [gate.verdict for gate in ours.gates]
+    assert theirs.graphs["fusion"]["score"].snr_db == pytest.approx(ours.graphs["fusion"]["score"].snr_db, abs=0.01)
+    assert theirs.graphs["fusion"]["score"].cosine == pytest.approx(ours.graphs["fusion"]["score"].cosine, abs=1e-6)
+    assert theirs.graphs["fusion"]["score"].max_abs == pytest.approx(error * own.width, rel=1e-3)
+    limits = {gate.name: gate.limit for gate in theirs.gates}
+    assert limits["score max |Δ|"] == pytest.approx(0.15 * own.width / 4)
+    assert limits["score mean |Δ|"] == pytest.approx(0.03 * own.width / 4)
+    assert limits["batch against singles, max |Δ|"] == pytest.approx(0.02 * own.width / 4)
+
+
+def test_limits_without_a_unit_are_the_same_on_every_scale() -> None:
+    wide = limits_for("int8", ScoreScale(minimum=0, maximum=100))
+    for name in ("score_pearson", "rating_loss", "graph_cosine", "graph_snr_db"):
+        assert getattr(wide, name) == getattr(LIMITS["int8"], name)
+    assert limits_for("int8", LIMITS_SCALE) == LIMITS["int8"]
 
 
 # --- against ratings ---
@@ -145,7 +195,7 @@ def rated(count: int, noise: float, precision: str = "int8") -> tuple[Gate, floa
 
     reference = {"local": scores, "tokens": scores, "score": scores}
     images = Images([f"{i}.jpg" for i in range(count)], pixels, "made up", ratings)
-    result = measure(sessions(disturbed), reference, images, precision=precision, backend="fake")  # type: ignore[arg-type]
+    result = measured(sessions(disturbed), reference, images, precision)
     lost = np.corrcoef(ratings, scores)[0, 1] - np.corrcoef(ratings, disturbed(scores))[0, 1]
     return next(gate for gate in result.gates if gate.name == RATING_GATE), float(lost)
 

@@ -20,6 +20,7 @@ from gpu_stand_in import ENGINES, SIZE, Gpu, assert_same, images, reference, wri
 from gpu_stand_in.networks import MEMORY
 
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.parity.gates import LIMITS_SCALE
 from mdnet_engines.parity.measure import Images, measure
 from mdnet_engines.sessions.session import run_graphs
 from mdnet_engines.tensorrt.plan_builder import MODULES
@@ -243,7 +244,9 @@ def test_each_graph_runs_alone_as_a_session(sessions: TensorRTSessions) -> None:
 def test_the_parity_gates_run_on_it(sessions: TensorRTSessions) -> None:
     pixels = images(7)
     given = Images([f"{i}.png" for i in range(7)], pixels, "noise")
-    report = measure(sessions.graphs, reference(pixels), given, precision="fp32", backend="tensorrt")
+    report = measure(
+        sessions.graphs, reference(pixels), given, precision="fp32", scale=LIMITS_SCALE, backend="tensorrt"
+    )
     assert report.passed, [gate for gate in report.gates if gate.failed]
 
 
