@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import shutil
 import stat
@@ -25,7 +26,8 @@ from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.sessions.onnxruntime import OrtSession
-from mdnet_engines.sessions.session import run_graphs
+from mdnet_engines.sessions.openvino import OpenVINOSession
+from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export import build as build_module
 from mdnet_export import quantise
@@ -261,7 +263,7 @@ def test_int8_that_is_slower_without_vnni_is_written_with_a_note(
 
 @pytest.mark.parametrize(("int8_seconds", "slower"), [(0.5, False), (1.04, False), (1.06, True), (3, True)])
 def test_the_noise_of_a_busy_machine_makes_nothing_slower(int8_seconds: float, slower: bool) -> None:
-    """Within 5 % of float's speed."""
+    """Within `NOISE` of float's time."""
     assert Speed(1, 1.0, int8_seconds, "any").slower is slower
 
 
@@ -337,8 +339,49 @@ def test_blocks_that_break_the_budget_stay_in_float_and_are_named(
     assert sum("alone" in step for step in progress.steps) == 3
 
 
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the [openvino] extra")
+def test_the_budget_is_held_on_every_backend_that_may_serve(
+    three_blocks: None, clock: object, few: CalibrationSet, float_graphs: Path, folder: Path
+) -> None:
+    facts = quantise_encoder(folder, Calibration(few, budget=Budget(9, 0))).facts()
+    assert facts.drift_on == ["onnxruntime-cpu", "openvino"]
+    expected = scores(float_graphs, "encoder.onnx", few.pixels)
+    images = [few.pixels[i : i + 1] for i in range(len(few.pixels))]
+    vim = OrtSession(folder / "vim.cpu.onnx")
+    by_backend: dict[str, list[Session]] = {
+        "onnxruntime-cpu": [OrtSession(folder / f"{name}.cpu.onnx") for name in ("encoder", "fusion")],
+        "openvino": [OpenVINOSession(folder / f"{name}.onnx") for name in ("encoder", "fusion")],
+    }
+    drifts = []
+    for encoder, fusion in by_backend.values():
+        got = [fusion.run({**encoder.run({"image": i}), **vim.run({"image": i})})["score"] for i in images]
+        drifts.append(np.abs(np.concatenate(got) - expected).max())
+    assert max(drifts) > min(drifts)
+    assert facts.drift_max_abs == pytest.approx(max(drifts), abs=1e-6)
+
+
+def test_a_backend_that_breaks_the_budget_counts_though_another_meets_it(
+    three_blocks: None, clock: object, few: CalibrationSet, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Off(OrtSession):
+        def run(self, feeds):  # type: ignore[no-untyped-def]
+            return {name: 1.5 * values for name, values in super().run(feeds).items()}
+
+    def open_on(backend: str, place: Path, name: GraphName) -> OrtSession:
+        return (Off if backend == "off" else OrtSession)(place / f"{name}.onnx")
+
+    monkeypatch.setattr(quantise, "_open_on", open_on)
+    calibration = Calibration(few, budget=Budget(0.3, 0))
+    for backends in (["onnxruntime-cpu", "off"], ["off", "onnxruntime-cpu"]):
+        monkeypatch.setattr(quantise, "_cpu_backends", lambda names=backends: names)
+        with pytest.raises(MDNetError, match="no block of the encoder can be int8"):
+            quantise_encoder(folder, calibration)
+    monkeypatch.setattr(quantise, "_cpu_backends", lambda: ["onnxruntime-cpu"])
+    assert quantise_encoder(folder, calibration).facts().drift_on == ["onnxruntime-cpu"]
+
+
 def test_a_budget_that_nothing_meets_is_said(
-    three_blocks: None, clock: object, few: CalibrationSet, folder: Path, tmp_path: Path
+    without_openvino: None, three_blocks: None, clock: object, few: CalibrationSet, folder: Path, tmp_path: Path
 ) -> None:
     before = (folder / "encoder.onnx").read_bytes()
     with pytest.raises(

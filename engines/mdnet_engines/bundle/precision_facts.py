@@ -32,6 +32,8 @@ class QuantisedFacts(Part):
     drift_max_abs: float
     """Largest |Δscore| on the calibration images, in rating points."""
     drift_pearson: float | None = None
+    drift_on: list[str] = Field(default=[], max_length=8)
+    """The backends that the budget was held on; the drift is that of the worst."""
 
 
 class Fp8Facts(QuantisedFacts):

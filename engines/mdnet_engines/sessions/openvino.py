@@ -40,6 +40,7 @@ class OpenVINOSession:
     Args:
         path: the ONNX file; external weights are found next to it.
         threads: by default all the cores this process may use. OpenVINO takes no more than the physical ones.
+        cached: keep the compiled form. Not of graphs that are tried once.
         arithmetic: of what is not int8 in the graph. It is always set: left to itself, OpenVINO computes a float32
             graph in bf16 where the CPU has it. bf16 has 8 bits of mantissa (float16 11, float32 24).
 
@@ -48,12 +49,19 @@ class OpenVINOSession:
             can't be loaded or holds the scan.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, arithmetic: Arithmetic = "f32"):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 0,
+        arithmetic: Arithmetic = "f32",
+        cached: bool = True,
+    ):
         _refuse_after_fork()
         with _OPENING:
-            self._open(path, threads or available_cores(), arithmetic)
+            self._open(path, threads or available_cores(), arithmetic, cached)
 
-    def _open(self, path: str | os.PathLike[str], threads: int, arithmetic: Arithmetic) -> None:
+    def _open(self, path: str | os.PathLike[str], threads: int, arithmetic: Arithmetic, cached: bool) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
         if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -66,7 +74,7 @@ class OpenVINOSession:
             # Pinned, the threads of every process that scores would be on the same first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        if cache := _cache_folder(Path(path)):
+        if cached and (cache := _cache_folder(Path(path))):
             options["CACHE_DIR"] = os.fspath(cache)
         try:
             self._model = core.compile_model(_read(path), "CPU", options)

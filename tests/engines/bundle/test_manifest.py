@@ -118,6 +118,7 @@ DOCUMENT: dict[str, Any] = {
         "min_pearson": 0.995,
         "drift_max_abs": 0.04,
         "drift_pearson": None,
+        "drift_on": ["onnxruntime-cpu", "openvino"],
         "speedup": 2.5,
         "speedup_on": "onnxruntime-cpu, batch 1",
         "slower_forced": False,
@@ -129,6 +130,7 @@ DOCUMENT: dict[str, Any] = {
         "min_pearson": 0.9997,
         "drift_max_abs": 0.04,
         "drift_pearson": 0.9999,
+        "drift_on": [],
     },
     "float32_values": {"vim": ["add_58"]},
     "provenance": {
