@@ -19,7 +19,7 @@ from mdnet_export.graphs.export import save_graph
 from mdnet_export.graphs.gpu_variant import write_gpu_variant
 from mdnet_export.quantise import Calibration, Fp8Result, Int8Result, quantise_encoder, quantise_encoder_fp8
 
-FLOAT32_MODULES = ("fusion.head",)  # kept in float32 at every precision
+FLOAT32_MODULES = ("fusion.head", "fusion.stream_heads")  # kept in float32 at every precision
 OVERFLOW_IMAGES = 8
 """Of the images that int8 and fp8 calibrate on, how many are watched for values too large for float16."""
 

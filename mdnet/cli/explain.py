@@ -61,9 +61,9 @@ def explain(
     default 225 times a picture. Attention takes a checkpoint; with a bundle the page has occlusion alone. The page has
     the pictures in it.
     """
+    from mdnet.data.pictures import find_images
     from mdnet.evaluation.scored_model import open_model
     from mdnet.explain.explain import explain as explain_images
-    from mdnet.explain.explain import find_images
 
     for option, file in (("-o", output), ("--json", json_)):
         check_output(file, option, "the page" if option == "-o" else "the maps")

@@ -13,6 +13,7 @@ from mdnet import __version__
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
 from mdnet.cli.data import data_help, parse_scale, protocol_option, scale_option
 from mdnet.cli.explain import explain
+from mdnet.cli.pretraining import pretrain
 from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
@@ -30,7 +31,7 @@ def main() -> None:
     """MD-Net in PyTorch: published weights, data, training, evaluation, what a score depends on."""
 
 
-for command in (prior, train, ablate, explain):
+for command in (prior, pretrain, train, ablate, explain):
     main.add_command(command)
 
 
@@ -38,12 +39,13 @@ for command in (prior, train, ablate, explain):
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--count", default=DRAWN_FACES, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def draw(folder: Path, count: int, seed: int) -> None:
+@click.option("--test", type=int, help="Also write ratings.csv, a table whose last so many faces are the test list.")
+def draw(folder: Path, count: int, seed: int, test: int | None) -> None:
     """Draw rated faces into FOLDER, in the layout of SCUT-FBP5500."""
     from mdnet.data.drawn_set import write_dataset
 
     with show_progress() as progress:
-        write_dataset(folder, count, seed, progress)
+        write_dataset(folder, count, seed, progress, test=test)
     say(f"{count} drawn faces in {folder}")
 
 

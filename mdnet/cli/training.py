@@ -44,8 +44,9 @@ _TRAINING_OPTIONS = (
     click.option(
         "--patience",
         type=click.IntRange(min=0),
-        default=0,
-        help="Stop after so many epochs without gain.  [default: never]",
+        default=5,
+        show_default=True,
+        help="Stop after so many epochs without gain; 0: never.",
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option("--amp", is_flag=True, help="Mixed precision: Vim and fusion in bfloat16."),
@@ -254,7 +255,7 @@ def _check_data(data: Path | None, model: MDNet) -> None:
 def _initial_model(preset_name: str | None, init: Path | None, seed: int, scale: Scale | None) -> MDNet:
     from mdnet.model.net import with_scale
 
-    model = _model_to_start_from(preset_name, init, seed)
+    model = model_to_start_from(preset_name, init, seed)
     return model if scale is None else with_scale(model, *scale)
 
 
@@ -262,7 +263,8 @@ def _scale_of(model: MDNet) -> Scale:
     return Scale(model.config.score_min, model.config.score_max)
 
 
-def _model_to_start_from(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
+def model_to_start_from(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
+    """The model of `--init` or `--preset`; raises `UsageError` where neither gives one."""
     from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
     from mdnet.model.net import random_mdnet
 

@@ -9,7 +9,11 @@ nor about any group of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,8 @@ from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_folder
 
 RATERS = 60
+
+_FACES_A_PROCESS = 500  # fewer are drawn before another process is ready
 
 _WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
 _RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
@@ -51,18 +57,22 @@ def rating(factors: FaceFactors, rng: np.random.Generator) -> float:
     return float(np.clip(np.rint(opinions), 1, 5).mean())
 
 
-def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT) -> None:
+def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT, *, test: int | None = None) -> None:
     """Write `count` drawn faces and their ratings to `root`, laid out like SCUT-FBP5500.
 
         Images/AF1.jpg …                                                350×350 JPEG
         train_test_files/All_labels.txt                                 lines like `CM148.jpg 3.516667`
         train_test_files/split_of_60%training and 40%testing/           train.txt, test.txt
         train_test_files/5_folders_cross_validations_files/             cross_validation_N/train_N.txt, test_N.txt
+        ratings.csv                                                     with `test`: a table of the same, one split
         README.txt                                                      says that all of it is drawn
 
     Face k depends on `seed` and k alone: a larger `count` adds faces and keeps the names, pictures and ratings of
     those before. Splits are shuffled, stratified by group. The folder appears whole or not at all. `progress` is
     called with the number of faces just written.
+
+    Args:
+        test: also write a table whose last so many faces are its test list, for more to train on than 60 % are.
 
     Raises:
         UsageError: `root` exists and isn't an empty folder, `count` is below 5 (a fold would be empty), or `seed` is
@@ -70,6 +80,8 @@ def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT
     """
     if count < FOLDS:
         raise UsageError(f"count is {count}; expected at least {FOLDS}, one face for every cross-validation fold")
+    if test is not None and not 0 < test < count:
+        raise UsageError(f"test is {test}; expected 1 to {count - 1}, fewer than the {count} faces")
     if seed < 0:
         raise UsageError(f"seed is {seed}; expected 0 or more")
     root = root.resolve()
@@ -82,23 +94,48 @@ def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT
         (scratch / "Images").mkdir()
         labels = _write_images(scratch / "Images", count, seed, progress.count("drawing", count))
         _write_splits(scratch / "train_test_files", labels, _stream(seed, 1))
+        if test is not None:
+            _write_table(scratch / "ratings.csv", labels, test)
         (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
 
 
 def _write_images(folder: Path, count: int, seed: int, advance: Callable[[int], None]) -> dict[str, float]:
-    """Draw the faces; gives the rating of each file name, in drawing order."""
-    labels: dict[str, float] = {}
-    per_group = dict.fromkeys(GROUP_CYCLE, 0)
+    """Draw the faces on all cores; gives the rating of each file name, in drawing order."""
+    per_group, names = dict.fromkeys(GROUP_CYCLE, 0), list[str]()
     for index in range(count):
         group = GROUP_CYCLE[index % len(GROUP_CYCLE)]
         per_group[group] += 1
-        name = f"{group}{per_group[group]}.jpg"
-        rng = _stream(seed, 0, index)
-        image, factors = draw_face(rng, group=group)
-        image.save(folder / name, quality=92)
-        labels[name] = rating(factors, rng)
-        advance(1)
+        names.append(f"{group}{per_group[group]}.jpg")
+    workers = min(os.cpu_count() or 1, 1 + count // _FACES_A_PROCESS)
+    work = [(folder / name, seed, index) for index, name in enumerate(names)]
+    labels: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        results: Iterable[float] = map(_write_image, work)
+        if workers > 1:
+            # Not a fork: this process may have threads.
+            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            results = stack.enter_context(pool).map(_write_image, work, chunksize=50)
+        for name, mean in zip(names, results, strict=True):
+            labels[name] = mean
+            advance(1)
     return labels
+
+
+def _write_image(work: tuple[Path, int, int]) -> float:
+    """Draw face `index` of `seed` into a file; gives its rating."""
+    file, seed, index = work
+    rng = _stream(seed, 0, index)
+    image, factors = draw_face(rng, group=GROUP_CYCLE[index % len(GROUP_CYCLE)])
+    image.save(file, quality=92)
+    return rating(factors, rng)
+
+
+def _write_table(file: Path, labels: dict[str, float], test: int) -> None:
+    lines = ["image,rating,group,split"]
+    for index, (name, mean) in enumerate(labels.items()):
+        part = "test" if index >= len(labels) - test else "train"
+        lines.append(f"Images/{name},{mean:.6f},{name[:2]},{part}")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def _write_splits(folder: Path, labels: dict[str, float], rng: np.random.Generator) -> None:

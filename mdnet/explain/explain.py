@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from mdnet.evaluation.scored_model import Device, ScoredModel, torch_scores
 from mdnet.explain.maps import agreement, joined
 from mdnet.explain.occlusion import Occlusion, default_patch, default_stride, occlude, starts
 from mdnet_engines.backends.candidates import Backend
-from mdnet_engines.errors import MDNetError, UsageError, printable
+from mdnet_engines.errors import MDNetError, printable
 from mdnet_engines.progress import SILENT, Progress
-from mdnet_rt.images.preprocess import FORMATS, ImageError, load_image
+from mdnet_rt.images.preprocess import ImageError, load_image
 
 if TYPE_CHECKING:
     from mdnet.explain.attention import Looked
@@ -99,28 +98,6 @@ class Explanation:
             ],
             "skipped": [{"image": name, "reason": reason} for name, reason in self.skipped],
         }
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given; of a folder, with its subfolders, the images by their suffix, sorted.
-
-    Raises:
-        UsageError: nothing is there, or a folder holds no image.
-    """
-    suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
-    found = []
-    for path in paths:
-        if not path.exists():
-            raise UsageError(f"{printable(path)}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-            if not inside:
-                raise UsageError(
-                    f"{printable(path)}: no images in this folder (looked for {' '.join(sorted(suffixes))})"
-                )
-        found += inside
-    return found
 
 
 def explain(

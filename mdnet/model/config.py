@@ -71,6 +71,8 @@ class MDNetConfig:
     fusion_heads: Count = 6
     fusion_mlp: Count = 4
     head_dim: Width = 128
+    stream_heads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Weighted sums of its tokens that a head of each stream reads; 0: no such heads, as in older checkpoints."""
     score_min: Rating = 1.0
     score_max: Rating = 5.0
 
@@ -187,7 +189,9 @@ class TrainConfig:
     """Decay of the averaged weights per step; they are what is evaluated and kept."""
     validation: float = 0.1
     """Share of the training split that chooses the epoch. The test split has no part in it."""
-    patience: int = 0
+    stream_loss: float = 0.3
+    """Weight of each stream's own error beside that of the score, where the model has heads for streams."""
+    patience: int = 5
     """Stop after this many epochs in a row without a better validation; 0: never."""
     amp: bool = False
     """Vim and fusion in bfloat16 where PyTorch's autocast allows; weights, scan states and validation stay float32."""
@@ -212,16 +216,22 @@ _DEMO = MDNetConfig(
     fusion_heads=2,
     fusion_mlp=2,
     head_dim=32,
+    stream_heads=16,
 )
+_HEADS: dict[str, Any] = {"stream_heads": 16}
 PRESETS: dict[str, MDNetConfig] = {
     config.preset: config
     for config in (
-        MDNetConfig("sd15-vim-s"),
-        MDNetConfig("sd15-vim-t", vim_dim=192, fusion_heads=3),
+        MDNetConfig("sd15-vim-s", **_HEADS),
+        MDNetConfig("sd15-vim-t", vim_dim=192, fusion_heads=3, **_HEADS),
         # Heads of 64 channels each; where SD 2.1 predicts velocity in place of noise, the encoder half is the same.
-        MDNetConfig("sd21-vim-s", unet_heads=(5, 10, 20, 20), unet_linear_projection=True, context_dim=1024),
+        MDNetConfig(
+            "sd21-vim-s", unet_heads=(5, 10, 20, 20), unet_linear_projection=True, context_dim=1024, stream_heads=16
+        ),
         # TAESD's latents come out scaled as SD 1.x's U-Net takes them.
-        MDNetConfig("sd15-taesd-vim-s", vae="tiny", vae_channels=(64,) * 4, vae_layers=3, vae_scaling=1.0),
+        MDNetConfig(
+            "sd15-taesd-vim-s", vae="tiny", vae_channels=(64,) * 4, vae_layers=3, vae_scaling=1.0, stream_heads=16
+        ),
         _DEMO,
         dataclasses.replace(
             _DEMO, preset="demo-taesd", vae="tiny", vae_channels=(16,) * 4, vae_layers=1, vae_scaling=1.0

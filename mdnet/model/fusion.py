@@ -9,6 +9,9 @@ The rest is ours, with its reason where it stands.
     concatenation     in place of attention, each Vim token ‖ the mean diffusion token, projected
     diffusion-only    learned constants in place of the Vim tokens
     vim-only          learned constants in place of the diffusion tokens
+
+The class token's logit is what the streams say together. Where `MDNetConfig.stream_heads` is not 0, each stream that
+is there also adds a logit of its own (`StreamHead`), so that attention need not learn again what one stream knows.
 """
 
 from __future__ import annotations
@@ -119,37 +122,77 @@ class Fusion(nn.Module):
             self.stand_in = nn.Parameter(torch.randn(counts[self.only], dim) * 0.02)
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_depth))
         self.head = Head(config)
+        lengths = {"vim": counts["diffusion"], "diffusion": counts["vim"]}
+        present = [name for name in lengths if config.stream_heads and self.only in (name, config.fusion)]
+        self.stream_heads = nn.ModuleDict({name: StreamHead(config, lengths[name]) for name in present})
 
     def forward(self, features: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """Features by name (B, C, s, s) and Vim tokens (B, L, d) → scores (B,)."""
+        return self.head.on_scale(*self.logits(features, tokens))
+
+    def logits(self, features: dict[str, Tensor], tokens: Tensor) -> list[Tensor]:
+        """Logits (B,) whose sum is the score's: of the streams together, then of each one that has a head."""
         local = torch.cat([scale(features[name]) for name, scale in self.scales.items()], dim=1)  # (B, T, d)
         if self.only == "vim":
             local = self.stand_in.expand_as(local)
         elif self.only == "diffusion":
             tokens = self.stand_in.expand_as(tokens)
         local = self.norm_local(local)
+        streams = {"vim": tokens, "diffusion": local}
+        alone = [head(streams[name]) for name, head in self.stream_heads.items()]
         *blocks, last = self.blocks
         for block in blocks:
             tokens = block(tokens, local)
         if self.training:  # a step without the rest of the last block, which no score depends on
-            return self.head(last(tokens, local, self.class_index).squeeze(1))
-        return self.head(last(tokens, local)[:, self.class_index])
+            return [self.head(last(tokens, local, self.class_index).squeeze(1)), *alone]
+        return [self.head(last(tokens, local)[:, self.class_index]), *alone]
 
 
-class Head(nn.Module):
-    """Class token → score. The sigmoid keeps every score on the scale, so one off it means a broken engine."""
+class OnScale(nn.Module):
+    """Logits → score. The sigmoid keeps every score on the scale, so one off it means a broken engine."""
 
     def __init__(self, config: MDNetConfig):
         super().__init__()
         self.low, self.high = config.score_min, config.score_max
+
+    def forward(self, *logits: Tensor) -> Tensor:
+        """Logits (B,) each, of which the sum counts → scores (B,)."""
+        return self.low + (self.high - self.low) * torch.sigmoid(sum(logits[1:], logits[0]))
+
+
+class Head(nn.Module):
+    """Class token → logit."""
+
+    def __init__(self, config: MDNetConfig):
+        super().__init__()
         self.norm = nn.LayerNorm(config.vim_dim)
         self.hidden = nn.Linear(config.vim_dim, config.head_dim)
         self.out = nn.Linear(config.head_dim, 1)
+        self.on_scale = OnScale(config)
 
     def forward(self, token: Tensor) -> Tensor:
-        """(B, d) → (B,)."""
-        logit = self.out(F.gelu(self.hidden(self.norm(token)))).squeeze(-1)
-        return self.low + (self.high - self.low) * torch.sigmoid(logit)
+        """(B, d) → logits (B,)."""
+        return self.out(F.gelu(self.hidden(self.norm(token)))).squeeze(-1)
+
+
+class StreamHead(nn.Module):
+    """All tokens of one stream → a logit.
+
+    A face is in its place in the picture, so what matters is where something is. The tokens are summed over places
+    with learned weights, `MDNetConfig.stream_heads` times, and an MLP reads all the sums.
+    """
+
+    def __init__(self, config: MDNetConfig, length: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.vim_dim)
+        self.maps = nn.Linear(length, config.stream_heads, bias=False)
+        self.hidden = nn.Linear(config.stream_heads * config.vim_dim, config.head_dim)
+        self.out = nn.Linear(config.head_dim, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, d) → logits (B,)."""
+        sums = self.maps(self.norm(tokens).mT)  # (B, d, maps)
+        return self.out(F.gelu(self.hidden(sums.flatten(1)))).squeeze(-1)
 
 
 def sine_positions(side: int, dim: int) -> Tensor:

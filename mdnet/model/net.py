@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
-from mdnet.model.fusion import Fusion, Head
+from mdnet.model.fusion import Fusion, OnScale
 from mdnet.model.vim import VisionMamba
 
 
@@ -51,9 +51,7 @@ def with_scale(model: MDNet, low: float, high: float) -> MDNet:
         UsageError: `low` is not below `high`.
     """
     model.config = dataclasses.replace(model.config, score_min=low, score_max=high)
-    for part in model.fusion.modules():
-        if isinstance(part, Head):
-            part.low, part.high = low, high
+    model.fusion.head.on_scale = OnScale(model.config)
     return model
 
 

@@ -129,8 +129,11 @@ class VisionMamba(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) → (B, M + 1, d), M the number of patches."""
-        patches = self.patch_embed(to_imagenet_range(image, self.pos_embed.dtype))
-        cls = self.cls_token.expand(image.shape[0], -1, -1)  # len() would fix the batch in an export
+        return self.encode(self.patch_embed(to_imagenet_range(image, self.pos_embed.dtype)))
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """Embedded patches (B, M, d) → (B, M + 1, d)."""
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)  # len() would fix the batch in an export
         tokens = torch.cat([patches[:, : self.class_index], cls, patches[:, self.class_index :]], dim=1)
         stream = (tokens + self.pos_embed).float()
         for layer in self.layers:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,7 +110,7 @@ def cached_features(
     """
     with feature_folder(folder) as root:
         cache = _Cache(root, encoder, config, half)
-        pixels = _load_pixels(data, config.image_size)
+        pixels = load_pixels(data.images, config.image_size, progress)
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
         advance = progress.count(f"frozen features of {len(digests)} images", len(digests))
@@ -206,8 +208,16 @@ def _open_shard(file: Path, names: Iterable[str]) -> tuple[list[str], dict[str, 
         return images, {name: stored.get_tensor(name) for name in names}
 
 
-def _load_pixels(data: Rated, size: int) -> Tensor:
-    pixels = torch.empty(len(data), size, size, 3, dtype=torch.uint8)
-    for row, file in enumerate(data.images):
-        pixels[row] = torch.from_numpy(np.ascontiguousarray(load_needed(file, size)))
+def load_pixels(files: Sequence[Path], size: int, progress: Progress = SILENT) -> Tensor:
+    """Preprocessed images, uint8 (n, size, size, 3).
+
+    Raises:
+        MDNetError: an image can't be read.
+    """
+    pixels = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+    advance = progress.count(f"reading {len(files)} images", len(files))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing leave Python's lock
+        for row, image in enumerate(pool.map(lambda file: load_needed(file, size), files)):
+            pixels[row] = torch.from_numpy(np.ascontiguousarray(image))
+            advance(1)
     return pixels

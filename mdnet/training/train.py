@@ -25,6 +25,7 @@ from mdnet.data.rated import Rated
 from mdnet.model.config import TrainConfig
 from mdnet.model.net import MDNet
 from mdnet.training.features import Features, cached_features
+from mdnet.training.schedule import cosine, parameter_groups
 from mdnet.training.state import StateFile, fingerprint
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.metrics import pearson
@@ -118,11 +119,11 @@ class _Run:
         # Asking a model for them walks through the encoder too.
         self.weights: list[Tensor] = [*model.trainable_parameters()]
         self.averages: list[Tensor] = [*self.average.trainable_parameters()]
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.learning_rate, fused=True)
+        decayed, others = parameter_groups(model)
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         steps = config.epochs * -(-len(self.training) // config.batch_size)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _rate(step, steps, config.warmup)
-        )
+        self.schedule = cosine(self.optimizer, steps, config.warmup)
         self.number = 0
         self.best = Epoch(0, config.epochs, math.inf, -math.inf)
         self.best_weights: list[Tensor] = []
@@ -151,8 +152,11 @@ class _Run:
             mirror = torch.randint(2, (len(chosen),), generator=self.generator)
             features, pixels, ratings = self.features.batch(chosen, mirror, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
-                scores = model.fusion(features, model.vim(pixels))
-            loss = F.mse_loss(scores.float(), ratings)
+                logits = model.fusion.logits(features, model.vim(pixels))
+            logits = [logit.float() for logit in logits]
+            on_scale = model.fusion.head.on_scale
+            error = F.mse_loss(on_scale(*logits), ratings)
+            loss = error + config.stream_loss * sum(F.mse_loss(on_scale(logit), ratings) for logit in logits[1:])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.weights, config.clip)
@@ -160,7 +164,7 @@ class _Run:
             self.schedule.step()
             with torch.no_grad():
                 torch._foreach_lerp_(self.averages, self.weights, 1 - config.ema)
-            total += loss.item() * len(chosen)
+            total += error.item() * len(chosen)
         if not math.isfinite(total):
             raise MDNetError(f"the loss of epoch {self.number} is not finite; try a lower --learning-rate")
         return total / len(rows)
@@ -192,19 +196,3 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
         self.generator.set_state(state["generator"])
-
-
-def _parameter_groups(model: MDNet, config: TrainConfig) -> list[dict[str, object]]:
-    """Weight decay for matrices only: not for biases, norms, embeddings, nor the scan's A and D."""
-    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "scale_embed", "stand_in")
-    decayed = [value for name, value in named if value.dim() > 1 and not name.endswith(spared)]
-    others = [value for name, value in named if value.dim() <= 1 or name.endswith(spared)]
-    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _rate(step: int, steps: int, warmup: float) -> float:
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

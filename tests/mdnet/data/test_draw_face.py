@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from recorded import Recorded
 
+from mdnet.data import drawn_set
 from mdnet.data.draw_face import GROUP_CYCLE, FaceFactors, draw_face, draw_factors, render_face
 from mdnet.data.drawn_set import noise_free_rating, rating, write_dataset
+from mdnet.data.source import open_data
 from mdnet_engines.errors import UsageError
 
 CAUSES = ("symmetry", "proportions", "texture")
@@ -226,6 +228,28 @@ def test_first_faces_are_the_same_whatever_the_count(dataset: Path, tmp_path: Pa
     assert list(few.items()) == list(many.items())[:6]
     for name in few:
         assert (tmp_path / "few" / "Images" / name).read_bytes() == (dataset / "Images" / name).read_bytes()
+
+
+def test_several_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "one", 24, 3)
+    monkeypatch.setattr(drawn_set, "_FACES_A_PROCESS", 12)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    write_dataset(tmp_path / "two", 24, 3)
+    for file in sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_a_table_with_its_own_test_list_is_written_where_asked(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "faces", 12, 0, test=3)
+    data = open_data(tmp_path / "faces" / "ratings.csv")
+    (split,) = data.splits(data.protocol(None, training=True))
+    assert (len(split.train), len(split.test)) == (9, 3)
+    labels = (tmp_path / "faces" / "train_test_files" / "All_labels.txt").read_text().split()
+    assert [image.name for image in split.test.images] == labels[-6::2]
+    assert split.test.ratings.tolist() == pytest.approx([float(text) for text in labels[-5::2]], abs=1e-6)
+    assert split.test.groups == [name[:2] for name in labels[-6::2]]
+    with pytest.raises(UsageError, match="test is 12; expected 1 to 11"):
+        write_dataset(tmp_path / "others", 12, 0, test=12)
 
 
 def test_seed_decides_everything_in_the_folder(tmp_path: Path) -> None:

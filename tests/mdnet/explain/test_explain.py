@@ -16,8 +16,9 @@ from pages import Page, loads_nothing
 from recorded import Recorded
 
 from mdnet.cli.main import main
+from mdnet.data.pictures import find_images
 from mdnet.evaluation.scored_model import open_model
-from mdnet.explain.explain import Explained, Explanation, explain, find_images
+from mdnet.explain.explain import Explained, Explanation, explain
 from mdnet.explain.occlusion import Occlusion
 from mdnet.explain.page import render_page
 from mdnet.model.checkpoint import demo_checkpoint, save_checkpoint

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mdnet.model.checkpoint import load_checkpoint, save_checkpoint
+from mdnet.model.checkpoint import CONFIG_KEY, load_checkpoint, save_checkpoint
 from mdnet.model.config import FUSIONS, preset
 from mdnet.model.fusion import Concatenation
 from mdnet.model.net import MDNet, random_mdnet, with_fusion
@@ -116,3 +119,54 @@ def test_training_scores_as_evaluation_does(fusion: str) -> None:
     assert got.keys() == expected.keys()
     for name, value in got.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].abs().max() + 1))
+
+
+@pytest.mark.parametrize(
+    ("fusion", "heads"),
+    [
+        ("cross-attention", ["vim", "diffusion"]),
+        ("concatenation", ["vim", "diffusion"]),
+        ("diffusion-only", ["diffusion"]),
+        ("vim-only", ["vim"]),
+    ],
+)
+@torch.no_grad()
+def test_each_stream_that_is_there_adds_a_logit_of_its_own(fusion: str, heads: list[str]) -> None:
+    fused = model(fusion).fusion
+    (features, tokens), (other_features, other_tokens) = inputs(0), inputs(1)
+    assert list(fused.stream_heads) == heads
+    logits = fused.logits(features, tokens)
+    score = 1 + 4 * torch.sigmoid(torch.stack(logits).sum(0))
+    torch.testing.assert_close(fused(features, tokens), score, rtol=0, atol=1e-6)
+    for name, logit, other_tokens_, other_features_ in zip(
+        heads,
+        logits[1:],
+        fused.logits(features, other_tokens)[1:],
+        fused.logits(other_features, tokens)[1:],
+        strict=True,
+    ):
+        assert torch.equal(logit, other_tokens_) == (name == "diffusion")
+        assert torch.equal(logit, other_features_) == (name == "vim")
+
+
+@torch.no_grad()
+def test_a_streams_head_knows_where_its_tokens_are() -> None:
+    fused = model("vim-only").fusion
+    _, tokens = inputs(0)
+    moved = tokens.roll(1, dims=1)
+    assert not torch.allclose(fused.stream_heads["vim"](tokens), fused.stream_heads["vim"](moved), atol=1e-4)
+
+
+def test_a_checkpoint_from_before_the_streams_had_heads_loads_and_scores_as_it_did(tmp_path: Path) -> None:
+    old = random_mdnet(dataclasses.replace(CONFIG, stream_heads=0), seed=0)
+    assert len(old.fusion.stream_heads) == 0
+    save_checkpoint(old, tmp_path / "old.safetensors")
+    tensors = load_file(tmp_path / "old.safetensors")
+    with safe_open(tmp_path / "old.safetensors", "pt") as file:
+        metadata = file.metadata()
+    fields = json.loads(metadata[CONFIG_KEY])
+    del fields["stream_heads"]  # older files lack it
+    save_file(tensors, tmp_path / "old.safetensors", {**metadata, CONFIG_KEY: json.dumps(fields)})
+    loaded = load_checkpoint(tmp_path / "old.safetensors")
+    features, tokens = inputs(0)
+    assert torch.equal(loaded.fusion(features, tokens), old.eval().fusion(features, tokens))

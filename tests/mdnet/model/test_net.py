@@ -162,6 +162,7 @@ NO_FIELD: dict[str, list[object]] = {
     **dict.fromkeys(("context_length", "norm_groups", "vim_dim", "vim_depth", "vim_patch", "vim_stride"), NO_SIZE),
     **dict.fromkeys(("vim_state", "vim_conv", "vim_expand", "fusion_depth", "fusion_heads", "fusion_mlp"), NO_SIZE),
     "head_dim": NO_SIZE,
+    "stream_heads": [value for value in NO_SIZE if value != 0],
     "unet_heads": [*NO_SIZE, [2, 2], [2, 2, 2, 0], [2, 2, 2, "2"], [2, 2, 2, 5]],
     "unet_linear_projection": [None, 0, 1, "yes"],
     "vae": [None, 3, "huge"],
