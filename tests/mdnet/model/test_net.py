@@ -22,7 +22,7 @@ from mdnet.model.checkpoint import (
 )
 from mdnet.model.config import PRESETS, MDNetConfig, preset
 from mdnet.model.fusion import sine_positions
-from mdnet.model.net import MDNet, random_mdnet
+from mdnet.model.net import MDNet, random_mdnet, with_scale
 from mdnet_engines.errors import MDNetError, UsageError
 
 
@@ -41,6 +41,17 @@ def test_scores_are_on_the_scale_and_differ(model: MDNet) -> None:
     assert scores.shape == (4,)
     assert ((scores > 1) & (scores < 5)).all()
     assert len(scores.unique()) == 4
+
+
+def test_another_scale_moves_the_scores_and_goes_with_the_checkpoint(model: MDNet, tmp_path: Path) -> None:
+    with torch.no_grad():
+        share = (model(images(4)) - 1) / 4
+        changed = with_scale(random_mdnet(preset("demo"), seed=3), -10, 110)
+        torch.testing.assert_close(changed(images(4)), -10 + 120 * share)
+        save_checkpoint(changed, tmp_path / "c.safetensors")
+        kept = load_checkpoint(tmp_path / "c.safetensors")
+        torch.testing.assert_close(kept(images(4)), changed(images(4)))
+    assert (kept.config.score_min, kept.config.score_max) == (-10, 110)
 
 
 def test_a_batch_scores_as_its_images_do(model: MDNet) -> None:
