@@ -33,7 +33,7 @@ def print_bundle(bundle: Bundle) -> None:
     facts = {
         "preset": f"{manifest.preset}, schema {manifest.schema_version}; every file's sha256 is as the manifest says",
         "input": f"{made.image_size} px, {made.resample}, centre crop, {colours}",
-        "score": f"{manifest.score.minimum:g} to {manifest.score.maximum:g}",
+        "score": str(manifest.score),
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
         **_backends(bundle),

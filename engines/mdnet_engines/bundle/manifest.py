@@ -156,6 +156,9 @@ class ScoreScale(Part):
             raise ValueError(f"the scale {self.minimum:g} to {self.maximum:g} is not one")
         return self
 
+    def __str__(self) -> str:
+        return f"{self.minimum:g} to {self.maximum:g}"
+
 
 class ParitySummary(Part):
     """Agreement of the bundle with PyTorch fp32 on `images` images (scores in rating points)."""

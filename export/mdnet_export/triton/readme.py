@@ -69,7 +69,7 @@ Written by `mdnet-export triton`. Call the ensemble `{name}`; it runs {", ".join
 | | name | type | shape |
 | --- | --- | --- | --- |
 | input | `image` | UINT8 | [n, {size}, {size}, 3], RGB, n from 1 to {max_batch_size} |
-| output | `score` | FP32 | [n, 1], from {manifest.score.minimum:g} to {manifest.score.maximum:g} |
+| output | `score` | FP32 | [n, 1], from {manifest.score} |
 
 ## From an image file to the input
 

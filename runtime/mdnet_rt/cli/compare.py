@@ -97,7 +97,7 @@ def compare(
 def _scales_note(a: Manifest, b: Manifest) -> str | None:
     if a.score == b.score:
         return None
-    scales = " and ".join(f"{each.score.minimum:g} to {each.score.maximum:g}" for each in (a, b))
+    scales = " and ".join(str(each.score) for each in (a, b))
     return f"note: the scales differ ({scales}): correlations and ranks can be compared, differences of scores can't"
 
 

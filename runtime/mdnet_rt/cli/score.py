@@ -113,7 +113,7 @@ def score(
             summary = score_all(scored, writer, gallery=gallery, advance=advance)
         say(summary.line(time.perf_counter() - start))
         if gallery and report:
-            gallery.write(report, stamp)
+            gallery.write(report, stamp, str(manifest.score))
     return 1 if summary.failed else 0
 
 

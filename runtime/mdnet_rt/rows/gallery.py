@@ -59,13 +59,16 @@ class Gallery:
         if result.pixels is not None:
             self._faces.add(result.path, result.score, result.pixels)
 
-    def write(self, output: Path, stamp: Stamp) -> None:
+    def write(self, output: Path, stamp: Stamp, scale: str = "") -> None:
         """Write the page, which appears whole or not at all.
+
+        Args:
+            scale: the bundle's rating scale, for the reader.
 
         Raises:
             MDNetError: it can't be written (full disk).
         """
-        page = self._render(stamp)
+        page = self._render(stamp, scale)
         target = Path(os.path.realpath(output))
         try:
             with new_file(target) as scratch:
@@ -74,7 +77,7 @@ class Gallery:
             why = error.strerror or first_line(error)
             raise MDNetError(f"--report {printable(output)} was not written: {why}; the rows are complete") from error
 
-    def _render(self, stamp: Stamp) -> str:
+    def _render(self, stamp: Stamp, scale: str) -> str:
         from mdnet_engines.report.page import render
 
         summary, groups = self._summary, self._faces.groups()
@@ -84,7 +87,7 @@ class Gallery:
             title=f"Scores of {_images(summary.scored + summary.failed)}",
             scored=summary.scored,
             failed=summary.failed,
-            facts=self._facts(stamp),
+            facts=self._facts(stamp, scale),
             histogram=self._histogram.draw(summary) if summary.scored else None,
             folder=folder,
             groups={
@@ -96,9 +99,12 @@ class Gallery:
             failures=self._failures.first,
         )
 
-    def _facts(self, stamp: Stamp) -> dict[str, str]:
+    def _facts(self, stamp: Stamp, scale: str) -> dict[str, str]:
         summary = self._summary
-        facts = {"model": stamp.model, "bundle": stamp.bundle, "scored": f"{summary.scored:,}"}
+        facts = {"model": stamp.model, "bundle": stamp.bundle}
+        if scale:
+            facts["rating scale"] = scale
+        facts["scored"] = f"{summary.scored:,}"
         facts["failed"] = f"{summary.failed:,}"
         if summary.doubtful:
             facts["with a warning"] = f"{summary.doubtful:,}"

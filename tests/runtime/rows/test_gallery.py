@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pages import Page, axis, chart, loads_nothing
 from PIL import Image
 
+from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.report.thumbnails import Thumbnail, thumbnail
 from mdnet_rt.cli.main import main
@@ -100,6 +101,8 @@ def test_a_run_gives_a_page_of_its_faces_its_failures_and_its_rows_scores(shared
     assert tables["failures"][1][:2] == [str(tmp_path / "text.png"), "unreadable"]
     assert tables["reasons"][1] == [tables["failures"][1][2], "unreadable", "1"]
     assert "3 scored, 1 failed" in Page(html).text
+    scale = Bundle.open(shared_bundle).manifest.score
+    assert f'<th scope="row">rating scale</th><td>{scale}</td>' in html
 
 
 def test_a_run_that_goes_on_counts_earlier_rows_and_says_that_they_are_not_pictured(
