@@ -42,7 +42,9 @@ protocol_option = click.option(
     help="60-40 or cv5; of a table: split, folds, kfold:K[:SEED], all.  [default: by the data]",
 )
 fold_option = click.option(
-    "--fold", type=click.IntRange(min=0), help="Of a protocol with folds: the one that is left out and tested on."
+    "--fold",
+    type=click.IntRange(min=0),
+    help="Of a protocol with folds: the one to test on, which training leaves out.",
 )
 scale_option = click.option(
     "--scale", type=float, nargs=2, metavar="MIN MAX", help="Scale of the ratings.  [default: the model's]"

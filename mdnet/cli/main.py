@@ -11,7 +11,7 @@ import click
 
 from mdnet import __version__
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
-from mdnet.cli.data import data_help, parse_scale, protocol_option, scale_option
+from mdnet.cli.data import data_help, fold_option, parse_scale, protocol_option, scale_option
 from mdnet.cli.explain import explain
 from mdnet.cli.pretraining import pretrain
 from mdnet.cli.training import ablate, prior, train
@@ -116,6 +116,7 @@ def import_(
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT_OR_BUNDLE...")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help=data_help)
 @protocol_option
+@fold_option
 @scale_option
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Write a page with tables and charts to this .html file."
@@ -132,6 +133,7 @@ def evaluate(
     models: tuple[Path, ...],
     data: Path,
     protocol: str | None,
+    fold: int | None,
     scale: tuple[float, float] | None,
     report: Path | None,
     json_: Path | None,
@@ -142,8 +144,8 @@ def evaluate(
     """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over its folds.
 
     A model is a checkpoint or a bundle's folder. Of a protocol with folds give one model for each, in their order
-    (each trained on the training list of its fold), or one for all of them. Of a table without a split or fold column
-    all pictures are scored. Figures per group are in --report and --json.
+    (each trained on the training list of its fold), or one for all of them or for --fold. Of a table without a split
+    or fold column all pictures are scored. Figures per group are in --report and --json.
     """
     from mdnet.evaluation.protocols import run_benchmark
     from mdnet.evaluation.scored_model import open_model
@@ -157,6 +159,7 @@ def evaluate(
             [open_model(path) for path in models],
             data,
             protocol,
+            fold=fold,
             scale=parse_scale(scale),
             device=device,
             backend=backend,

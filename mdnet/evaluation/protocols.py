@@ -117,6 +117,7 @@ def run_benchmark(
     data: Path,
     protocol: str | None = None,
     *,
+    fold: int | None = None,
     scale: Scale | None = None,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -129,6 +130,7 @@ def run_benchmark(
     Args:
         data: SCUT-FBP5500's folder, or a table of ratings.
         protocol: by default that of the data (`RatedData.protocol`).
+        fold: the only one to score, of a protocol with folds.
         scale: of the ratings, by default the models'.
         device: what runs checkpoints.
         backend: what runs bundles.
@@ -136,13 +138,19 @@ def run_benchmark(
         on_result: called after each split.
 
     Raises:
-        UsageError: another number of models, models or ratings of different scales, or `data` is not a data set.
+        UsageError: another number of models, no such fold, different scales of models or ratings, or `data` is not a
+            data set.
         MDNetError: the data set is broken, an image can't be read, or a model can't be loaded.
     """
     rated = open_data(data)
     protocol = rated.protocol(protocol, training=False)
     check_scales(models, rated, scale)
     splits = rated.splits(protocol, progress)
+    if fold is not None:
+        numbers = ", ".join(str(split.fold) for split in splits if split.fold is not None)
+        splits = [split for split in splits if split.fold == fold]
+        if not splits:
+            raise UsageError(f"--fold {fold}: protocol {protocol} has {f'folds {numbers}' if numbers else 'no folds'}")
     per_split = assign(models, len(splits), protocol)
     notes = seen_images(per_split, [split.fold for split in splits], protocol, rated)
     notes += [*rated.departures(protocol, splits), *rated.notes(per_split[0].scale)]

@@ -227,6 +227,18 @@ def test_folds_by_a_seed_are_scored_one_by_one(table: Path) -> None:
         np.testing.assert_allclose(split.scores, gain * expected_scores(split.test), rtol=1e-6)
 
 
+def test_one_fold_alone_is_scored_by_the_model_that_left_it_out(table: Path, faces: Path) -> None:
+    known = {"protocol": "kfold:3", "fold": 2, "data": "ratings.csv", "data_sha256": open_data(table).sha256}
+    result = run_benchmark([scored_by(scale=(1, 10), **known)], table, "kfold:3", fold=2)
+    assert ([split.name for split in result.splits], result.notes) == (["fold 2"], [])
+    (note,) = run_benchmark([scored_by(scale=(1, 10), **known)], table, "kfold:3", fold=1).notes
+    assert "has seen test images of fold 1" in note
+    with pytest.raises(UsageError, match="--fold 4: protocol kfold:3 has folds 1, 2, 3"):
+        run_benchmark([scored_by(scale=(1, 10))], table, "kfold:3", fold=4)
+    with pytest.raises(UsageError, match="--fold 1: protocol 60-40 has no folds"):
+        run_benchmark([scored_by()], faces, fold=1)
+
+
 def test_a_scale_that_the_model_was_not_trained_for_is_refused(table: Path, faces: Path) -> None:
     with pytest.raises(MDNetError) as caught:
         run_benchmark([scored_by()], table)
