@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mdnet.data.draw_face import draw_face
 from mdnet.data.drawn_set import rating
-from mdnet.data.rated import Rated
-from mdnet.data.scut_fbp5500 import read_splits
+from mdnet.data.rated import Rated, Split
 from mdnet.data.source import RatedData, is_table, open_data
 from mdnet_calib.calibration_set import MIN_IMAGES, CalibrationSet, load_set, stratified
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
+from mdnet_engines.parity.gates import RATED_IMAGES
 from mdnet_engines.parity.measure import Images
 from mdnet_engines.parity.probes import PROBES
 from mdnet_engines.progress import SILENT, Progress
@@ -24,36 +25,114 @@ _SEED = 20_509  # not a seed of the training data
 _CALIBRATION_SEED = 71_101  # nor of what parity is measured on
 
 
-def parity_images(folder: Path | None, size: int, count: int) -> Images:
+OWN_PICTURES = RATED_IMAGES
+"""Of the user's pictures, how many parity is measured on: what a gate on ratings needs."""
+MIN_HELD_OUT = 8
+"""Fewer pictures of the user's show too little; drawn faces take their place."""
+_SHARE = 4
+"""Of few calibration pictures, one in so many is kept for the gates."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The user's pictures that a build may choose from, with their ratings and groups where these are known."""
+
+    name: str
+    files: list[Path]
+    rated: Rated | None = None
+
+    def choose(self, count: int) -> list[int]:
+        """Positions of `count` files: spread over the names, or over groups and ratings."""
+        if self.rated is None:
+            return _even(len(self.files), count)
+        return stratified(self.rated.ratings, self.rated.groups, count)
+
+    def besides(self, rows: list[int]) -> Pictures:
+        """Those at other positions."""
+        others = np.setdiff1d(np.arange(len(self.files)), rows)
+        rated = None if self.rated is None else self.rated.take(others)
+        return Pictures(self.name, [self.files[row] for row in others], rated)
+
+
+def parity_images(
+    folder: Path | None,
+    size: int,
+    count: int | None = None,
+    *,
+    training: Training | None = None,
+    progress: Progress = SILENT,
+) -> Images:
     """`count` preprocessed images of `size`: spread over the files below `folder`, or drawn.
 
-    Of SCUT-FBP5500, given as its root, the test list of `60-40` is taken. Its images and drawn faces have ratings.
+    Of SCUT-FBP5500, given as its root, and of a table of ratings, test images are taken, of the protocol and fold that
+    the weights were trained with. They have ratings and groups; drawn faces have ratings.
+
+    Args:
+        count: by default `OWN_PICTURES`, or of drawn faces `PROBES`.
 
     Raises:
         UsageError: the folder holds no readable image, or `count` is not positive.
+        MDNetError: the table is wrong.
     """
-    if count < 1:
-        raise UsageError(f"--num-images is {count}; parity needs at least one image")
+    _check_count(count)
     if folder is None:
+        count = PROBES if count is None else count
         pixels, ratings = _drawn(_SEED, size, count)
         return Images([f"drawn face {i}" for i in range(count)], pixels, f"{count} drawn faces", ratings)
-    if is_dataset(folder):
-        test = read_splits(folder, "60-40")[0].test
-        test = test.take(np.array(_even(len(test), count)))
-        pixels = np.stack([load_image(file, size) for file in test.images])
-        source = f"{len(test)} test images of {folder.name}"
-        return Images([file.name for file in test.images], pixels, source, test.ratings)
-    names, arrays = [], []
-    files = find_images([folder])
-    for file in (files[i] for i in _even(len(files), count)):
-        try:
-            arrays.append(load_image(file, size))
-        except ImageError:
-            continue
-        names.append(file.name)
-    if not names:
+    count, name = OWN_PICTURES if count is None else count, folder.name or str(folder)
+    if is_dataset(folder) or is_table(folder):
+        test = _split(open_data(folder), training, progress)[1].test
+        if not len(test):
+            raise UsageError(f"{folder} has no test picture to measure parity on")
+        images = _read(Pictures(name, test.images, test), _even(len(test), count), size, "test images")
+    else:
+        files = find_images([folder])
+        images = _read(Pictures(name, files), _even(len(files), count), size, "images")
+    if images is None:
         raise UsageError(f"{folder} holds no readable image")
-    return Images(names, np.stack(arrays), f"{len(names)} images of {folder.name or folder}")
+    return images
+
+
+def hold_out(pictures: Pictures, size: int, count: int | None = None) -> tuple[Images | None, Pictures]:
+    """Of the user's pictures, some to measure parity on, and those that are left to calibrate with.
+
+    A quarter of them at most, and `count` (`OWN_PICTURES`); the same ones each time. None where the quarter is below
+    `MIN_HELD_OUT`: then all are left.
+
+    Raises:
+        UsageError: `count` is not positive.
+    """
+    _check_count(count)
+    share = len(pictures.files) // _SHARE
+    if share < MIN_HELD_OUT:
+        return None, pictures
+    rows = pictures.choose(min(OWN_PICTURES if count is None else count, share))
+    words = "images" if pictures.rated is None else "training images"
+    return _read(pictures, rows, size, words, ", none of which calibrated"), pictures.besides(rows)
+
+
+def own_pictures(folder: Path, *, training: Training | None = None, progress: Progress = SILENT) -> Pictures:
+    """The pictures below `folder`; of SCUT-FBP5500 and of a table of ratings the training list.
+
+    That is the list of the protocol and fold that the weights were trained with. All pictures of a table without splits
+    can be taken, unless the weights were trained on some of them.
+
+    Raises:
+        UsageError: the folder holds no image, or test images of SCUT-FBP5500.
+        MDNetError: the table is wrong.
+    """
+    name = folder.name or str(folder)
+    if is_dataset(folder) or is_table(folder):
+        train = _training_list(open_data(folder), training, progress)
+        return Pictures(name, train.images, train)
+    files = find_images([folder])
+    for parent in {file.resolve().parent.parent for file in files}:
+        if is_dataset(parent):
+            raise UsageError(
+                f"{folder} has test images of the benchmark among them; give the data set's own folder ({parent}), "
+                "of which only training images are used"
+            )
+    return Pictures(name, files)
 
 
 def probe_pixels(size: int) -> np.ndarray:
@@ -62,42 +141,28 @@ def probe_pixels(size: int) -> np.ndarray:
 
 
 def calibration_images(
-    folder: Path | None,
+    source: Path | Pictures | None,
     size: int,
     count: int,
     *,
     training: Training | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
-    """`count` images to calibrate with: drawn, spread over the files below `folder`, or of rated pictures.
-
-    Of SCUT-FBP5500, given as its root, and of a table of ratings only the training list is used, of the protocol and
-    fold that the weights were trained with; it is sampled so that every group and the range of ratings are covered.
-    All pictures of a table without splits can be taken, unless the weights were trained on some of them.
+    """`count` images to calibrate with: drawn, or of the user's pictures (a path is read by `own_pictures`).
 
     Raises:
-        UsageError: too few images can be read, or the folder holds test images of SCUT-FBP5500.
-        MDNetError: the table is wrong.
+        UsageError: too few images can be read; or as `own_pictures`.
+        MDNetError: as `own_pictures`.
     """
     if count < MIN_IMAGES:
         raise UsageError(f"--num-calib is {count}; calibration needs at least {MIN_IMAGES} images")
-    if folder is None:
+    if source is None:
         names = [f"drawn face {i}" for i in range(count)]
         return CalibrationSet(names, _drawn(_CALIBRATION_SEED, size, count)[0], f"{count} drawn faces")
-    if is_dataset(folder) or is_table(folder):
-        train = _training_list(open_data(folder), training, progress)
-        rows = stratified(train.ratings, train.groups, count)
-        source = f"{len(rows)} training images of {folder.name}"
-        return load_set([train.images[row] for row in rows], size, source, progress=progress)
-    files = find_images([folder])
-    for parent in {file.resolve().parent.parent for file in files}:
-        if is_dataset(parent):
-            raise UsageError(
-                f"{folder} has test images of the benchmark among them; give the data set's own folder ({parent}), "
-                "of which only training images are used"
-            )
-    chosen = [files[i] for i in _even(len(files), count)]
-    return load_set(chosen, size, f"{folder.name or folder}", progress=progress)
+    pictures = source if isinstance(source, Pictures) else own_pictures(source, training=training, progress=progress)
+    files = [pictures.files[row] for row in pictures.choose(count)]
+    described = pictures.name if pictures.rated is None else f"{len(files)} training images of {pictures.name}"
+    return load_set(files, size, described, progress=progress)
 
 
 def is_dataset(folder: Path) -> bool:
@@ -105,17 +170,48 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "Images").is_dir() and (folder / "train_test_files").is_dir()
 
 
-def _training_list(data: RatedData, training: Training | None, progress: Progress) -> Rated:
-    """What the weights were trained on, as far as they say; else what the data's own protocol trains on."""
+def _split(data: RatedData, training: Training | None, progress: Progress) -> tuple[str, Split]:
+    """The protocol and split that the weights were trained with, as far as they say; else the data's own first one."""
     protocol, fold = data.protocol(None, training=False), None
     if training is not None and training.protocol is not None and training.data_sha256 == data.sha256:
         protocol, fold = training.protocol, training.fold
     splits = data.splits(protocol, progress)
-    chosen = next((split for split in splits if split.fold == fold), splits[0])
+    return protocol, next((split for split in splits if split.fold == fold), splits[0])
+
+
+def _training_list(data: RatedData, training: Training | None, progress: Progress) -> Rated:
+    protocol, chosen = _split(data, training, progress)
     train = chosen.test if protocol == "all" else chosen.train
     if not len(train):
         raise UsageError(f"{data.path} has no picture to train on, so none to calibrate with")
     return train
+
+
+def _check_count(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise UsageError(f"--num-images is {count}; parity needs at least one image")
+
+
+def _read(pictures: Pictures, rows: list[int], size: int, words: str, more: str = "") -> Images | None:
+    """The pictures at `rows` that can be read; None where none can."""
+    good, arrays = [], []
+    for row in rows:
+        try:
+            arrays.append(load_image(pictures.files[row], size))
+        except ImageError:
+            continue
+        good.append(row)
+    if not good:
+        return None
+    rated = None if pictures.rated is None else pictures.rated.take(np.array(good))
+    return Images(
+        [pictures.files[row].name for row in good],
+        np.stack(arrays),
+        f"{len(good)} {words} of {pictures.name}{more}",
+        None if rated is None else rated.ratings,
+        None if rated is None else rated.groups,
+        private=True,
+    )
 
 
 def _drawn(seed: int, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,18 @@ def render_html(
         evaluated=sum(gate.value is not None for gate in report.gates),
         open=[_gate_row(gate) for gate in report.gates if gate.value is None],
         gates=[_gate_row(gate) for gate in report.gates],
+        ratings=[
+            (
+                part.group,
+                str(part.images),
+                number(part.reference, 4),
+                number(part.bundle, 4),
+                number(part.lost, 3, "+"),
+                number(part.mean_abs, 3),
+                f"{100 * part.of_width:.2f} %",
+            )
+            for part in report.ratings
+        ],
         graphs={
             graph: {
                 name: (f"{part.cosine:.8f}", number(part.snr_db, 4), number(part.max_abs, 3))

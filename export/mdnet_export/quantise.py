@@ -7,7 +7,6 @@ calibration; on GPUs they are float16.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,28 +25,23 @@ from mdnet_calib.passes import fp8
 from mdnet_calib.passes.graph_view import copy_of
 from mdnet_calib.passes.int8 import activations, int8_nodes, to_int8
 from mdnet_calib.ranges import Histogram, collect
-from mdnet_calib.sensitivity import Budget, Choice, Drift, choose
+from mdnet_calib.sensitivity import Budget, Choice, choose
 from mdnet_engines.bundle.files import sha256_of
-from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision, ScoreScale
+from mdnet_engines.bundle.manifest import Precision, ScoreScale
 from mdnet_engines.bundle.precision_facts import CalibrationFacts, Fp8Facts, Int8Facts
 from mdnet_engines.errors import MDNetError
-from mdnet_engines.parity.gates import LIMITS_SCALE, limits_for
-from mdnet_engines.parity.metrics import pearson
+from mdnet_engines.parity.gates import LIMITS_SCALE
 from mdnet_engines.progress import SILENT, Progress
-from mdnet_engines.sessions import openvino as openvino_session
-from mdnet_engines.sessions.onnxruntime import OrtSession
-from mdnet_engines.sessions.openvino import OpenVINOSession
-from mdnet_engines.sessions.session import Session, run_graphs
+from mdnet_engines.sessions.session import Session
 from mdnet_engines.system.machine import lacks_vnni
-from mdnet_export.graphs.cpu_variant import open_for_cpu, write_variants
+from mdnet_export.drift import BudgetCheck, cpu_backends, open_on
+from mdnet_export.graphs.cpu_variant import write_variants
 from mdnet_export.graphs.export import save_graph
 
-DRIFT_IMAGES = 64
-"""Calibration images, at most, on which a choice of blocks is scored."""
-ORDER_IMAGES = 16
-"""Of these, how many each block is scored on alone."""
 FP8_METHOD: RangeMethod = "minmax"  # a number with an exponent loses nothing to the outliers that it makes room for
-_SLOWER = 0.95  # of the float graph's speed
+NOISE = 0.05
+"""Of the float encoder's time: so much longer may int8 take before it counts as slower. Two timings of the same graph
+differ by some per cent on a shared machine, and a build should not fail by chance."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ class Speed:
 
     @property
     def slower(self) -> bool:
-        """By more than the noise of a shared machine, 5 %."""
-        return self.ratio < _SLOWER
+        """By more than `NOISE`."""
+        return self.int8_seconds > (1 + NOISE) * self.float_seconds
 
 
 @dataclass(frozen=True)
@@ -245,7 +239,7 @@ def _choose(
     progress: Progress,
 ) -> tuple[Choice, list[str]]:
     """The nodes that the budget allows, and the backends that it was held on; `scratch` has the encoder with them."""
-    drift_of = _Drift(folder, scratch, write, calibration)
+    drift_of = BudgetCheck(folder, scratch, write, calibration.images.pixels, calibration.scale)
     choice = choose(nodes, calibration.budget, drift_of, drift_alone=drift_of.alone, kind=kind, progress=progress)
     if not choice.nodes:
         harm = min(drift.max_abs for drift in choice.alone.values())
@@ -287,84 +281,11 @@ def _thresholds(
     return {name: histogram.threshold(method) for name, histogram in found.items()}
 
 
-class _Drift:
-    """Scores the calibration images with some nodes quantised, and compares with the float graphs.
-
-    It does so on every backend for CPUs that is installed, any of which may be the one that serves: their kernels round
-    differently, and the two forms of an int8 encoder have other activations. What counts is the worst.
-    """
-
-    def __init__(self, folder: Path, scratch: Path, write: Callable[[list[str]], None], calibration: Calibration):
-        self.scratch, self.write = scratch, write
-        self.pixels = calibration.images.pixels[:DRIFT_IMAGES]
-        self.written: list[str] = []
-        self.spread = limits_for("int8", calibration.scale).pearson_needs_sd
-        float_graphs: dict[GraphName, Session] = {name: OrtSession(folder / f"{name}.onnx") for name in GRAPH_NAMES}
-        expected = [run_graphs(float_graphs, image)["score"] for image in self._images()]
-        self.expected = np.concatenate(expected).astype(np.float64)
-        del float_graphs
-        vim = open_for_cpu(folder, "vim")
-        self.tokens = [vim.run({"image": image})["tokens"] for image in self._images()]
-        self.fusion = {backend: _open_on(backend, folder, "fusion") for backend in _cpu_backends()}
-        self.worst = next(iter(self.fusion))
-
-    def __call__(self, nodes: list[str]) -> Drift:
-        self._write(nodes)
-        drifts = {backend: self._on(backend, DRIFT_IMAGES) for backend in self.fusion}
-        self.worst = max(drifts, key=lambda backend: _or_inf(drifts[backend].mean_abs))
-        correlations = [drift.pearson for drift in drifts.values() if drift.pearson is not None]
-        return Drift(
-            float(np.max([drift.max_abs for drift in drifts.values()])),  # NaN where one is
-            float(np.max([drift.mean_abs for drift in drifts.values()])),
-            float(np.min(correlations)) if correlations else None,
-        )
-
-    def alone(self, nodes: list[str]) -> Drift:
-        """Of one block, on fewer images, and on the backend that was furthest off."""
-        self._write(nodes)
-        return self._on(self.worst, ORDER_IMAGES)
-
-    def _write(self, nodes: list[str]) -> None:
-        self.write(nodes)
-        self.written = nodes
-
-    def _on(self, backend: str, count: int) -> Drift:
-        encoder, fusion = _open_on(backend, self.scratch, "encoder"), self.fusion[backend]
-        scores = [
-            fusion.run({**encoder.run({"image": image}), "tokens": tokens})["score"]
-            for image, tokens in zip(self._images()[:count], self.tokens[:count], strict=True)
-        ]
-        got, expected = np.concatenate(scores).astype(np.float64), self.expected[:count]
-        delta = np.abs(got - expected)
-        spread = expected.std() >= self.spread
-        return Drift(float(delta.max()), float(delta.mean()), float(pearson(expected, got)) if spread else None)
-
-    def _images(self) -> list[np.ndarray]:
-        """One at a time, as calibration has the memory for."""
-        return [self.pixels[i : i + 1] for i in range(len(self.pixels))]
-
-
-def _or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
-def _cpu_backends() -> list[str]:
-    """The backends of this machine that may serve int8 on a CPU."""
-    return ["onnxruntime-cpu", *(["openvino"] if openvino_session.is_installed() else [])]
-
-
-def _open_on(backend: str, folder: Path, name: GraphName) -> Session:
-    """A graph that may change yet."""
-    if backend == "openvino":
-        return OpenVINOSession(folder / f"{name}.onnx", cached=False)
-    return open_for_cpu(folder, name)
-
-
 def _time(float_folder: Path, int8_folder: Path, pixels: np.ndarray) -> Speed:
     """Time both encoders on every runtime for CPUs that is installed; what counts is the fastest of each."""
     sessions: dict[tuple[str, str], Session] = {}
     for kind, folder in (("float", float_folder), ("int8", int8_folder)):
-        sessions |= {(kind, backend): _open_on(backend, folder, "encoder") for backend in _cpu_backends()}
+        sessions |= {(kind, backend): open_on(backend, folder, "encoder") for backend in cpu_backends()}
     seconds = {each: [_seconds(session, pixels[:1])] for each, session in sessions.items()}  # which warms up
     # A large model is timed with single images, so that a build does not wait for it; a small one in a batch as served.
     slow = _seconds(sessions["float", "onnxruntime-cpu"], pixels[:1]) > 0.2

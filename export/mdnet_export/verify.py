@@ -41,7 +41,7 @@ class Reference:
         return "PyTorch fp32" if self.bundle is None else str(self.bundle.path)
 
     def outputs(self, images: Images) -> Outputs:
-        """Every graph output and `score`, (n, ...) each, of one image at a time."""
+        """`score` (n,) of one image at a time, and every other graph output of the first ones."""
         if self.weights is not None:
             outputs = reference_outputs(self.weights.load(), images.pixels)
             gc.collect()
@@ -49,7 +49,8 @@ class Reference:
         assert self.bundle is not None
         graphs = open_choice(self.bundle, named(self.bundle, "onnxruntime-cpu"))
         rows = [run_graphs(graphs, images.pixels[i : i + 1]) for i in range(len(images.pixels))]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        names = {name: len(rows) if name == "score" else PROBES for name in rows[0]}
+        return {name: np.concatenate([row[name] for row in rows[:count]]) for name, count in names.items()}
 
     @contextmanager
     def float_graphs(self) -> Iterator[dict[GraphName, Path]]:
@@ -68,7 +69,7 @@ def verify_bundle(
     *,
     against: Path | None = None,
     images_folder: Path | None = None,
-    num_images: int = PROBES,
+    num_images: int | None = None,
     backend: Backend = "auto",
     layers: bool = False,
     output: Path | None = None,
@@ -89,7 +90,13 @@ def verify_bundle(
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     reference = _reference(bundle, against)
-    images = parity_images(images_folder, manifest.preprocessing.image_size, num_images)
+    images = parity_images(
+        images_folder,
+        manifest.preprocessing.image_size,
+        num_images,
+        training=manifest.provenance.training,
+        progress=progress,
+    )
     choice = choose(bundle, backend, check=backend == "auto")
     runtimes = str(choice)
     progress.step(f"{reference.describe()} on {images.source}")

@@ -28,6 +28,7 @@ from mdnet_engines.bundle.files import Bundle, file_entry
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
 from mdnet_engines.errors import BundleError, UsageError
 from mdnet_engines.parity.gates import LIMITS
+from mdnet_engines.parity.probes import PROBES, read_probes
 from mdnet_engines.parity.report_json import from_json
 from mdnet_engines.system.machine import this_machine
 from mdnet_export import build as build_module
@@ -230,6 +231,25 @@ def test_a_failed_gate_writes_nothing_unless_forced(tmp_path: Path, monkeypatch:
     assert forced.manifest.parity.forced
     assert not forced.manifest.parity.passed
     assert forced.manifest.parity.max_abs == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.usefixtures("exported_before", "without_openvino")
+def test_pictures_of_people_are_not_in_the_bundle_nor_are_their_names(tmp_path: Path) -> None:
+    """Figures are. The probes are drawn faces, as ever."""
+    drawn = parity_images(None, 128, 3)
+    images = dataclasses.replace(
+        drawn, names=["anna.jpg", "ben.jpg", "cho.jpg"], source="3 images of mine", private=True
+    )
+    bundle = build_bundle(choose_weights(), tmp_path / "bundle", images=images)
+    for file in bundle.path.iterdir():
+        assert not any(name.encode() in file.read_bytes() for name in images.names), file
+    page = (bundle.path / "parity.html").read_text()
+    assert "data:image" not in page
+    assert "picture 3" in page
+    stored = from_json(json.loads((bundle.path / "parity.json").read_text()))
+    assert [pair.image for pair in stored.scores] == ["picture 1", "picture 2", "picture 3"]
+    assert bundle.manifest.parity.source == "3 images of mine"
+    assert len(read_probes(bundle).images.pixels) == PROBES
 
 
 @pytest.mark.usefixtures("exported_before", "without_openvino")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from mdnet.data.source import open_data
 from mdnet_calib.calibration_set import MIN_IMAGES, refuse_overlap
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
-from mdnet_export.parity_images import calibration_images, is_dataset, parity_images
+from mdnet_engines.parity.measure import Images
+from mdnet_export.cli.calibration import choose_images
+from mdnet_export.model_source import choose_weights
+from mdnet_export.parity_images import calibration_images, hold_out, is_dataset, own_pictures, parity_images
+from mdnet_export.quantise import Calibration
 from mdnet_rt.images.preprocess import load_image
 
 LISTS = "train_test_files"
@@ -40,6 +45,7 @@ def test_parity_takes_test_images_of_the_data_set_with_their_ratings(faces: Path
     np.testing.assert_allclose(images.ratings, [test[name] for name in images.names], atol=1e-6)
     np.testing.assert_array_equal(images.pixels, [load_image(faces / "Images" / name, 64) for name in images.names])
     assert images.source == "10 test images of faces"
+    assert images.groups == [name[:2] for name in images.names]
     assert parity_images(faces, 64, 1000).names == list(test)
 
 
@@ -56,6 +62,110 @@ def test_drawn_faces_have_ratings_that_differ() -> None:
     fewer = parity_images(None, 64, 5)
     np.testing.assert_array_equal(fewer.pixels, images.pixels[:5])
     np.testing.assert_array_equal(fewer.ratings, images.ratings[:5])
+
+
+# --- kept of the calibration pictures ---
+
+
+def write_pictures(folder: Path, count: int) -> list[str]:
+    """Pictures of noise, each another; their names in order."""
+    folder.mkdir()
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{i:03}.png")
+    return [f"{i:03}.png" for i in range(count)]
+
+
+@pytest.mark.parametrize(("files", "held"), [(31, 0), (32, 8), (64, 16), (403, 100), (500, 100)])
+def test_a_quarter_of_the_pictures_is_kept_for_parity_and_at_most_100(files: int, held: int, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "mine", files)
+    images, left = hold_out(own_pictures(tmp_path / "mine"), 64)
+    kept = [] if images is None else images.names
+    assert len(kept) == held
+    assert sorted(kept + [file.name for file in left.files]) == names
+    if images is not None:
+        assert (kept[0], kept[-1]) == (names[0], names[-1])  # spread over all
+        assert images.source == f"{held} images of mine, none of which calibrated"
+        assert images.private
+        again = hold_out(own_pictures(tmp_path / "mine"), 64)[0]
+        assert again is not None
+        assert again.names == kept
+    refuse_overlap(calibration_images(left, 64, 1000), np.zeros((0,)) if images is None else images.pixels, "measured")
+
+
+def test_fewer_are_kept_where_fewer_are_asked_for(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "mine", 40)
+    images, left = hold_out(own_pictures(tmp_path / "mine"), 64, 3)
+    assert images is not None
+    assert (len(images.names), len(left.files)) == (3, 37)
+    with pytest.raises(UsageError, match="at least one image"):
+        hold_out(left, 64, 0)
+
+
+def test_of_a_data_set_training_images_are_kept_with_ratings_and_groups(faces: Path) -> None:
+    train = listed(faces / SPLIT / "train.txt")
+    images, left = hold_out(own_pictures(faces), 64, 16)
+    assert images is not None
+    assert set(images.names) | {file.name for file in left.files} == set(train)
+    assert images.ratings is not None
+    np.testing.assert_allclose(images.ratings, [train[name] for name in images.names], atol=1e-6)
+    assert images.groups == [name[:2] for name in images.names]
+    assert len(set(images.groups)) == 4
+    assert "training images of faces, none of which calibrated" in images.source
+    refuse_overlap(calibration_images(left, 64, 1000), images.pixels, "measured")
+
+
+def choose(calib: Path, **options: Any) -> tuple[Images, Calibration]:
+    given: dict[str, Any] = {"images": None, "num_images": None, "num_calib": 16, "k_centre": False} | options
+    budget: dict[str, Any] = {"range_method": "percentile", "max_score_drift": None, "min_pearson": 0.9997}
+    images, calibration = choose_images(
+        choose_weights(), "int8", calib=calib, calib_cache=None, progress=Recorded(), **given, **budget
+    )
+    assert calibration is not None
+    return images, calibration
+
+
+def test_a_build_measures_parity_on_pictures_that_did_not_calibrate(tmp_path: Path) -> None:
+    """One picture is there twice, by two names: it calibrates, and is not judged."""
+    names = write_pictures(tmp_path / "mine", 48)
+    pictures = own_pictures(tmp_path / "mine")
+    held = hold_out(pictures, 128)[0]
+    assert held is not None
+    taken = choose(tmp_path / "mine")[1].images.names
+    shutil.copy(tmp_path / "mine" / taken[0], tmp_path / "mine" / held.names[3])
+    images, calibration = choose(tmp_path / "mine")
+    assert calibration.images.names == taken
+    assert images.names == [name for name in held.names if name != held.names[3]]
+    assert set(images.names) | set(taken) < set(names)
+    refuse_overlap(calibration.images, images.pixels, "measured")
+
+
+def test_too_few_pictures_are_said_and_drawn_faces_take_their_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "mine", 20)
+    images, calibration = choose(tmp_path / "mine")
+    assert len(calibration.images.names) == 16
+    assert images.source == "24 drawn faces: mine has too few pictures to keep some for the gates"
+    assert not images.private
+    assert "warning: mine has too few pictures" in capsys.readouterr().err
+
+
+def test_images_that_were_named_are_measured_on_and_all_others_calibrate(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "mine", 40)
+    write_pictures(tmp_path / "others", 50)
+    for i in range(50):
+        (tmp_path / "others" / f"{i:03}.png").rename(tmp_path / "others" / f"b{i:03}.png")
+    for i in range(40):
+        (tmp_path / "others" / f"b{i:03}.png").unlink()
+    images, calibration = choose(tmp_path / "mine", images=tmp_path / "others", num_calib=40)
+    assert len(calibration.images.names) == 40
+    assert images.source == "10 images of others"
+
+
+def test_numbers_take_the_place_of_names() -> None:
+    images = Images(["anna.jpg", "ben.jpg"], np.zeros((2, 8, 8, 3), np.uint8), "2 images of mine", private=True)
+    assert images.without_names().names == ["picture 1", "picture 2"]
 
 
 # --- calibration ---

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pages import Page, axis, chart, dots, is_tick, loads_nothing
 
 from mdnet_engines.errors import BundleError
-from mdnet_engines.parity.report import Gate, ParityReport, ScorePair, TensorParity
+from mdnet_engines.parity.report import Gate, ParityReport, RatingParity, ScorePair, TensorParity
 from mdnet_engines.parity.report_json import from_json, to_json
 from mdnet_engines.report.charts import MAX_POINTS
 from mdnet_export.parity_page import render_html
@@ -247,6 +248,16 @@ def test_graph_table_has_a_row_per_output() -> None:
         ["encoder", "features_16", "0.99997000", "41.5", "0.03"],
         ["mid", "0.99980000", "39.25", "0.05"],
         ["fusion", "score", "1.00000000", "∞", "0"],
+    ]
+
+
+def test_ratings_are_a_table_by_group_where_there_are_any() -> None:
+    assert "ratings" not in Page(render(make_report())).tables
+    parts = [RatingParity("all", 300, 0.5432, 0.5419, 0.012, 0.003), RatingParity("<b>", 120, math.nan, 0.5, 0.01, 0.1)]
+    rows = Page(render(replace(make_report(), ratings=parts))).tables["ratings"]
+    assert rows[1:] == [
+        ["all", "300", "0.5432", "0.5419", "+0.0013", "0.012", "0.30 %"],
+        ["<b>", "120", "NaN", "0.5", "NaN", "0.01", "10.00 %"],
     ]
 
 

@@ -30,12 +30,12 @@ from mdnet_engines.sessions.openvino import OpenVINOSession
 from mdnet_engines.sessions.session import Session, run_graphs
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export import build as build_module
-from mdnet_export import quantise
+from mdnet_export import drift, quantise
 from mdnet_export.build import SlowerError, build_bundle
 from mdnet_export.cli.main import main
 from mdnet_export.model_source import choose_weights
 from mdnet_export.parity_images import calibration_images, parity_images
-from mdnet_export.quantise import Calibration, Speed, quantise_encoder
+from mdnet_export.quantise import NOISE, Calibration, Speed, quantise_encoder
 from mdnet_rt import Scorer
 
 FEW_BLOCKS = ("vae.mid_block.resnets.0.", "vae.mid_block.resnets.1.", "unet.down_blocks.1.downsamplers.0.")
@@ -114,7 +114,7 @@ def test_the_manifest_says_how_int8_came_about(int8_bundle: Bundle, float_graphs
     assert int8.float_blocks == []
     assert (int8.max_score_drift, int8.min_pearson) == (9, 0)
     assert int8.speedup_on.endswith(", batch 16")
-    assert int8.slower_forced == (int8.speedup < 0.95 and not lacks_vnni())
+    assert int8.slower_forced == (int8.speedup < 1 / (1 + NOISE) and not lacks_vnni())
 
 
 def test_int8_scores_are_within_the_gates_on_unseen_faces(int8_bundle: Bundle) -> None:
@@ -227,7 +227,8 @@ def test_int8_that_is_slower_is_refused_with_both_times(
         monkeypatch.setattr(module, "lacks_vnni", lambda: False)
     arguments = {"precision": "int8", "images": parity_images(None, 128, 2), "calibration": Calibration(few)}
     expected = (
-        r"^int8 is slower than float: 22\.5 ms against 10 ms in the encoder \(a made-up runtime, batch 8\)\. Noth"
+        r"^int8 is slower than float: 22\.5 ms against 10 ms in the encoder \(a made-up runtime, batch 8\); "
+        r"5% more is allowed as noise\. Noth"
     )
     with pytest.raises(SlowerError, match=expected) as caught:
         build_bundle(choose_weights(), tmp_path / "bundle", **arguments)  # type: ignore[arg-type]
@@ -261,9 +262,9 @@ def test_int8_that_is_slower_without_vnni_is_written_with_a_note(
     assert not facts.slower_forced
 
 
-@pytest.mark.parametrize(("int8_seconds", "slower"), [(0.5, False), (1.04, False), (1.06, True), (3, True)])
+@pytest.mark.parametrize(("int8_seconds", "slower"), [(0.5, False), (1.049, False), (1.051, True), (3, True)])
 def test_the_noise_of_a_busy_machine_makes_nothing_slower(int8_seconds: float, slower: bool) -> None:
-    """Within `NOISE` of float's time."""
+    """Within `NOISE` of float's time, which docs/precision.md names."""
     assert Speed(1, 1.0, int8_seconds, "any").slower is slower
 
 
@@ -370,13 +371,13 @@ def test_a_backend_that_breaks_the_budget_counts_though_another_meets_it(
     def open_on(backend: str, place: Path, name: GraphName) -> OrtSession:
         return (Off if backend == "off" else OrtSession)(place / f"{name}.onnx")
 
-    monkeypatch.setattr(quantise, "_open_on", open_on)
+    monkeypatch.setattr(drift, "open_on", open_on)
     calibration = Calibration(few, budget=Budget(0.3, 0))
     for backends in (["onnxruntime-cpu", "off"], ["off", "onnxruntime-cpu"]):
-        monkeypatch.setattr(quantise, "_cpu_backends", lambda names=backends: names)
+        monkeypatch.setattr(drift, "cpu_backends", lambda names=backends: names)
         with pytest.raises(MDNetError, match="no block of the encoder can be int8"):
             quantise_encoder(folder, calibration)
-    monkeypatch.setattr(quantise, "_cpu_backends", lambda: ["onnxruntime-cpu"])
+    monkeypatch.setattr(drift, "cpu_backends", lambda: ["onnxruntime-cpu"])
     assert quantise_encoder(folder, calibration).facts().drift_on == ["onnxruntime-cpu"]
 
 

@@ -81,7 +81,8 @@ def measure_apart(
             images, reference = against
             write_probes(Path(folder, PROBES_NAME), images.pixels, reference, outputs=len(images.pixels))
             ratings = None if images.ratings is None else images.ratings.tolist()
-            request |= {"folder": folder, "names": images.names, "source": images.source, "ratings": ratings}
+            request |= {"folder": folder, "names": images.names, "source": images.source}
+            request |= {"ratings": ratings, "groups": images.groups}
         answer = ask("mdnet_engines.backends.trial", request, name=str(choice), progress=progress)
     return Measured(from_json(answer["report"]), answer["snr_db"])
 
@@ -204,7 +205,8 @@ def _images(request: dict[str, Any], bundle: Bundle) -> Probes:
     """The images that were given, with PyTorch's outputs."""
     probes = load_probes(Path(request["folder"], PROBES_NAME), bundle.manifest)
     ratings = None if request["ratings"] is None else np.array(request["ratings"])
-    return Probes(Images(request["names"], probes.images.pixels, request["source"], ratings), probes.reference)
+    given = Images(request["names"], probes.images.pixels, request["source"], ratings, request["groups"])
+    return Probes(given, probes.reference)
 
 
 if __name__ == "__main__":

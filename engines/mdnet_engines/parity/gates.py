@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mdnet_engines.bundle.manifest import GraphName, ScoreScale
 from mdnet_engines.parity.metrics import mae, max_abs, pearson
-from mdnet_engines.parity.report import PEARSON_GATE, Gate, TensorParity
+from mdnet_engines.parity.report import PEARSON_GATE, RATING_GATE, Gate, RatingParity, TensorParity
 from mdnet_engines.sessions.session import Session, run_graphs
 
 BATCH = 4  # images in the runs that test batching
 MAX_SNR_LOST = 6.0  # dB: an error twice as large
-RATED_IMAGES = 100  # fewer say little about a correlation with ratings
+RATED_IMAGES = 100  # over all or in a group: fewer say little about a correlation with ratings
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Limits:
     """A correlation is asked for where the reference scores spread this much: with less, errors within the other
     limits may already spoil it."""
     rating_loss: float
+    group_rating_loss: float
     graph_cosine: float
     graph_snr_db: float
     batch_max_abs: float
@@ -41,6 +42,7 @@ LIMITS: dict[str, Limits] = {
         score_pearson=0.99999,
         pearson_needs_sd=0.02,
         rating_loss=1e-3,
+        group_rating_loss=1e-3,
         graph_cosine=0.99999,
         graph_snr_db=60,
         batch_max_abs=1e-4,
@@ -51,6 +53,7 @@ LIMITS: dict[str, Limits] = {
         score_pearson=0.9999,
         pearson_needs_sd=0.2,
         rating_loss=1e-3,
+        group_rating_loss=3e-3,
         graph_cosine=0.9999,
         graph_snr_db=35,
         batch_max_abs=2e-3,
@@ -61,6 +64,7 @@ LIMITS: dict[str, Limits] = {
         score_pearson=0.995,
         pearson_needs_sd=0.2,
         rating_loss=3e-3,
+        group_rating_loss=1e-2,
         graph_cosine=0.95,
         graph_snr_db=10,
         batch_max_abs=2e-2,
@@ -71,6 +75,7 @@ LIMITS: dict[str, Limits] = {
         score_pearson=0.998,
         pearson_needs_sd=0.2,
         rating_loss=3e-3,
+        group_rating_loss=1e-2,
         graph_cosine=0.95,
         graph_snr_db=10,
         batch_max_abs=2e-2,
@@ -138,10 +143,19 @@ def batch_gates(
     ]
 
 
-def rating_gate(limits: Limits, ratings: np.ndarray, expected: np.ndarray, got: np.ndarray) -> Gate:
-    name = "Pearson with the ratings, lost"
-    if len(ratings) < RATED_IMAGES or not np.isfinite(got).all():
-        return Gate(name, None, True, limits.rating_loss, f"{len(ratings)} rated images, {RATED_IMAGES} are needed")
-    lost = pearson(ratings, expected) - pearson(ratings, got)
-    # A model that gives every image the same score has no correlation to lose.
-    return Gate(name, None if math.isnan(lost) else lost, True, limits.rating_loss, "" if lost == lost else "no spread")
+def rating_gates(limits: Limits, compared: Sequence[RatingParity]) -> list[Gate]:
+    """What a bundle may lose of the correlation with ratings: over all images, which come first, and in each group."""
+    gates = []
+    for i, part in enumerate(compared):
+        every = i == 0
+        name = RATING_GATE if every else f"{RATING_GATE} in {part.group}"
+        limit = limits.rating_loss if every else limits.group_rating_loss
+        if part.images < RATED_IMAGES:
+            gates.append(Gate(name, None, True, limit, f"fewer than {RATED_IMAGES} rated images"))
+        elif math.isnan(part.lost):  # a model that gives every image the same score has no correlation to lose
+            gates.append(
+                Gate(name, None, True, limit, "no correlation: equal scores or ratings, or scores that are not finite")
+            )
+        else:
+            gates.append(Gate(name, part.lost, True, limit))
+    return gates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +16,11 @@ from mdnet_engines.parity.gates import (
     batch_gates,
     graph_gates,
     limits_for,
-    rating_gate,
+    rating_gates,
     score_gates,
 )
-from mdnet_engines.parity.metrics import max_abs
-from mdnet_engines.parity.report import LayerParity, ParityReport, ScorePair, TensorParity
+from mdnet_engines.parity.metrics import mae, max_abs, pearson
+from mdnet_engines.parity.report import EVERY_GROUP, LayerParity, ParityReport, RatingParity, ScorePair, TensorParity
 from mdnet_engines.sessions.session import Session, run_graphs
 
 _IN_USE = "score in use"
@@ -29,12 +30,31 @@ Outputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Images:
-    """Preprocessed images (n, S, S, 3) uint8, their names, where they are from, and their ratings (n,) where known."""
+    """Preprocessed images (n, S, S, 3) uint8, their names, where they are from; ratings (n,) and groups where known."""
 
     names: list[str]
     pixels: np.ndarray
     source: str
     ratings: np.ndarray | None = None
+    groups: list[str] | None = None
+    private: bool = False
+    """Pictures of people: neither they nor their names may be in a bundle."""
+
+    def without_names(self) -> Images:
+        """The same images, numbered from 1."""
+        return replace(self, names=[f"picture {i}" for i in range(1, len(self.names) + 1)])
+
+    def besides(self, pixels: np.ndarray) -> Images:
+        """Without the images that are among `pixels` (m, S, S, 3) too."""
+        others = {hashlib.sha256(image.tobytes()).digest() for image in pixels}
+        rows = [i for i, image in enumerate(self.pixels) if hashlib.sha256(image.tobytes()).digest() not in others]
+        return replace(
+            self,
+            names=[self.names[i] for i in rows],
+            pixels=self.pixels[rows],
+            ratings=None if self.ratings is None else self.ratings[rows],
+            groups=None if self.groups is None else [self.groups[i] for i in rows],
+        )
 
 
 def measure(
@@ -73,9 +93,11 @@ def measure(
         *graph_gates(limits, graphs),
         *batch_gates(limits, sessions, images.pixels, got),
     ]
+    pairs, against = _pairs(images, reference["score"], got), []
     if images.ratings is not None:
-        gates.append(rating_gate(limits, images.ratings, reference["score"], got))
-    return ParityReport(precision, backend, images.source, graphs, _pairs(images, reference["score"], got), gates)
+        against = compare_with_ratings(images.ratings, images.groups, reference["score"], got, scale)
+        gates += rating_gates(limits, against)
+    return ParityReport(precision, backend, images.source, graphs, pairs, gates, ratings=against)
 
 
 def measure_graphs(
@@ -104,6 +126,27 @@ def measure_scores(
     got = score(images.pixels)
     gates = score_gates(limits_for(precision, scale), expected, got)
     return ParityReport(precision, backend, images.source, {}, _pairs(images, expected, got), gates)
+
+
+def compare_with_ratings(
+    ratings: np.ndarray, groups: list[str] | None, expected: np.ndarray, got: np.ndarray, scale: ScoreScale
+) -> list[RatingParity]:
+    """How both lists of scores (n,) agree with the ratings (n,): of all images, then of each group if there are two."""
+    named = sorted({group for group in groups or [] if group})
+    parts = [(EVERY_GROUP, np.ones(len(ratings), dtype=bool))]
+    if len(named) > 1:
+        parts += [(group, np.array([of == group for of in groups or []])) for group in named]
+    return [
+        RatingParity(
+            group=group,
+            images=int(rows.sum()),
+            reference=pearson(ratings[rows], expected[rows]),
+            bundle=pearson(ratings[rows], got[rows]) if np.isfinite(got[rows]).all() else math.nan,
+            mean_abs=mae(expected[rows], got[rows]),
+            of_width=mae(expected[rows], got[rows]) / scale.width,
+        )
+        for group, rows in parts
+    ]
 
 
 def first_diverging(layers: list[LayerParity], precision: str) -> LayerParity | None:

@@ -11,6 +11,8 @@ from mdnet_engines.bundle.manifest import ParitySummary
 from mdnet_engines.parity.metrics import mae, max_abs, pearson, spearman
 
 PEARSON_GATE = "score Pearson"
+RATING_GATE = "Pearson with the ratings, lost"
+EVERY_GROUP = "all"
 Verdict = Literal["pass", "fail", "not evaluated"]
 
 
@@ -60,6 +62,26 @@ class ScorePair:
 
 
 @dataclass(frozen=True)
+class RatingParity:
+    """How PyTorch's scores (`reference`) and the bundle's agree with the ratings of a group of images: Pearson.
+
+    NaN where all scores or all ratings are equal. `mean_abs` is the mean |Δscore|, `of_width` that in widths of the
+    rating scale.
+    """
+
+    group: str
+    images: int
+    reference: float
+    bundle: float
+    mean_abs: float
+    of_width: float
+
+    @property
+    def lost(self) -> float:
+        return self.reference - self.bundle
+
+
+@dataclass(frozen=True)
 class LayerParity:
     """One layer's value in the bundle against the float graph's, both computed from the same input of the graph."""
 
@@ -70,7 +92,10 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Everything `parity.json` holds and `parity.html` shows. `layers` is empty where none were compared."""
+    """Everything `parity.json` holds and `parity.html` shows.
+
+    `layers` is empty where none were compared, `ratings` where the images have none; its first row is of all images.
+    """
 
     precision: str
     backend: str
@@ -80,6 +105,7 @@ class ParityReport:
     gates: list[Gate]
     forced: bool = False
     layers: dict[str, list[LayerParity]] = field(default_factory=dict)
+    ratings: list[RatingParity] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mdnet_engines.errors import BundleError
-from mdnet_engines.parity.report import Gate, LayerParity, ParityReport, ScorePair, TensorParity
+from mdnet_engines.parity.report import Gate, LayerParity, ParityReport, RatingParity, ScorePair, TensorParity
 
 
 def to_json(report: ParityReport) -> dict[str, Any]:
@@ -62,6 +62,14 @@ def from_json(document: Mapping[str, Any]) -> ParityReport:
                 ]
                 for graph, parts in document["layers"].items()
             },
+            ratings=[
+                RatingParity(
+                    group=_text(part["group"]),
+                    images=int(_float(part["images"])),
+                    **{name: _float(part[name]) for name in ("reference", "bundle", "mean_abs", "of_width")},
+                )
+                for part in document["ratings"]
+            ],
         )
     except KeyError as error:
         raise BundleError(f"parity report: field {error} is missing; rebuild with: mdnet-export build") from None

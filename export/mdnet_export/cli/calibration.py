@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -17,7 +18,9 @@ from mdnet_engines.progress import Progress
 if TYPE_CHECKING:
     from mdnet_calib.calibration_set import CalibrationSet
     from mdnet_engines.bundle.manifest import Precision
+    from mdnet_engines.parity.measure import Images
     from mdnet_export.model_source import Weights
+    from mdnet_export.parity_images import Pictures
     from mdnet_export.quantise import Calibration
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -62,10 +65,49 @@ _OPTIONS = (
 
 
 def calibration_options(function: _Function) -> _Function:
-    """Add the options to a command; they are what `choose_calibration` takes."""
+    """Add the options to a command; they are what `choose_images` takes."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def choose_images(
+    weights: Weights,
+    precision: Precision,
+    *,
+    images: Path | None,
+    num_images: int | None,
+    calib: Path | None,
+    progress: Progress,
+    **options: Any,  # of `choose_calibration`
+) -> tuple[Images, Calibration | None]:
+    """Read what a build's parity is measured on, and what it calibrates with.
+
+    Without `images`, some of the pictures of `calib` are kept for parity where they are enough; else faces are drawn.
+
+    Raises:
+        UsageError: as `choose_calibration`; or there is no image to measure on.
+    """
+    from mdnet_export.parity_images import MIN_HELD_OUT, hold_out, own_pictures, parity_images
+
+    size, training = weights.config.image_size, weights.training()
+    pictures, held = None, None
+    if calib is not None and precision != "fp32":
+        pictures = own_pictures(calib, training=training, progress=progress)
+        if images is None:
+            held, pictures = hold_out(pictures, size, num_images)
+    calibration = choose_calibration(weights, precision, calib=calib, pictures=pictures, progress=progress, **options)
+    if held is not None and calibration is not None:
+        held = held.besides(calibration.images.pixels)  # the same picture by two names
+    enough = min(MIN_HELD_OUT, num_images or MIN_HELD_OUT)
+    if held is not None and len(held.names) >= enough:
+        return held, calibration
+    measured = parity_images(images, size, num_images, training=training, progress=progress)
+    if images is None and calib is not None:
+        few = f"{calib.name or calib} has too few pictures to keep some for the gates"
+        say(f"warning: {few}; parity is measured on drawn faces, not on pictures like yours (--images DIR)")
+        measured = dataclasses.replace(measured, source=f"{measured.source}: {few}")
+    return measured, calibration
 
 
 def choose_calibration(
@@ -73,6 +115,7 @@ def choose_calibration(
     precision: Precision,
     *,
     calib: Path | None,
+    pictures: Pictures | None = None,
     num_calib: int | None,
     k_centre: bool,
     range_method: RangeMethod,
@@ -81,7 +124,9 @@ def choose_calibration(
     calib_cache: Path | None,
     progress: Progress,
 ) -> Calibration | None:
-    """Read the calibration images of a build; None for fp32, which has nothing to calibrate.
+    """Read the calibration images of a build, from `pictures` where they have been looked for in `calib` already.
+
+    None for fp32, which has nothing to calibrate.
 
     Raises:
         UsageError: images are missing, too few, or test images of the benchmark.
@@ -100,7 +145,7 @@ def choose_calibration(
     count = _NUM_IMAGES[precision] if num_calib is None else num_calib
     wanted = count * (_CANDIDATES if k_centre else 1)
     images = calibration_images(
-        calib,
+        calib if pictures is None else pictures,
         weights.config.image_size,
         wanted,
         training=weights.training(),

@@ -13,14 +13,17 @@ from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.bundle.files import Bundle, check_replaceable
 from mdnet_engines.bundle.manifest import Precision
 from mdnet_engines.console import Command, say, show, show_progress
-from mdnet_engines.errors import MDNetError, require
+from mdnet_engines.errors import MDNetError, printable, require
+from mdnet_engines.parity.gates import RATED_IMAGES
 from mdnet_engines.parity.probes import PROBES
 from mdnet_engines.tensorrt.plans import FOR_FP8
-from mdnet_export.cli.calibration import calibration_options, choose_calibration
+from mdnet_export.cli.calibration import calibration_options, choose_images
 from mdnet_export.cli.engines import build_unasked, engines
 from mdnet_export.cli.triton import triton
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mdnet_engines.backends.candidates import Backend
     from mdnet_engines.parity.report import ParityReport
 
@@ -30,9 +33,12 @@ _VERDICTS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "not evaluated": "[bol
 images_option = click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder of images to measure parity on; by default faces are drawn.",
+    help="What to measure parity on: a folder of images; or SCUT-FBP5500's root or a table of ratings, of which test "
+    "images are used. By default faces are drawn; a build with --calib keeps some of these pictures for it.",
 )
-count_option = click.option("--num-images", default=PROBES, show_default=True, help="How many of them to use.")
+count_option = click.option(
+    "--num-images", type=int, help=f"How many of them to use.  [default: {RATED_IMAGES}; {PROBES} drawn faces]"
+)
 checkpoint_option = click.option(
     "--checkpoint", type=click.Path(path_type=Path, dir_okay=False), help="Trained MD-Net checkpoint (.safetensors)."
 )
@@ -71,7 +77,7 @@ def build(
     precision: Precision,
     output: Path,
     images: Path | None,
-    num_images: int,
+    num_images: int | None,
     force: bool,
     **calibration: Any,
 ) -> None:
@@ -82,19 +88,21 @@ def build(
     _require_export()
     from mdnet_export.build import build_bundle
     from mdnet_export.model_source import choose_weights
-    from mdnet_export.parity_images import parity_images
 
     weights = choose_weights(checkpoint=checkpoint, preset_name=preset, random_init=random_init, seed=seed)
     say(f"weights: {weights.describe()}")
     check_replaceable(output.resolve())
     command = shlex.join(["mdnet-export", *sys.argv[1:]])
     with show_progress() as progress:
+        measured_on, chosen = choose_images(
+            weights, precision, images=images, num_images=num_images, **calibration, progress=progress
+        )
         bundle = build_bundle(
             weights,
             output,
             precision=precision,
-            images=parity_images(images, weights.config.image_size, num_images),
-            calibration=choose_calibration(weights, precision, **calibration, progress=progress),
+            images=measured_on,
+            calibration=chosen,
             force=force,
             command=command,
             progress=progress,
@@ -130,7 +138,7 @@ def verify(
     bundle: Path,
     against: Path | None,
     images: Path | None,
-    num_images: int,
+    num_images: int | None,
     backend: Backend,
     layers: bool,
     output: Path | None,
@@ -174,9 +182,16 @@ def _print_result(bundle: Bundle) -> None:
         say("fp16 is for GPUs; on a CPU only the backend openvino-bf16 gains from it")
     if manifest.precision == "fp8":
         say(f"fp8 is {FOR_FP8}")
-    if manifest.int8 and manifest.int8.speedup < 1:
-        say(f"note: on this machine int8 is {manifest.int8.speedup:.2f}× as fast as float ({manifest.int8.speedup_on})")
+    if (int8 := manifest.int8) and int8.speedup < 1:
+        why = _why_written(int8.speedup)
+        say(f"note: on this machine int8 is {int8.speedup:.2f}× as fast as float ({int8.speedup_on}); {why}")
     say(f"next: mdnet-rt score --bundle {shlex.quote(str(bundle.path))} IMAGES")
+
+
+def _why_written(speedup: float) -> str:
+    from mdnet_export.quantise import NOISE
+
+    return f"up to {NOISE:.0%} more time counts as noise" if speedup * (1 + NOISE) >= 1 else "it may gain on another"
 
 
 def _print_layers(report: ParityReport) -> None:
@@ -200,9 +215,25 @@ def _print_gates(report: ParityReport) -> None:
     for gate in report.gates:
         value = escape(gate.note) if gate.value is None else f"{gate.value:.6g}"
         limit = f"{'≤' if gate.at_most else '≥'} {gate.limit:g}"
-        table.add_row(escape(gate.name), value, limit, _VERDICTS[gate.verdict])
+        table.add_row(escape(printable(gate.name)), value, limit, _VERDICTS[gate.verdict])
     show(table)
+    if report.ratings:
+        show(_ratings(report))
     _warn_of_gaps(report.not_evaluated())
+
+
+def _ratings(report: ParityReport) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", title="Pearson with the ratings, and mean |Δscore|")
+    for column in ("images", "reference", "bundle", "lost", "mean |Δ|", "of the scale"):
+        table.add_column(column, justify="right")
+    for part in report.ratings:
+        correlations = (f"{part.reference:.4f}", f"{part.bundle:.4f}", f"{part.lost:+.4f}")
+        moved = (f"{part.mean_abs:.3g}", f"{part.of_width:.2%}")
+        table.add_row(escape(printable(part.group)), str(part.images), *correlations, *moved)
+    return table
 
 
 def _warn_of_gaps(not_evaluated: str) -> None:

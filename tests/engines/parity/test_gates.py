@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from mdnet_engines.bundle.manifest import ScoreScale
-from mdnet_engines.parity.gates import LIMITS, LIMITS_SCALE, RATED_IMAGES, limits_for
-from mdnet_engines.parity.measure import Images, compare, measure
+from mdnet_engines.parity.gates import LIMITS, LIMITS_SCALE, RATED_IMAGES, limits_for, rating_gates
+from mdnet_engines.parity.measure import Images, compare, compare_with_ratings, measure
 from mdnet_engines.parity.report import Gate, ParityReport
+from mdnet_engines.parity.report_json import from_json, to_json
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -217,8 +219,61 @@ def test_a_correlation_with_the_ratings_that_is_kept_passes() -> None:
 def test_few_ratings_say_nothing() -> None:
     gate, lost = rated(RATED_IMAGES - 1, noise=0.3)
     assert lost > LIMITS["int8"].rating_loss
-    assert (gate.value, gate.verdict, gate.note) == (None, "not evaluated", "99 rated images, 100 are needed")
+    assert (gate.value, gate.verdict, gate.note) == (None, "not evaluated", "fewer than 100 rated images")
     assert rated(RATED_IMAGES, noise=0.3)[0].value is not None
+
+
+def grouped(sizes: dict[str, int], spoiled: str) -> ParityReport:
+    """Of a bundle that shuffles the scores of one group, and gives all others exactly."""
+    random = np.random.default_rng(4)
+    groups = [group for group, size in sizes.items() for _ in range(size)]
+    shades = np.linspace(10, 250, len(groups))[random.permutation(len(groups))]
+    pixels = np.broadcast_to(shades[:, None, None, None], (len(groups), 2, 2, 3)).astype(np.uint8)
+    scores = mean(pixels)
+    rows = np.flatnonzero(np.array(groups) == spoiled)
+    swapped = dict(zip(scores[rows].tolist(), scores[random.permutation(rows)].tolist(), strict=True))
+
+    @np.vectorize
+    def disturbed(value: float) -> np.float32:
+        return np.float32(swapped.get(float(value), value))
+
+    ratings = scores + random.normal(0, 0.4 * scores.std(), len(groups))
+    images = Images([f"{i}.jpg" for i in range(len(groups))], pixels, "made up", ratings, groups)
+    reference = {"local": scores, "tokens": scores, "score": scores}
+    return measured(sessions(disturbed), reference, images, "int8")
+
+
+def test_each_group_has_a_gate_of_its_own() -> None:
+    """A group that loses its order is found though it is a small part of all; one with few images is not judged."""
+    result = grouped({"AF": 100, "CM": 100, "tiny": 15}, spoiled="CM")
+    verdicts = {gate.name: gate.verdict for gate in result.gates if gate.name.startswith(RATING_GATE)}
+    assert verdicts == {
+        RATING_GATE: "fail",
+        f"{RATING_GATE} in AF": "pass",
+        f"{RATING_GATE} in CM": "fail",
+        f"{RATING_GATE} in tiny": "not evaluated",
+    }
+    assert result.not_evaluated() == f"{RATING_GATE} in tiny (fewer than 100 rated images)"
+    rows = {part.group: part for part in result.ratings}
+    assert {group: part.images for group, part in rows.items()} == {"all": 215, "AF": 100, "CM": 100, "tiny": 15}
+    assert rows["AF"].lost == pytest.approx(0, abs=1e-6)
+    assert rows["CM"].lost == pytest.approx(rows["CM"].reference - rows["CM"].bundle)
+    assert rows["CM"].lost > 0.3
+    assert rows["CM"].of_width == pytest.approx(rows["CM"].mean_abs / 4)
+    assert from_json(json.loads(json.dumps(to_json(result)))) == result
+
+
+@pytest.mark.parametrize("groups", [["", ""], ["AF", "AF"], ["AF", ""]])
+def test_one_group_is_no_comparison(groups: list[str]) -> None:
+    ratings, scores = np.array([1.0, 2.0]), np.array([1.5, 2.5])
+    assert [part.group for part in compare_with_ratings(ratings, groups, scores, scores, LIMITS_SCALE)] == ["all"]
+
+
+def test_scores_that_are_not_finite_leave_the_correlation_open() -> None:
+    ratings, scores = np.linspace(1, 5, 120), np.linspace(1, 5, 120)
+    (part,) = compare_with_ratings(ratings, None, scores, np.where(scores > 4, math.inf, scores), LIMITS_SCALE)
+    (gate,) = rating_gates(LIMITS["int8"], [part])
+    assert (gate.verdict, part.images) == ("not evaluated", 120)
 
 
 def test_images_without_ratings_have_no_such_gate() -> None:
