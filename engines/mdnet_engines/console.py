@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +17,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-from mdnet_engines.errors import MDNetError
+from mdnet_engines.errors import MDNetError, MDNetWarning
 from mdnet_engines.progress import Progress
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -49,7 +50,8 @@ class Command(click.Group):
         debug = "--debug" in argv
         kwargs["standalone_mode"] = False
         try:
-            code = super().main([word for word in argv if word != "--debug"], **kwargs)
+            with _warnings_in_a_line():
+                code = super().main([word for word in argv if word != "--debug"], **kwargs)
             with contextlib.suppress(BrokenPipeError):
                 _flush()
         except click.ClickException as error:
@@ -72,6 +74,23 @@ class Command(click.Group):
             code = _say(f"unexpected {type(error).__name__}: {text} (add --debug for the traceback)", 1)
         _mute_if_unwritable()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show our own warnings as errors are shown; Python's way has a file, a line number and a line of code."""
+    with warnings.catch_warnings():
+        others: Any = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+            if issubclass(category, MDNetWarning):
+                say(f"warning: {message}")
+            else:
+                others(message, category, *where, **how)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", MDNetWarning)
+        yield
 
 
 def _fill_closed_streams() -> None:

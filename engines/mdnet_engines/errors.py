@@ -26,6 +26,10 @@ class GpuLostError(MDNetError):
     """The GPU or its driver is gone for this process: everything on it fails until the process starts again."""
 
 
+class MDNetWarning(UserWarning):
+    """What a user should know although the work is done. The command line prints it as one line."""
+
+
 def printable(text: str | os.PathLike[str]) -> str:
     r"""Text for a terminal: on one line, without control characters, bytes of a name that aren't UTF-8 as `\xff`."""
     return "".join(c if c.isprintable() else _escaped(c) for c in os.fspath(text))

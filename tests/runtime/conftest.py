@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -81,6 +82,16 @@ def shared_bundle(make_bundle: Callable[..., Path], tmp_path_factory: pytest.Tem
 def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the good bundle, to be tampered with."""
     return Path(shutil.copytree(shared_bundle, tmp_path / "mdnet-bundle"))
+
+
+@pytest.fixture(scope="session")
+def face_bundle(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good bundle, trained on squares of 1.2 times the face."""
+    folder = Path(shutil.copytree(shared_bundle, tmp_path_factory.mktemp("framed") / "mdnet-bundle"))
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["preprocessing"]["face"] = 1.2
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture

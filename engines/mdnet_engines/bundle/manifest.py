@@ -43,6 +43,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from mdnet_engines.bundle.part import Part, Sha256
 from mdnet_engines.bundle.precision_facts import CalibrationFacts, Fp8Facts, Int8Facts
+from mdnet_engines.framing import LEAST, MOST
 from mdnet_engines.system.machine import Machine
 
 SCHEMA_VERSION: Final = 3
@@ -129,14 +130,19 @@ class Preprocessing(Part):
     """JPEGs are decoded at a reduced size that is still at least this many times `image_size`."""
     colour: Literal["as_stored", "srgb"] = "as_stored"
     """Whether the colour profile of a file is applied; bundles that do not say were made when none was."""
+    face: float | None = Field(default=None, ge=LEAST, le=MOST)
+    """Side of a square around the face, over the longer side of the face, with the eyes level, that is taken in place
+    of the central one. Bundles that do not say were made when training knew the central square only.
+    """
 
     @property
     def to_srgb(self) -> bool:
         return self.colour == "srgb"
 
     def digested(self) -> str:
-        """What the bundle's digest has of it: without `colour` where that is as it was before there was a choice."""
-        return self.model_dump_json(exclude=None if self.to_srgb else {"colour"})
+        """What the bundle's digest has of it: without what is as it was before there was a choice."""
+        as_ever = {"colour": not self.to_srgb, "face": self.face is None}
+        return self.model_dump_json(exclude={name for name, same in as_ever.items() if same})
 
 
 class ScoreScale(Part):

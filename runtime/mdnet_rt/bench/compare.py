@@ -219,7 +219,7 @@ def _batches(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
 
 def _decode(entry: Entry, made: Preprocessing) -> np.ndarray | ImageError:
     try:
-        return decode(entry, made.image_size, to_srgb=made.to_srgb)
+        return decode(entry, made.image_size, to_srgb=made.to_srgb, face=made.face)
     except ImageError as error:
         return error
 

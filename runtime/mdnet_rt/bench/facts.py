@@ -42,6 +42,7 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "preset": manifest.preset,
         "precision": manifest.precision,
         "image_size": manifest.preprocessing.image_size,
+        "face": manifest.preprocessing.face,
         "weights": manifest.provenance.weights,
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mdnet_engines.errors import UsageError, printable
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import ImageError, load_image
 from mdnet_rt.sources.entry import Entry
 from mdnet_rt.sources.locations import find_locations, read_locations
@@ -26,7 +27,9 @@ def make_jpegs(count: int, width: int, height: int, seed: int = 0) -> list[Entry
     return [Entry(f"made {i}", _make_jpeg(random, width, height)) for i in range(count)]
 
 
-def take_images(locations: Sequence[str], count: int, size: int) -> tuple[list[Entry], int]:
+def take_images(
+    locations: Sequence[str], count: int, size: int, *, face: float | None = None
+) -> tuple[list[Entry], int]:
     """The first `count` images at `locations` that can be decoded, and how many were passed over before.
 
     Files stay files; what comes out of an archive or over the network is held in memory.
@@ -38,7 +41,7 @@ def take_images(locations: Sequence[str], count: int, size: int) -> tuple[list[E
     skipped, reason = 0, ""
     for entry in map(fetch, read_locations(find_locations(locations))):
         try:
-            decode(entry, size)
+            decode(entry, size, face=face)
         except ImageError as error:
             skipped += 1
             reason = reason or f"{printable(entry.name)}: {error}"
@@ -61,8 +64,8 @@ def fetch(entry: Entry) -> Entry:
         return replace(entry, data=error)
 
 
-def decode(entry: Entry, size: int, *, to_srgb: bool = True) -> np.ndarray:
-    """What `fetch` or `make_jpegs` gave → uint8 `[size, size, 3]`; `to_srgb` as `load_image` has it.
+def decode(entry: Entry, size: int, *, to_srgb: bool = True, face: float | None = None) -> np.ndarray:
+    """What `fetch` or `make_jpegs` gave → uint8 `[size, size, 3]`; `to_srgb` and `face` as a manifest has them.
 
     Raises:
         ImageError: it can't be decoded, or could not be fetched.
@@ -70,7 +73,7 @@ def decode(entry: Entry, size: int, *, to_srgb: bool = True) -> np.ndarray:
     if isinstance(entry.data, ImageError):
         raise entry.data
     assert not callable(entry.data)
-    return load_image(entry.data, size, to_srgb=to_srgb)
+    return load_image(entry.data, size, find_box=face_finder(face), to_srgb=to_srgb)
 
 
 def _make_jpeg(random: np.random.Generator, width: int, height: int) -> bytes:

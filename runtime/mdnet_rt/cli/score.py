@@ -16,6 +16,7 @@ import click
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import say, show_progress, stdout_is_terminal
 from mdnet_engines.errors import UsageError, printable
+from mdnet_engines.framing import FaceOption
 from mdnet_rt.rows.result import Stamp
 from mdnet_rt.rows.writers import FORMATS, Format, check_output, choose_format, is_finished, open_writer
 
@@ -41,7 +42,7 @@ _REMOTE_WORKERS = 16  # which wait more than they decode
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Default: by -o; table on a terminal, else csv.")
 @click.option("--resume", is_flag=True, help="Continue the rows that an interrupted run left for -o.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page to look at: histogram, faces, failures.")
-@click.option("--face", type=click.Choice(["crop"]), help="Find the face and score a square around it.")
+@click.option("--face", type=FaceOption(), help="Which square of an image to score. Default: that of training.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
 @click.option("--workers", type=click.IntRange(0, 256), default=0, help="Threads that read. Default: cores, at most 4.")

@@ -10,6 +10,7 @@ import click
 from mdnet_engines.backends.candidates import BACKENDS, Backend
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError, require
+from mdnet_engines.framing import FaceOption
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client")
 _MEBIBYTE = 2**20
@@ -44,6 +45,7 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option("--score-timeout", type=_SECONDS, default=30, show_default=True, help="Seconds for its scores.")
 @click.option("--keep-alive", type=_SECONDS, default=75, show_default=True, help="Seconds a connection may be idle.")
 @click.option("--drain-timeout", type=_SECONDS, default=30, show_default=True, help="Seconds to end after SIGTERM.")
+@click.option("--face", type=FaceOption(), help="Which square of an image to score. Default: that of training.")
 @click.option("--model-name", default="mdnet", show_default=True, help="In the paths of the Open Inference Protocol.")
 @click.option("--access-log", is_flag=True, help="A line for each answer.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads per graph. Default: all cores.")
@@ -57,6 +59,7 @@ def serve(
     max_wait_ms: float,
     max_body_mib: int,
     max_held_mib: int,
+    face: str | None,
     access_log: bool,
     threads: int,
     backend: Backend,
@@ -89,6 +92,7 @@ def serve(
         backend=backend,
         threads=threads,
         check=not no_check,
+        face=face,
         access_log=access_log,
         tell=say,
     )

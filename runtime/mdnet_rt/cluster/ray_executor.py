@@ -29,6 +29,7 @@ from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.console import say
 from mdnet_engines.errors import MDNetError, UsageError, first_line, require
+from mdnet_engines.framing import framed
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.cluster.shards import Shard, split
 from mdnet_rt.rows.result import Result
@@ -64,7 +65,7 @@ def ray_executor(settings: Settings, *, address: str | None = None, actors: int 
     require("ray", "ray")
     require("pyarrow", "ray")
     folder = find_bundle(settings.bundle)
-    manifest = Bundle.open(folder).manifest
+    manifest = framed(Bundle.open(folder).manifest, settings.face)
     with _connected(address) as where, ExitStack() as runs:
         import ray
 

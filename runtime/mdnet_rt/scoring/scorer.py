@@ -16,10 +16,12 @@ from mdnet_engines.backends.trial import QUICK
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
+from mdnet_engines.framing import framed
 from mdnet_engines.parity.measure import measure_scores
 from mdnet_engines.parity.probes import read_probes
 from mdnet_engines.sessions.session import Session
 from mdnet_engines.system.cores import available_cores
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, FindBox, ImageError, decode, decode_in_memory
 from mdnet_rt.rows.result import Result
 from mdnet_rt.scoring import forked
@@ -62,9 +64,19 @@ class Scorer:
     `image_size`; `fusion` takes outputs of these two by their names and gives `score`, float32 `[batch]`.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: Backend, threads: int, batch_size: int, check: bool = True):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: Backend,
+        threads: int,
+        batch_size: int,
+        check: bool = True,
+        face: str | None = None,
+    ):
         self.bundle = bundle
-        self.manifest: Manifest = bundle.manifest
+        self.manifest: Manifest = framed(bundle.manifest, face)
+        self._find_box = face_finder(self.manifest.preprocessing.face)  # first, as what it lacks takes no time to find
         self.image_size: int = bundle.manifest.preprocessing.image_size
         self.batch_size = _at_least(1, "batch_size", batch_size)
         _at_least(0, "threads", threads)
@@ -83,6 +95,7 @@ class Scorer:
         threads: int = 0,
         batch_size: int = BATCH_SIZE,
         check: bool = True,
+        face: str | None = None,
     ) -> Scorer:
         """Open a bundle (validated, hashes checked) and load its graphs.
 
@@ -93,15 +106,17 @@ class Scorer:
             threads: threads per graph; 0 takes all the cores this process may use.
             batch_size: how many images go through the graphs at once, unless `score` or `stream` says otherwise.
             check: apply the bundle's gates first, unless the backend has passed them on this machine before.
+            face: `none`, `crop` or `crop:FACTOR`: which square of an image is scored. By default that of training;
+                another is warned of (`mdnet_engines.framing`).
 
         Raises:
             UsageError: no bundle is named or found, or an argument is out of range.
             BundleError: the bundle can't be trusted, or its graphs don't fit together.
-            MDNetError: the backend is missing, can't load a graph, or is off its gates here.
+            MDNetError: the backend is missing, can't load a graph, or is off its gates here; or the bundle's framing
+                needs the extra `face`, which is not installed.
         """
-        return cls(
-            Bundle.open(find_bundle(bundle)), backend=backend, threads=threads, batch_size=batch_size, check=check
-        )
+        opened = Bundle.open(find_bundle(bundle))
+        return cls(opened, backend=backend, threads=threads, batch_size=batch_size, check=check, face=face)
 
     def check(self) -> None:
         """Score a few of the bundle's probes with these very graphs, in one batch.
@@ -133,7 +148,6 @@ class Scorer:
         *,
         batch_size: int | None = None,
         workers: int = 0,
-        find_box: FindBox | None = None,
         keep_pixels: bool = False,
         stop: threading.Event | None = None,
     ) -> Iterator[Result]:
@@ -146,7 +160,6 @@ class Scorer:
             items: paths, folders, patterns, bytes, open files, PIL images, arrays, tensors, or an iterable of these:
                 `mdnet_rt.sources.objects.read_objects` has the list, and says what `Result.path` is.
             workers: threads that read and decode; by default one for each core, up to four.
-            find_box: which square of an image to score instead of the central one (`mdnet_rt.images.face_crop`).
             keep_pixels: fill in `Result.pixels`.
             stop: when set, the batch in the graphs is finished and the iterator ends.
 
@@ -165,7 +178,7 @@ class Scorer:
         )
         to_srgb = self.manifest.preprocessing.to_srgb
         images = read_objects(items)
-        return pipeline.run(_task(name, data, self.image_size, find_box, to_srgb) for name, data in images)
+        return pipeline.run(_task(name, data, self.image_size, self._find_box, to_srgb) for name, data in images)
 
     def score_batch(self, images: np.ndarray) -> np.ndarray:
         """Run the graphs once on preprocessed images.

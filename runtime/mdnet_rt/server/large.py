@@ -15,6 +15,7 @@ from PIL import Image
 
 from mdnet_engines.errors import first_line
 from mdnet_engines.system.child_process import Child, serve
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 
 LARGE_PIXELS = 3_000_000
@@ -38,15 +39,17 @@ class Job:
     """An image file for `LargeDecoders`.
 
     Args:
-        options: the keywords of `decode` other than the file, `size` among them.
+        options: the keywords of `decode` other than the file, `size` among them; they become JSON.
         unwanted: whether nobody waits for it any more.
         deliver: called in a thread, once, with what became of it.
+        face: the framing, as the manifest has it.
     """
 
     data: bytes
     options: dict[str, Any]
     unwanted: Callable[[], bool]
     deliver: Callable[[Decoded | ImageError], None]
+    face: float | None = None
 
 
 class LargeDecoders:
@@ -113,11 +116,13 @@ def _decode_in(child: Child, job: Job, seconds: float) -> Decoded | ImageError:
     late = threading.Timer(seconds, child.kill)
     late.start()
     try:
-        found = child.ask({"ask": "decode", "options": job.options}, job.data)
+        found = child.ask({"ask": "decode", "options": job.options, "face": job.face}, job.data)
     finally:
         late.cancel()
     if "error" in found:
-        return ImageError(found["error"])
+        error = ImageError(found["error"])
+        error.status = found["status"]
+        return error
     size = job.options["size"]
     pixels = np.frombuffer(found.pop("data"), np.uint8).reshape(size, size, 3)
     return Decoded(pixels, **found)
@@ -126,9 +131,9 @@ def _decode_in(child: Child, job: Job, seconds: float) -> Decoded | ImageError:
 def _decode(request: dict[str, Any], say: object) -> dict[str, Any]:
     """In the process: what became of an image."""
     try:
-        found = decode(request.get("data", b""), **request["options"])
+        found = decode(request.get("data", b""), find_box=face_finder(request["face"]), **request["options"])
     except ImageError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "status": error.status}
     facts = {"width": found.width, "height": found.height, "warning": found.warning}
     return {**facts, "data": found.pixels.tobytes()}
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mdnet_engines.errors import MDNetError, first_line
 from mdnet_engines.system.cores import available_cores
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 from mdnet_rt.rows.result import judge
 from mdnet_rt.server.batcher import Batcher, Job, Scores
@@ -83,6 +84,7 @@ class Work:
         score: uint8 `[n, S, S, 3]` → `[n]` scores.
         image_size: S.
         to_srgb: whether colour profiles of images are applied.
+        face: the framing, as the manifest has it.
     """
 
     def __init__(
@@ -93,11 +95,13 @@ class Work:
         metrics: Metrics,
         *,
         to_srgb: bool = True,
+        face: float | None = None,
     ):
         self.image_size = image_size
         self.load = 0
         self._settings, self._metrics = settings, metrics
         self._options: dict[str, Any] = {"size": image_size, "to_srgb": to_srgb, "max_pixels": settings.max_pixels}
+        self._face = face
         self._seconds_per_image = 0.0
         self._loop = asyncio.get_running_loop()
         decoders = min(MAX_DECODERS, available_cores())
@@ -171,7 +175,7 @@ class Work:
         except LargeError:
             assert isinstance(job.payload, bytes)
             deliver = functools.partial(self._decoded, job, start=start)
-            self._large.put(LargeJob(job.payload, self._options, lambda: job.unwanted, deliver))
+            self._large.put(LargeJob(job.payload, self._options, lambda: job.unwanted, deliver, self._face))
             job.payload = b""  # the other job has it
             return
         except ImageError as error:
@@ -204,7 +208,7 @@ class Work:
                 raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
             refuse_large(image, pixels)
 
-        return decode(payload, admit=admit, **self._options)
+        return decode(payload, admit=admit, find_box=face_finder(self._face), **self._options)
 
     # In the model's thread.
 

@@ -45,7 +45,14 @@ DOCUMENT: dict[str, Any] = {
     "model": "md-net",
     "preset": "demo",
     "precision": "fp16",
-    "preprocessing": {"image_size": 64, "resample": "bicubic", "crop": "center", "jpeg_draft": 2, "colour": "srgb"},
+    "preprocessing": {
+        "image_size": 64,
+        "resample": "bicubic",
+        "crop": "center",
+        "jpeg_draft": 2,
+        "colour": "srgb",
+        "face": 0.8,
+    },
     "score": {"minimum": 1.0, "maximum": 5.0},
     "graphs": {
         "encoder": {
@@ -165,11 +172,12 @@ def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     return document
 
 
-def test_a_bundle_that_does_not_say_what_becomes_of_colours_keeps_them_and_its_digest() -> None:
+def test_a_bundle_that_does_not_say_what_becomes_of_colours_and_faces_is_as_it_was_with_its_digest() -> None:
     document = copy.deepcopy(DOCUMENT)
-    del document["preprocessing"]["colour"]
+    del document["preprocessing"]["colour"], document["preprocessing"]["face"]
     manifest = Manifest.model_validate(document)
     assert not manifest.preprocessing.to_srgb
+    assert manifest.preprocessing.face is None
     files = [entry for name in ("encoder", "vim", "fusion") for entry in manifest.graphs[name].files()]
     made = (
         '{"image_size":64,"resample":"bicubic","crop":"center","jpeg_draft":2}'  # as it was before there was a choice
@@ -293,6 +301,8 @@ def test_the_digest_changes_with_every_graph_its_weights_and_the_preprocessing()
         changed(("graphs", "encoder", "data"), []),
         changed(("graphs", "encoder", "gpu", "data", 0, "sha256"), OTHER),
         changed(("graphs", "encoder", "gpu"), None),
+        changed(("preprocessing", "face"), 1.2),
+        changed(("preprocessing", "face"), None),
     ]
     digests = [Manifest.model_validate(document).digest() for document in documents]
     assert len(set(digests)) == len(documents)
@@ -326,6 +336,9 @@ def test_a_missing_field_is_refused(field: str) -> None:
         (("score", "maximum"), -3),
         (("score", "minimum"), float("nan")),
         (("score", "maximum"), float("inf")),
+        (("preprocessing", "face"), 0),
+        (("preprocessing", "face"), 100),
+        (("preprocessing", "face"), "crop"),
         (("graphs", "decoder"), graph("decoder", TOKENS, TOKENS)),
         (("graphs", "vim", "file", "size"), -1),
         (("graphs", "vim", "file", "sha256"), "0" * 63),

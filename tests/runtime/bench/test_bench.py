@@ -187,6 +187,18 @@ def test_images_of_a_folder_are_used_and_bad_ones_told_of(
     assert images == {"source": [str(tmp_path / "photos")], "distinct": 2, "skipped": 1}
 
 
+def test_a_model_of_faces_is_timed_on_faces_or_without_the_search(face_bundle: Path, tmp_path: Path) -> None:
+    """The JPEGs that are made show none."""
+    portrait = Path(__file__).parents[2] / "data" / "portrait.jpg"
+    for images in ((), ("--images", portrait)):
+        out = tmp_path / "figures.json"
+        options = ("--backend", "onnxruntime-cpu", "--rounds", 1, "--batch-sizes", 1, "-o", out)
+        result = run(face_bundle, *images, *options)
+        assert result.exit_code == 0, result.stderr
+        assert "warning" not in result.stderr
+        assert json.loads(out.read_text())["bundle"]["face"] == 1.2
+
+
 def test_a_benchmark_without_a_readable_image_ends_in_one_line(shared_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("not an image")
     result = run(shared_bundle, "--backend", "onnxruntime-cpu", "--images", tmp_path / "a.jpg")

@@ -31,6 +31,7 @@ from mdnet_rt.cli.main import main
 from mdnet_rt.images.preprocess import load_image
 
 Photo = Callable[..., Path]
+PORTRAIT = Path(__file__).parents[2] / "data" / "portrait.jpg"
 
 
 def run(*args: object) -> Result:
@@ -49,6 +50,21 @@ def photos(photo: Photo, tmp_path: Path) -> Path:
     (tmp_path / "photos" / "text.jpg").write_text("not an image")
     (tmp_path / "photos" / "zero.jpg").touch()
     return tmp_path / "photos"
+
+
+def test_the_bundles_framing_is_used_and_another_has_a_line_of_warning(
+    face_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    usual = run("score", PORTRAIT, photos / "img0.png", "--bundle", face_bundle)
+    assert "warning" not in usual.stderr
+    assert [row[2] for row in rows(usual.stdout)[1:]] == ["ok", "no_face"]
+    wider = run("score", PORTRAIT, "--bundle", face_bundle, "--face", "crop:2")
+    (line,) = [line for line in wider.stderr.splitlines() if line.startswith("warning: ")]
+    assert "a square of 1.2 times the face, and gets a square of 2 times the face" in line
+    assert rows(wider.stdout)[1][1] != rows(usual.stdout)[1][1]
+    assert rows(wider.stdout)[1][-1] != rows(usual.stdout)[1][-1]  # the digest, so that rows are not mixed
+    refused = run("score", PORTRAIT, "--bundle", face_bundle, "--face", "wide")
+    assert (refused.exit_code, "none, crop or crop:FACTOR" in refused.stderr) == (2, True)
 
 
 def test_a_pipe_gets_csv_with_every_image_and_the_exit_code_tells_of_failures(

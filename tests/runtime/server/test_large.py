@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, ImageError, decode
 from mdnet_rt.server import large
 from mdnet_rt.server.large import Job, LargeDecoders, LargeError, refuse_large
@@ -40,9 +41,11 @@ def decoders() -> Iterator[LargeDecoders]:
     made.close()
 
 
-def result(decoders: LargeDecoders, data: bytes, *, unwanted: bool = False) -> Decoded | ImageError:
+def result(
+    decoders: LargeDecoders, data: bytes, *, unwanted: bool = False, face: float | None = None
+) -> Decoded | ImageError:
     answers: queue.SimpleQueue[Decoded | ImageError] = queue.SimpleQueue()
-    decoders.put(Job(data, OPTIONS, lambda: unwanted, answers.put))
+    decoders.put(Job(data, OPTIONS, lambda: unwanted, answers.put, face))
     return answers.get(timeout=DEADLINE)
 
 
@@ -68,6 +71,18 @@ def test_a_large_image_gets_the_pixels_that_it_gets_elsewhere(decoders: LargeDec
     assert isinstance(found, Decoded)
     np.testing.assert_array_equal(found.pixels, expected.pixels)
     assert found[1:] == expected[1:] == (2100, 1900, None)
+
+
+def test_a_large_image_is_framed_as_a_small_one(decoders: LargeDecoders) -> None:
+    with Image.open(Path(__file__).parents[2] / "data" / "portrait.jpg") as portrait:
+        portrait.resize((1900, 1900)).save(stream := io.BytesIO(), "PNG")
+    found = result(decoders, stream.getvalue(), face=1.2)
+    assert isinstance(found, Decoded)
+    expected = decode(stream.getvalue(), SIZE, find_box=face_finder(1.2))
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    nobody = result(decoders, encoded(2000, 2000), face=1.2)
+    assert isinstance(nobody, ImageError)
+    assert (nobody.status, str(nobody)) == ("no_face", "no face found")
 
 
 def test_a_bad_image_has_its_reason_and_the_next_is_decoded(decoders: LargeDecoders) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mdnet_engines.bundle.files import read_manifest
 from mdnet_engines.errors import MDNetError
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import load_image
 from mdnet_rt.server import large
 from mdnet_rt.server.http.app import Counted, Service
@@ -78,9 +79,9 @@ def run(shared_bundle: Path) -> Callable[..., None]:
     manifest = read_manifest(shared_bundle)
 
     @contextlib.asynccontextmanager
-    async def lab(settings: Settings) -> AsyncIterator[Lab]:
+    async def lab(settings: Settings, face: float | None) -> AsyncIterator[Lab]:
         model, metrics = Model(), Metrics(max_batch=settings.max_batch)
-        work = Work(model.score, SIZE, settings, metrics)
+        work = Work(model.score, SIZE, settings, metrics, face=face)
         service = Service(manifest, "onnxruntime-cpu", work, settings, metrics, tell=lambda line: None)
         transport = httpx.ASGITransport(Counted(make_app(service, metrics), metrics))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
@@ -90,9 +91,9 @@ def run(shared_bundle: Path) -> Callable[..., None]:
         await asyncio.sleep(0)  # what the threads have handed over
         assert work.load == 0
 
-    def start(test: Callable[[Lab], Awaitable[None]], **settings: object) -> None:
+    def start(test: Callable[[Lab], Awaitable[None]], *, face: float | None = None, **settings: object) -> None:
         async def whole() -> None:
-            async with lab(Settings(**settings)) as made:
+            async with lab(Settings(**settings), face) as made:
                 await asyncio.wait_for(test(made), DEADLINE)
 
         asyncio.run(whole())
@@ -113,6 +114,19 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
+
+
+def test_an_image_is_framed_as_in_training(run: Callable[..., None], images: list[bytes]) -> None:
+    portrait = (Path(__file__).parents[2] / "data" / "portrait.jpg").read_bytes()
+    expected = float(load_image(portrait, SIZE, find_box=face_finder(1.2))[0, 0, 0])
+    assert expected != first_value(portrait)
+
+    async def test(lab: Lab) -> None:
+        assert (await lab.score(portrait)).json()["results"][0]["score"] == expected
+        (nobody,) = (await lab.score(images[0])).json()["results"]
+        assert (nobody["status"], nobody["reason"]) == ("no_face", "no face found")
+
+    run(test, face=1.2)
 
 
 def test_small_images_do_not_wait_for_large_ones(

@@ -49,6 +49,7 @@ def serve(
     backend: Backend = "auto",
     threads: int = 0,
     check: bool = True,
+    face: str | None = None,
     access_log: bool = False,
     tell: Callable[[str], None],
 ) -> int:
@@ -58,6 +59,7 @@ def serve(
         bundle: its folder; without it as `find_bundle` says.
         port: 0 takes one that is free.
         check: refuse to serve where the bundle's probes don't get their scores.
+        face: which square of an image is scored, as `Scorer.open` has it.
         tell: called with one line each for the address, the end, and what goes wrong in between.
 
     Returns:
@@ -70,7 +72,9 @@ def serve(
     _quiet(access_log)
     with (
         contextlib.closing(bind(host, port)) as listener,  # first, as it takes no time to fail
-        Scorer.open(bundle, backend=backend, threads=threads, batch_size=settings.max_batch, check=check) as scorer,
+        Scorer.open(
+            bundle, backend=backend, threads=threads, batch_size=settings.max_batch, check=check, face=face
+        ) as scorer,
     ):
         if check:
             scorer.check()
@@ -135,8 +139,8 @@ class BatchScorer(Protocol):
 async def run(scorer: BatchScorer, listener: socket.socket, settings: Settings, tell: Callable[[str], None]) -> int:
     """Serve a scorer on a bound socket until the signal to stop; the exit code is that of `serve`."""
     metrics = Metrics(max_batch=settings.max_batch)
-    to_srgb = scorer.manifest.preprocessing.to_srgb
-    work = Work(scorer.score_batch, scorer.image_size, settings, metrics, to_srgb=to_srgb)
+    made = scorer.manifest.preprocessing
+    work = Work(scorer.score_batch, scorer.image_size, settings, metrics, to_srgb=made.to_srgb, face=made.face)
     service = Service(scorer.manifest, str(scorer.choice), work, settings, metrics, tell)
     config = uvicorn.Config(
         Counted(make_app(service, metrics), metrics),
