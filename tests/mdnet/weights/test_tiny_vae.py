@@ -50,7 +50,7 @@ def test_each_layout_gives_stock_latents_to_the_bit(source: str, vae: Autoencode
 
 
 def test_the_files_names_are_taesds_at_its_published_configuration() -> None:
-    """14 layers: a convolution and a block, three times a convolution and three blocks, a convolution."""
+    """15 layers: a convolution and a block, three times a convolution and three blocks, a convolution."""
     with torch.device("meta"):
         names = TinyVAEEncoder(preset("sd15-taesd-vim-s")).encoder.layers.state_dict()
     assert len({name.split(".")[0] for name in names}) == 15
