@@ -12,6 +12,7 @@ import click
 from mdnet import __version__
 from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_train
 from mdnet.cli.data import data_help, fold_option, parse_scale, protocol_option, scale_option
+from mdnet.cli.distil import distil
 from mdnet.cli.explain import explain
 from mdnet.cli.pretraining import pretrain
 from mdnet.cli.training import ablate, prior, train
@@ -31,7 +32,7 @@ def main() -> None:
     """MD-Net in PyTorch: published weights, data, training, evaluation, what a score depends on."""
 
 
-for command in (prior, pretrain, train, ablate, explain):
+for command in (prior, distil, pretrain, train, ablate, explain):
     main.add_command(command)
 
 

@@ -234,7 +234,7 @@ PRESETS: dict[str, MDNetConfig] = {
         ),
         _DEMO,
         dataclasses.replace(
-            _DEMO, preset="demo-taesd", vae="tiny", vae_channels=(16,) * 4, vae_layers=1, vae_scaling=1.0
+            _DEMO, preset="demo-taesd", vae="tiny", vae_channels=(8,) * 4, vae_layers=1, vae_scaling=1.0
         ),
     )
 }
