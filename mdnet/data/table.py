@@ -184,13 +184,17 @@ def _image(text: str, folder: Path) -> Path:
     """The picture's file; a relative path may have backslashes, as Windows writes them."""
     if not text:
         raise _WrongLineError("no picture's name")
-    if (image := folder / text).is_file():
+    if _is_file(image := folder / text):
         return image
     if os.name != "nt" and PureWindowsPath(text).drive:
         raise _WrongLineError(f"{printable(text):.200} is an absolute path of Windows; give one relative to the table")
-    if (image := folder / text.replace("\\", "/")).is_file():
+    if _is_file(image := folder / text.replace("\\", "/")):
         return image
     raise _MissingError(f"{printable(image):.200} is missing")
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file() raises where a name is too long)
 
 
 def _rating(text: str) -> float:

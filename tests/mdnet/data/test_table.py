@@ -127,6 +127,8 @@ def test_parquet_reads_as_csv_does(folder: Path) -> None:
         ("image,rating\na.jpg,\n", "ratings.csv:2: no rating"),
         ("image,rating\na.jpg\n", "ratings.csv:2: no rating"),
         ("image,rating\n,3\n", "ratings.csv:2: no picture's name"),
+        (f"image,rating\n{'long' * 2000},3\n", " is missing; 1 of 1 pictures are missing"),
+        ("image,rating\nimages,3\n", "images is missing"),
         ("image,rating\na.jpg,high\n", "ratings.csv:2: the rating is 'high'; expected a number"),
         ("image,rating\na.jpg,1.234,5\n", "ratings.csv:2: 3 cells, the first line names 2 columns; if a comma is the"),
         ("image,rating\na.jpg,3,5\n", "if a comma is the decimal sign, separate cells by semicolons"),
