@@ -235,6 +235,7 @@ def _write_draft(folder: Path, weights: Weights, precision: Precision, made: Pre
         float32_values=made.float32_values,
         provenance=Provenance(
             weights=weights.kind,
+            checkpoint=weights.name,
             checkpoint_sha256=weights.sha256,
             seed=weights.seed,
             training=weights.training(),
@@ -260,7 +261,8 @@ def _finish(
     facts = {
         "preset": draft.manifest.preset,
         "precision": draft.manifest.precision,
-        "weights": weights.kind + (f", sha256 {weights.sha256[:12]}…" if weights.sha256 else f", seed {weights.seed}"),
+        "weights": provenance.name
+        + (f", sha256 {weights.sha256[:12]}…" if weights.sha256 else f", seed {weights.seed}"),
         **made.for_people(),
         **{f"gates on {trial.choice}": trial.verdict() for trial in trials},
         "machine": str(this_machine()),

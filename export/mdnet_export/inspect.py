@@ -11,7 +11,7 @@ from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.console import show
-from mdnet_engines.errors import BundleError
+from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
 
@@ -37,7 +37,7 @@ def print_bundle(bundle: Bundle) -> None:
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
         **_backends(bundle),
-        "weights": provenance.weights + digest,
+        "weights": printable(provenance.name) + digest,
         "built by": provenance.command,
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions.items()),
         "licences": "; ".join(manifest.licenses),

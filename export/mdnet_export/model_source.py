@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,6 @@ from mdnet.evaluation.scored_model import training_of
 from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
 from mdnet.model.config import MDNetConfig, preset
 from mdnet.model.net import MDNet, random_mdnet
-from mdnet.weights.assemble import TAESD_LICENCE, sd_licence
 from mdnet_engines.bundle.files import sha256_of
 from mdnet_engines.bundle.manifest import Provenance, Training
 from mdnet_engines.errors import UsageError
@@ -51,13 +51,56 @@ class Weights:
             return ["weights: Apache-2.0, trained on drawn faces"]
         if self.kind == "random":
             return ["weights: random"]
-        tiny = [f"tiny VAE encoder weights: {TAESD_LICENCE}, if they are TAESD's"] if self.config.vae == "tiny" else []
+        assert self.file is not None
+        notes = read_metadata(self.file)[1]
         return [
-            f"Stable Diffusion encoder weights: {sd_licence(self.config)}, whose use restrictions pass on",
-            *tiny,
-            "Vision Mamba weights: Apache-2.0",
-            "SCUT-FBP5500, where it was the training data: non-commercial research only",
+            line for line in (_encoder(notes, self.config), _vae(notes), _vim(notes, self.config), _data(notes)) if line
         ]
+
+    @property
+    def name(self) -> str | None:
+        """What its owner calls it: a checkpoint's file name without suffix."""
+        return self.file.stem[:200] if self.file is not None and self.kind == "checkpoint" else None
+
+
+def _encoder(notes: Mapping[str, object], config: MDNetConfig) -> str:
+    """Whose encoder it is, as the checkpoint says."""
+    if licence := _licence(notes.get("stable_diffusion")):
+        return f"Stable Diffusion's encoder weights: {licence}"
+    if isinstance(found := notes.get("encoder"), str):
+        return f"encoder weights: {found:.200}"
+    unknown = "encoder weights: the checkpoint does not say whose"
+    if config.preset.startswith("demo"):  # whose widths no published encoder has
+        return unknown
+    return f"{unknown}; Stable Diffusion's are under a CreativeML Open RAIL-M licence, whose use restrictions pass on"
+
+
+def _vae(notes: Mapping[str, object]) -> str:
+    """Of a distilled VAE encoder in place of the encoder's own."""
+    found = _licence(notes.get("vae")) or notes.get("vae")
+    return f"VAE encoder weights: {found:.200}" if isinstance(found, str) else ""
+
+
+def _vim(notes: Mapping[str, object], config: MDNetConfig) -> str:
+    if licence := _licence(notes.get("vim")):
+        return f"Vision Mamba weights: {licence}"
+    if isinstance(found := notes.get("vim"), str):
+        return f"Vision Mamba weights: {found:.200}"
+    return "" if config.preset.startswith("demo") else "Vision Mamba weights: the checkpoint does not say whose"
+
+
+def _data(notes: Mapping[str, object]) -> str:
+    data = notes.get("data")
+    if not isinstance(data, str):
+        return "training data: the checkpoint does not say; SCUT-FBP5500 is for non-commercial research only"
+    in_its_layout = notes.get("protocol") in ("60-40", "cv5") and "drawn faces" not in data
+    more = ", in SCUT-FBP5500's layout; that data set is for non-commercial research only" if in_its_layout else ""
+    return f"training data: {data:.200}{more}"
+
+
+def _licence(note: object) -> str:
+    licence = note.get("licence") if isinstance(note, Mapping) else None
+    return licence[:200] if isinstance(licence, str) else ""
 
 
 def choose_weights(

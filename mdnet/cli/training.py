@@ -99,7 +99,9 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
         )
     if picture:
         draw_picture(diffusion, model.config.image_size).save(picture)
-    save_checkpoint(model, output, notes={"command": command_line(), "data": f"{faces} drawn faces, without ratings"})
+    data = f"{faces} drawn faces, without ratings"
+    notes: dict[str, object] = {"command": command_line(), "data": data, "encoder": f"trained here on {data}"}
+    save_checkpoint(model, output, notes=notes)
     say(f"{output}; next: mdnet train --init {shlex.quote(str(output))}")
 
 
@@ -135,7 +137,7 @@ def train(
     require_train()
     from mdnet.evaluation.evaluate import evaluate
     from mdnet.evaluation.scored_model import check_device
-    from mdnet.model.checkpoint import save_checkpoint
+    from mdnet.model.checkpoint import origins, save_checkpoint
     from mdnet.model.net import with_fusion
     from mdnet.training.state import StateFile
     from mdnet.training.tensorboard_log import training_log
@@ -146,7 +148,7 @@ def train(
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
     state.check()
     check_device(device)
-    model = _initial_model(preset, init, seed, parse_scale(scale))
+    model, origin = _initial_model(preset, init, seed, parse_scale(scale)), origins(init)
     if fusion not in (None, model.config.fusion):
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
@@ -182,6 +184,7 @@ def train(
         **({} if fold is None else {"fold": fold}),
         "best_epoch": best.number,
         "test": dataclasses.asdict(result),
+        **origin,
     }
     save_checkpoint(model, output, notes=notes)
     state.remove()

@@ -127,7 +127,7 @@ def _open_bundle(path: Path) -> ScoredModel:
         {
             "preset": manifest.preset,
             "precision": manifest.precision,
-            "weights": f"{provenance.weights}, sha256 {str(provenance.checkpoint_sha256)[:12]}…",
+            "weights": f"{provenance.name}, sha256 {str(provenance.checkpoint_sha256)[:12]}…",
         },
         manifest.preprocessing.to_srgb,
         bundle,

@@ -19,6 +19,8 @@ from mdnet_engines.system.atomic import new_file
 
 CONFIG_KEY = "mdnet_config"
 NOTES_KEY = "mdnet_notes"
+ORIGINS = ("stable_diffusion", "null_prompt", "encoder", "vim")
+"""Notes that say where weights come from: what is trained from a checkpoint keeps them."""
 SHOWN = 5
 """Names in a message, before it says how many more there are."""
 
@@ -81,6 +83,14 @@ def read_metadata(file: str | os.PathLike[str]) -> tuple[MDNetConfig, dict[str, 
         return MDNetConfig.from_dict(fields), notes
     except UsageError as error:
         raise MDNetError(f"{file} has no usable configuration: {error}") from None
+
+
+def origins(file: str | os.PathLike[str] | None) -> dict[str, object]:
+    """The notes of a checkpoint on where its weights come from; None is the packaged demo. Raises as above."""
+    if file is None:
+        return {"encoder": "the packaged demo's (Apache-2.0), trained on drawn faces"}
+    notes = read_metadata(file)[1]
+    return {name: notes[name] for name in ORIGINS if name in notes}
 
 
 def demo_checkpoint() -> Path:

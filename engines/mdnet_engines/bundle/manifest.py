@@ -223,11 +223,18 @@ class Provenance(Part):
     """Where the weights came from and what made the bundle."""
 
     weights: Literal["demo", "checkpoint", "random"]
+    checkpoint: str | None = Field(default=None, max_length=200)
+    """The user's name of it: the file's, without its suffix."""
     checkpoint_sha256: Sha256 | None = None
     seed: int | None = None
     training: Training | None = None
     command: str
     versions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Whose weights: by the user's name where they have one."""
+        return self.checkpoint or self.weights
 
 
 class BatchRange(Part):
@@ -347,6 +354,11 @@ class Manifest(Part):
         if len(set(folders)) != len(folders):
             raise ValueError(f"two sets of plans are in the same folder: {', '.join(sorted(folders))}")
         return self
+
+    @property
+    def label(self) -> str:
+        """What to call the model in front of people: by its owner's name of the checkpoint, where there is one."""
+        return f"{self.provenance.checkpoint or self.preset} {self.precision}"
 
     def digest(self) -> str:
         """One sha256 for what decides the scores: the graphs, their weights, preprocessing. Plans don't change it."""

@@ -175,7 +175,7 @@ def _print_result(bundle: Bundle) -> None:
     size = sum(file.size for file in manifest.files()) / 1e6
     parity = manifest.parity
     verdict = "parity passed" if parity.passed else "PARITY FAILED, written because of --force"
-    say(f"{bundle.path}: {manifest.preset} {manifest.precision}, {size:.1f} MB")
+    say(f"{bundle.path}: {printable(manifest.label)}, {size:.1f} MB")
     say(f"{verdict}: {parity.figures()}; see {bundle.path / 'parity.html'}")
     _warn_of_gaps(parity.not_evaluated)
     if manifest.precision == "fp16":

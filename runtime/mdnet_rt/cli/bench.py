@@ -84,7 +84,7 @@ def bench(
         seconds=seconds,
         rounds=rounds,
     )
-    say(f"{printable(folder)}: {setup.manifest.preset} {setup.manifest.precision}")
+    say(f"{printable(folder)}: {printable(setup.manifest.label)}")
     results = []
     for size in sizes:
         with show_progress() as progress:

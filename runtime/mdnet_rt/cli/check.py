@@ -43,7 +43,7 @@ def check(bundle: Path | None, backend: Backend, threads: int, json_: bool) -> i
     else:
         verb = "holds" if trial.holds else "does NOT hold"
         manifest = found.manifest
-        title = f"{printable(found.path)}, {manifest.preset} {manifest.precision}"
+        title = f"{printable(found.path)}, {printable(manifest.label)}"
         click.echo(f"{title}: {verb} on {trial.choice}: {trial.verdict()}")
     return 0 if trial.holds else 1
 

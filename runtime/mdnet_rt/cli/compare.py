@@ -77,7 +77,7 @@ def compare(
         scorers = (scorer_a, scorer_b)
         for name, bundle, scorer in zip("AB", bundles, scorers, strict=True):
             manifest = bundle.manifest
-            say(f"{name}: {printable(bundle.path)}, {manifest.preset} {manifest.precision}, {scorer.choice}")
+            say(f"{name}: {printable(bundle.path)}, {printable(manifest.label)}, {scorer.choice}")
         with show_progress(unit="images") as progress:
             advance = progress.count("scoring", limit)
             found = compare_bundles(*scorers, entries, batch_size=batch_size, advance=advance)

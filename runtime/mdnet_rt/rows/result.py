@@ -53,7 +53,7 @@ class Stamp:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Stamp:
-        return cls(f"{manifest.preset} {manifest.precision}", manifest.digest()[:12])
+        return cls(manifest.label, manifest.digest()[:12])
 
 
 @dataclass

@@ -142,6 +142,7 @@ DOCUMENT: dict[str, Any] = {
     "float32_values": {"vim": ["add_58"]},
     "provenance": {
         "weights": "checkpoint",
+        "checkpoint": "portraits",
         "checkpoint_sha256": "f" * 64,
         "seed": None,
         "training": {"protocol": "kfold:5", "fold": 2, "data": "ratings.csv", "data_sha256": "e" * 64},
@@ -359,6 +360,21 @@ def test_a_value_outside_the_schema_is_refused(path: tuple[str | int, ...], valu
 def test_image_size_must_be_what_the_graphs_take(shape: list[int | str]) -> None:
     with pytest.raises(ValidationError, match="image_size is 64"):
         Manifest.model_validate(changed(("graphs", "vim", "inputs", 0, "shape"), shape))
+
+
+@pytest.mark.parametrize(
+    ("weights", "checkpoint", "label"),
+    [
+        ("checkpoint", "portraits", "portraits fp16"),
+        ("checkpoint", None, "sd15-vim-s fp16"),
+        ("random", None, "sd15-vim-s fp16"),
+        ("demo", None, "sd15-vim-s fp16"),
+    ],
+)
+def test_a_model_goes_by_its_owners_name_where_it_has_one(weights: str, checkpoint: str | None, label: str) -> None:
+    document = changed(("provenance", "weights"), weights)
+    document["provenance"]["checkpoint"] = checkpoint
+    assert Manifest.model_validate({**document, "preset": "sd15-vim-s"}).label == label
 
 
 def test_a_manifest_is_not_changed_after_its_checks() -> None:
