@@ -10,6 +10,7 @@ from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
+from mdnet_engines.bundle.precision_facts import QuantisedFacts
 from mdnet_engines.console import show
 from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.tensorrt.plan_process import probe
@@ -76,13 +77,20 @@ def _precision(manifest: Manifest) -> dict[str, str]:
         facts["calibration"] = str(calibration)
     if int8 := manifest.int8:
         kept = f", in float: {', '.join(int8.float_blocks)}" if int8.float_blocks else ""
-        facts["int8"] = f"{len(int8.int8_blocks)} blocks{kept}; {int8.speedup:.2f}× float on {int8.speedup_on}"
+        facts["int8"] = (
+            f"{len(int8.int8_blocks)} blocks{kept}{_held_on(int8)}; {int8.speedup:.2f}× float on {int8.speedup_on}"
+        )
     if fp8 := manifest.fp8:
         kept = f", in float16: {', '.join(fp8.float_blocks)}" if fp8.float_blocks else ""
-        facts["fp8"] = f"{len(fp8.fp8_blocks)} blocks{kept}; {FOR_FP8}"
+        facts["fp8"] = f"{len(fp8.fp8_blocks)} blocks{kept}{_held_on(fp8)}; {FOR_FP8}"
     for graph, values in manifest.float32_values.items():
         facts[f"float32 in {graph}"] = ", ".join(values)
     return facts
+
+
+def _held_on(facts: QuantisedFacts) -> str:
+    """Older bundles don't say."""
+    return f", budget held on {' and '.join(facts.drift_on)}" if facts.drift_on else ""
 
 
 def _describe(bundle: Bundle, engines: PlanSet, host: Host) -> str:
