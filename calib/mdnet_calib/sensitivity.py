@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from mdnet_engines.progress import SILENT, Progress
 
-_PART = r"(?:resnets|downsamplers|attentions)"
+_PART = r"(?:resnets|downsamplers|attentions|layers)"  # layers: of a tiny VAE
 _BLOCK = re.compile(rf"^.*?\.{_PART}\.\d+(?:\.transformer_blocks\.\d+\.\w+)?")
 
 

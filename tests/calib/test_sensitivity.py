@@ -139,6 +139,8 @@ def test_steps_are_told_with_their_block() -> None:
             "unet.mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj/node_MatMul_1080",
             "unet.mid_block.attentions.0.transformer_blocks.1.ff",
         ),
+        ("vae.layers.3.conv.0/node_conv2d_4", "vae.layers.3"),
+        ("vae.layers.14/node_conv2d_34", "vae.layers.14"),
         ("unet.conv_in/node_conv2d_20", "unet.conv_in"),
         ("node_conv2d", "node_conv2d"),
     ],
