@@ -1,4 +1,4 @@
-"""What the three command lines share: one-line errors, exit codes and `--debug`."""
+"""What the three command lines share: one-line errors, exit codes, `--debug`, `-q` and `-v`, and progress."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import contextlib
 import errno
 import functools
 import os
+import platform
+import shutil
 import sys
+import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,8 +23,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 from mdnet_engines.errors import MDNetError, MDNetWarning
-from mdnet_engines.progress import Progress
+from mdnet_engines.options import common_options, improve, is_quiet, is_verbose, settings
+from mdnet_engines.progress import Lines, Progress
+from mdnet_engines.system.cores import available_cores
 
+PIPE_WIDTH = 100
+_LONG_NAME = 24
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -27,12 +36,20 @@ class Command(click.Group):
     """A click group whose subcommands end in one line and an exit code instead of a traceback.
 
     Exit codes: 0 done, 1 the work failed (or some images did), 2 bad usage, 130 interrupted.
-    `--debug` before or after the subcommand lets the traceback through.
+    `--debug` before or after the subcommand lets the traceback through. `-h`, `-q`, `-v` and `--version` are understood
+    in both places.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
+        self.params += common_options()
         self.epilog = "--debug anywhere on the line shows the traceback of a failure."
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.params += common_options()
+        cmd.callback = _with_facts(cmd.callback) if cmd.callback else None
+        super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _reader_may_leave():  # --help and --version print here
@@ -55,6 +72,7 @@ class Command(click.Group):
             with contextlib.suppress(BrokenPipeError):
                 _flush()
         except click.ClickException as error:
+            improve(error)
             error.show()
             code = error.exit_code
         except (click.Abort, KeyboardInterrupt):
@@ -137,13 +155,50 @@ def _first_line(text: str) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    say(f"error: {message}")
+    _echo(f"error: {message}")
     return code
 
 
 def say(message: str) -> None:
-    """One line to standard error: what is happening, for people. Results go to standard output."""
+    """One line to standard error: what is happening, for people. `-q` silences it. Results go to standard output."""
+    if not is_quiet():
+        _echo(message)
+
+
+def warn_loudly(*lines: str) -> None:
+    """What nobody should miss, to standard error: bold on a terminal, marked in a pipe. `-q` silences it too."""
+    for line in () if is_quiet() else lines:
+        click.secho(f"!!! {line}", err=True, bold=True, fg="yellow")
+
+
+def _echo(message: str) -> None:
     click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+
+
+def _with_facts(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """With `-v`: versions and settings before the work; time and memory after it."""
+
+    @functools.wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if is_verbose():
+            context, start = click.get_current_context(), time.perf_counter()
+            say(f"mdnet {version('mdnet')}, Python {platform.python_version()}, {platform.platform()}")
+            say(f"{available_cores()} cores; {context.command_path} in {Path.cwd()} with")
+            for line in settings(context):
+                say(f"  {line}")
+            context.call_on_close(lambda: say(f"{time.perf_counter() - start:.1f} s{_peak_memory()}"))
+        return callback(*args, **kwargs)
+
+    return run
+
+
+def _peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f", at most {peak / 2**20:.0f} MiB of memory"
 
 
 def stdout_is_terminal() -> bool:
@@ -165,6 +220,24 @@ def show(table: Table) -> None:
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+def show_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Print names and values to standard output, as wide as the terminal; in a pipe `PIPE_WIDTH`.
+
+    Lines are broken at spaces alone, so that a path or a digest stays whole, and go on below the value. A long name has
+    a line of its own.
+    """
+    width = shutil.get_terminal_size().columns if stdout_is_terminal() else PIPE_WIDTH
+    indent = max((len(name) for name, _ in facts if len(name) <= _LONG_NAME), default=0) + 2
+    click.echo(title)
+    for name, value in facts:
+        lines = textwrap.wrap(value, max(width - indent, 20), break_long_words=False, break_on_hyphens=False)
+        if len(name) > _LONG_NAME:
+            click.echo(name)
+            name = ""
+        for i, line in enumerate(lines or [""]):
+            click.echo(f"{'' if i else name:<{indent}}{line}".rstrip())
+
+
 def explain_os_error(error: OSError) -> str:
     """One line for the operating system's refusals that users meet: no space, no permission, no such file."""
     # An open file is named by its number, which tells a user nothing.
@@ -178,23 +251,28 @@ def explain_os_error(error: OSError) -> str:
 
 
 class _Notes(Progress):
-    """In a pipe: notes alone."""
+    """Notes alone."""
 
     def note(self, text: str) -> None:
         say(f"note: {text}")
 
 
 @contextlib.contextmanager
-def show_progress(shown: bool = True, unit: str = "") -> Iterator[Progress]:
-    """Show steps, counts and notes on a terminal; in a pipe, or where `shown` is false, notes alone.
+def show_progress(shown: bool = True, unit: str = "", *, lines: bool = True) -> Iterator[Progress]:
+    """Show steps, counts and notes: live on a terminal, as lines in a pipe and with `-v`, not at all with `-q`.
 
     Args:
+        shown: whether there is room for more than notes; on a terminal a bar and rows would share it.
         unit: of what is counted; with it, bars show their rate.
+        lines: whether the work is long enough to be reported on in a pipe too.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (shown and console.is_terminal):
+    if is_verbose() or (shown and lines and not console.is_terminal):
+        yield Lines(say)
+        return
+    if is_quiet() or not (shown and console.is_terminal):
         yield _Notes()
         return
     from rich.console import Group

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import click
-from rich.markup import escape
-from rich.table import Table
-
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.bundle.precision_facts import QuantisedFacts
-from mdnet_engines.console import show
+from mdnet_engines.console import show_facts
 from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
 
 
 def print_bundle(bundle: Bundle) -> None:
-    """Print the bundle's graphs and facts to standard output."""
+    """Print the bundle's graphs and facts to standard output, a fact a line."""
     manifest = bundle.manifest
-    table = Table("graph", "precision", "size, MB", "inputs", "outputs", title=str(bundle.path))
+    graphs = {}
     for name, graph in manifest.graphs.items():
         size = sum(file.size for file in graph.files()) / 1e6
-        signature = (", ".join(map(_signature, specs)) for specs in (graph.inputs, graph.outputs))
-        table.add_row(name, graph.precision, f"{size:.1f}", *map(escape, signature))  # [batch, …] is no markup
-    show(table)
+        inputs, outputs = (", ".join(map(_signature, specs)) for specs in (graph.inputs, graph.outputs))
+        graphs[f"graph {name}"] = f"{graph.precision}, {size:.1f} MB: {inputs} → {outputs}"
     parity, provenance = manifest.parity, manifest.provenance
     verdict = "passed" if parity.passed else "FAILED, forced"
     digest = f", sha256 {provenance.checkpoint_sha256}" if provenance.checkpoint_sha256 else ""
@@ -45,9 +40,7 @@ def print_bundle(bundle: Bundle) -> None:
     }
     hosts = {runtime: probe(runtime) for runtime in sorted({engines.runtime for engines in manifest.engines})}
     plans = [("plans", _describe(bundle, engines, hosts[engines.runtime])) for engines in manifest.engines]
-    width = max(map(len, facts))
-    for key, value in [*facts.items(), *plans]:
-        click.echo(f"{key:<{width}}  {value}")
+    show_facts(str(bundle.path), [*graphs.items(), *facts.items(), *plans])
 
 
 def _backends(bundle: Bundle) -> dict[str, str]:

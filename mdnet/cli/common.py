@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mdnet_engines.errors import UsageError, require
+from mdnet_engines.options import from_config
 from mdnet_engines.system.output_path import is_special
 
 DRAWN_FACES = 2000
@@ -21,8 +22,9 @@ def check_output(file: Path | None, option: str = "-o", what: str = "the checkpo
 
 
 def command_line() -> str:
-    """The command as it was typed, for notes."""
-    return shlex.join(["mdnet", *sys.argv[1:]])
+    """The command as it was typed, for notes, with what it took from a configuration file."""
+    typed, config = shlex.join(["mdnet", *sys.argv[1:]]), from_config()
+    return f"{typed}  # {config}" if config else typed
 
 
 def require_train() -> None:

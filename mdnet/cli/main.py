@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=Command)
-@click.version_option(package_name="mdnet")
 def main() -> None:
     """MD-Net in PyTorch: published weights, data, training, evaluation, what a score depends on."""
 

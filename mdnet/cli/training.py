@@ -25,6 +25,8 @@ from mdnet.data.rated import Scale
 from mdnet.model.config import FUSIONS, TrainConfig, preset
 from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError
+from mdnet_engines.options import config_option
+from mdnet_engines.progress import Laps
 
 if TYPE_CHECKING:
     from mdnet.evaluation.scored_model import Device
@@ -91,12 +93,12 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
     config = PriorConfig(faces=faces, vae_epochs=vae_epochs, unet_epochs=unet_epochs, seed=seed)
     model = random_mdnet(preset("demo"), seed)
     with show_progress() as progress:
-        diffusion = train_prior(
-            model,
-            config,
-            progress=progress,
-            on_epoch=lambda stage, number, loss: say(f"{stage}, epoch {number:>2}: loss {loss:.4f}"),
-        )
+        laps = Laps(progress)
+
+        def on_epoch(stage: str, number: int, loss: float) -> None:
+            say(f"{stage}, epoch {number:>2}: loss {loss:.4f}, {laps.lap():.1f} s")
+
+        diffusion = train_prior(model, config, progress=laps, on_epoch=on_epoch)
     if picture:
         draw_picture(diffusion, model.config.image_size).save(picture)
     data = f"{faces} drawn faces, without ratings"
@@ -106,6 +108,7 @@ def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Pat
 
 
 @click.command()
+@config_option
 @_training_options
 @click.option("--fusion", type=click.Choice(FUSIONS), help="How the streams are joined.  [default: the checkpoint's]")
 @click.option("--seed", default=0, show_default=True)
@@ -157,12 +160,13 @@ def train(
         with show_progress() as progress:
             protocol, split = training_split(rated, protocol, fold, _scale_of(model), progress)
         with show_progress() as progress:
+            laps = Laps(progress)
 
             def on_epoch(epoch: Epoch) -> None:
                 write_log(epoch)
                 say(
                     f"epoch {epoch.number:>3}/{epoch.of}: training MSE {epoch.loss:.4f}, "
-                    f"validation Pearson {epoch.validation_pearson:.4f}"
+                    f"validation Pearson {epoch.validation_pearson:.4f}, {laps.lap():.1f} s"
                 )
 
             best = fit(
@@ -172,7 +176,7 @@ def train(
                 cache=cache,
                 half_features=half_features,
                 state=state,
-                progress=progress,
+                progress=laps,
                 on_epoch=on_epoch,
             )
             result = evaluate(model, split.test, progress=progress)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.table import Table
 
-from mdnet_engines.console import Command, explain_os_error, say, show, show_progress
+from mdnet_engines.console import Command, explain_os_error, say, show, show_facts, show_progress, warn_loudly
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
 
 # ------------------------------------------------------------------------------------------------------- one process
@@ -176,15 +177,93 @@ def test_what_is_said_goes_to_standard_error() -> None:
     assert (result.stdout, result.stderr) == ("", "building …\n")
 
 
-def test_only_notes_are_shown_where_nobody_is_watching() -> None:
+def report(**how: bool) -> Callable[[], None]:
     def action() -> None:
-        with show_progress() as progress:
-            progress.count("images", 10)(5)
+        with show_progress(**how) as progress:
+            advance = progress.count("images", 10)
+            advance(4)
+            advance(6)
             progress.step("encoder")
             progress.note("a warning")
+        say("next: rest")
+        click.echo("42")
 
-    result = invoke(action)
-    assert (result.exit_code, result.output) == (0, "note: a warning\n")
+    return action
+
+
+def test_a_pipe_gets_a_line_for_each_step_and_for_a_counts_start_and_end() -> None:
+    result = invoke(report())
+    assert re.sub(r"[0-9]+\.[0-9]", "#", result.stderr).splitlines() == [
+        "[# s] images: 0 of 10",
+        "[# s] images: 10 of 10, # s",
+        "[# s] encoder",
+        "note: a warning",
+        "next: rest",
+    ]
+    assert (result.exit_code, result.stdout) == (0, "42\n")
+
+
+@pytest.mark.parametrize("how", [{"lines": False}, {"shown": False}], ids=str)
+def test_short_work_shows_only_notes_in_a_pipe(how: dict[str, bool]) -> None:
+    assert invoke(report(**how)).stderr.splitlines() == ["note: a warning", "next: rest"]
+
+
+@pytest.mark.parametrize("arguments", [("-q", "go"), ("go", "-q"), ("go", "--quiet")], ids=" ".join)
+def test_quiet_leaves_results_and_errors(arguments: tuple[str, ...]) -> None:
+    result = invoke(report(), *arguments)
+    assert (result.stdout, result.stderr) == ("42\n", "")
+    result = invoke(failing(MDNetError("the engine is cold")), *arguments)
+    assert error_line(result) == "the engine is cold"
+
+
+@pytest.mark.parametrize("arguments", [("-v", "go", "--count", "3"), ("go", "--verbose", "--count", "3")], ids=" ".join)
+def test_verbose_adds_versions_settings_steps_and_what_it_took(arguments: tuple[str, ...]) -> None:
+    result = invoke(report(lines=False), *arguments)
+    first, second, *rest = result.stderr.splitlines()
+    assert first.startswith(f"mdnet {version('mdnet')}, Python ")
+    assert re.fullmatch(rf"[0-9]+ cores; main go in {re.escape(str(Path.cwd()))} with", second)
+    assert rest[0] == "  count = 3 (command line)"
+    assert rest[1].endswith("s] images: 0 of 10")
+    assert "note: a warning" in rest
+    assert re.fullmatch(r"[0-9.]+ s(, at most [0-9]+ MiB of memory)?", rest[-1])
+    assert result.stdout == "42\n"
+
+
+def test_quiet_and_verbose_together_are_refused() -> None:
+    result = invoke(report(), "-q", "go", "-v")
+    assert (result.exit_code, error_line(result)) == (2, "-q and -v contradict each other; give one of them")
+
+
+@pytest.mark.parametrize("arguments", [("-h",), ("--help",), ("go", "-h"), ("go", "--help")], ids=" ".join)
+def test_help_is_short_and_long_and_names_what_every_command_takes(arguments: tuple[str, ...]) -> None:
+    result = invoke(lambda: None, *arguments)
+    assert result.exit_code == 0
+    for names in ("-q, --quiet", "-v, --verbose", "--version", "-h, --help"):
+        assert names in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("go", "--version")], ids=" ".join)
+def test_the_version_is_that_of_the_package(arguments: tuple[str, ...]) -> None:
+    result = invoke(lambda: None, *arguments)
+    assert (result.exit_code, result.stdout) == (0, f"main, version {version('mdnet')}\n")
+
+
+def test_a_loud_warning_is_marked_in_a_pipe() -> None:
+    assert invoke(lambda: warn_loudly("this is", "the demo")).stderr == "!!! this is\n!!! the demo\n"
+    assert invoke(lambda: warn_loudly("this is"), "go", "-q").output == ""
+
+
+def test_facts_fit_a_pipe_and_keep_long_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    digest, many = "f" * 120, "word " * 100
+    show_facts(
+        "a bundle", [("input", "128 px"), ("words", many), ("a name that is far too long", "value"), ("sha", digest)]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["a bundle", "input  128 px"]
+    assert lines[lines.index("a name that is far too long") + 1] == "       value"
+    assert lines[-1] == f"sha    {digest}"
+    assert max(len(line) for line in lines[:-1]) <= 100
+    assert sum(line.count("word") for line in lines) == 101
 
 
 def test_lines_are_not_cut_where_nobody_is_watching() -> None:
@@ -203,7 +282,6 @@ from mdnet_engines.console import Command
 from mdnet_engines.errors import MDNetError
 
 @click.group(cls=Command)
-@click.version_option("1.0")
 def main():
     pass
 

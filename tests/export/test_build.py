@@ -17,6 +17,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
+from shown_facts import unwrapped
 
 from mdnet.cli.main import main as evaluate
 from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
@@ -26,7 +27,7 @@ from mdnet_engines.backends.choice import check, choose
 from mdnet_engines.backends.trial import measure_apart
 from mdnet_engines.bundle.files import Bundle, file_entry
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
-from mdnet_engines.errors import BundleError, UsageError
+from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.probes import PROBES, read_probes
 from mdnet_engines.parity.report_json import from_json
@@ -137,7 +138,7 @@ def test_inspect_says_what_would_run_here(installed: bool, bundle: Bundle, monke
     # Without OpenVINO the measured choice still counts if it does not need it: then nothing but the name is known.
     choice, why = (choose(bundle), "measured with") if installed else ("onnxruntime-cpu", "")
     result = CliRunner().invoke(main, ["inspect", str(bundle.path)])
-    line = next(line for line in result.stdout.splitlines() if line.startswith("runs here"))
+    line = next(line for line in unwrapped(result.stdout) if line.startswith("runs here"))
     assert f"{choice} (backend auto; {why}" in line
 
 
@@ -207,11 +208,28 @@ def test_verify_fails_on_a_bundle_that_is_not_the_model(bundle: Bundle, tmp_path
     assert "is not what the bundle was built from" in result.stderr
 
 
+@pytest.mark.parametrize(("options", "loud"), [((), True), (("--preset", "demo"), False), (("-q",), False)])
+def test_a_bare_build_says_loudly_that_it_makes_the_demo(
+    options: tuple[str, ...], loud: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise MDNetError("far enough")
+
+    monkeypatch.setattr(build_module, "build_bundle", stop)
+    result = CliRunner().invoke(main, ["build", "-o", str(tmp_path / "bundle"), *options])
+    lines = result.stderr.splitlines()
+    assert lines[-1] == "error: far enough"
+    assert lines[0].startswith("!!! no --checkpoint: this bundle is the DEMO") == loud
+    assert ("mdnet-export build --checkpoint" in result.stderr) == loud
+
+
 def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     result = CliRunner().invoke(main, ["inspect", str(bundle.path)])
     assert result.exit_code == 0, result.stderr
+    shown = "\n".join(unwrapped(result.stdout))
     for part in ("demo", bundle.manifest.precision, "down_s16 float32[batch, 48, 8, 8]", "Apache-2.0", "parity"):
-        assert part in result.stdout
+        assert part in shown
+    assert [line for line in result.stdout.splitlines() if len(line) > 100] == []
 
 
 @pytest.mark.usefixtures("exported_before", "without_openvino")

@@ -119,7 +119,7 @@ def problem(words: list[str]) -> str:
             return f"{words[0]} has no command {rest[0]}"
         command, rest = command.commands[rest[0]], rest[1:]
     options = {name: each for each in command.params for name in (*each.opts, *each.secondary_opts)}
-    options |= {flag: click.Option([flag], is_flag=True) for flag in ("--help", "--debug")}
+    options |= {flag: click.Option([flag], is_flag=True) for flag in ("-h", "--help", "--debug")}
     while rest:
         word, rest = rest[0], rest[1:]
         if not word.startswith("-") or word == "-":

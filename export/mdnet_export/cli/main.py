@@ -12,7 +12,7 @@ import click
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.bundle.files import Bundle, check_replaceable
 from mdnet_engines.bundle.manifest import Precision
-from mdnet_engines.console import Command, say, show, show_progress
+from mdnet_engines.console import Command, say, show, show_progress, warn_loudly
 from mdnet_engines.errors import MDNetError, printable, require
 from mdnet_engines.parity.gates import RATED_IMAGES
 from mdnet_engines.parity.probes import PROBES
@@ -45,7 +45,6 @@ checkpoint_option = click.option(
 
 
 @click.group(cls=Command)
-@click.version_option(package_name="mdnet")
 def main() -> None:
     """From a trained PyTorch MD-Net to a bundle that mdnet-rt serves."""
 
@@ -90,6 +89,11 @@ def build(
     from mdnet_export.model_source import choose_weights
 
     weights = choose_weights(checkpoint=checkpoint, preset_name=preset, random_init=random_init, seed=seed)
+    if checkpoint is None and preset is None and not random_init:
+        warn_loudly(
+            "no --checkpoint: this bundle is the DEMO, whose scores mean nothing for real people",
+            "for your own model: mdnet-export build --checkpoint mine.safetensors",
+        )
     say(f"weights: {weights.describe()}")
     check_replaceable(output.resolve())
     command = shlex.join(["mdnet-export", *sys.argv[1:]])

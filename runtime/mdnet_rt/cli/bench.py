@@ -87,7 +87,7 @@ def bench(
     say(f"{printable(folder)}: {printable(setup.manifest.label)}")
     results = []
     for size in sizes:
-        with show_progress() as progress:
+        with show_progress(lines=False) as progress:
             result = measure(setup, size, progress=progress)
         if size == sizes[0]:
             for line in _about(result):

@@ -36,7 +36,7 @@ def check(bundle: Path | None, backend: Backend, threads: int, json_: bool) -> i
     from mdnet_engines.backends.choice import check as check_bundle
 
     found = _open(bundle)
-    with show_progress() as progress:
+    with show_progress(lines=False) as progress:
         trial = check_bundle(found, backend, threads=threads, progress=progress)
     if json_:
         click.echo(json.dumps(_check_as_json(found, trial)))
@@ -64,7 +64,7 @@ def tune(bundle: Path | None, threads: int, seconds: float, json_: bool) -> None
     from mdnet_engines.backends import choice
 
     found = _open(bundle)
-    with show_progress() as progress:
+    with show_progress(lines=False) as progress:
         tuning = choice.tune(found, threads=threads, seconds=seconds, progress=progress)
     if json_:
         click.echo(json.dumps(_tuning_as_json(found, tuning)))

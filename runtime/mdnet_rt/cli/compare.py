@@ -78,7 +78,7 @@ def compare(
         for name, bundle, scorer in zip("AB", bundles, scorers, strict=True):
             manifest = bundle.manifest
             say(f"{name}: {printable(bundle.path)}, {printable(manifest.label)}, {scorer.choice}")
-        with show_progress(unit="images") as progress:
+        with show_progress(unit="images", lines=False) as progress:
             advance = progress.count("scoring", limit)
             found = compare_bundles(*scorers, entries, batch_size=batch_size, advance=advance)
     _print(found, worst)

@@ -13,7 +13,6 @@ from mdnet_rt.cli.serve import serve
 
 
 @click.group(cls=Command)
-@click.version_option(package_name="mdnet", prog_name="mdnet-rt")
 def main() -> None:
     """Score face photographs with a bundle that mdnet-export made."""
 

@@ -106,7 +106,7 @@ def score(
         start = time.perf_counter()
         with (
             open_writer(rows, output, stamp, resume=resume) as writer,
-            show_progress(shown=bar, unit="images") as progress,
+            show_progress(shown=bar, unit="images", lines=False) as progress,
             stop_on_signal() as stop,
         ):
             advance = progress.count("scoring", _count(locations, list_) if bar else None)

@@ -11,6 +11,7 @@ from mdnet_engines.backends.candidates import BACKENDS, Backend
 from mdnet_engines.console import say
 from mdnet_engines.errors import UsageError, require
 from mdnet_engines.framing import FaceOption
+from mdnet_engines.options import config_option, is_from_config
 
 _MODULES = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client")
 _MEBIBYTE = 2**20
@@ -23,6 +24,7 @@ _SECONDS = click.FloatRange(0.1, 86_400)
 @click.option(
     "--bundle", "named", type=click.Path(path_type=Path), help="The same. Default: $MDNET_BUNDLE, ./mdnet-bundle."
 )
+@config_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
@@ -70,7 +72,7 @@ def serve(
 
     SIGTERM ends it when everything accepted is answered, with exit code 0; a second one at once.
     """
-    if bundle is not None and named is not None:
+    if bundle is not None and named is not None and not is_from_config(click.get_current_context(), "named"):
         raise UsageError("give the bundle once, as the argument or with --bundle")
     for module in _MODULES:
         require(module, "serve")
