@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from pages_of_docs import NAMES, blocks, command_lines, matches, problem, prose
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mamba import modeling_mamba
 
+from mdnet.cli.main import main as mdnet_command
 from mdnet.model.config import PRESETS, MDNetConfig, TrainConfig, preset
 from mdnet.model.diffusion import DiffusionEncoder, to_vae_range
 from mdnet.model.net import MDNet
@@ -209,6 +211,17 @@ def test_the_runtime_pages_python_scores_each_kind_of_image(
         results = eval(f"scorer.score({call})", names)
         assert results, call
         assert all(result.ok for result in results), call
+
+
+def test_the_configuration_file_on_the_page_is_taken(tmp_path: Path) -> None:
+    (text,) = [block.text for block in blocks("docs/command-line.md") if block.language == "toml"]
+    (tmp_path / "train.toml").write_text(text)
+    # Options are read in the order in which they are typed: by the time of -h the file has been checked.
+    done = CliRunner().invoke(mdnet_command, ["train", "--config", str(tmp_path / "train.toml"), "-h"])
+    assert done.exit_code == 0, done.output
+    (tmp_path / "train.toml").write_text(text + "lr = 1\n")
+    done = CliRunner().invoke(mdnet_command, ["train", "--config", str(tmp_path / "train.toml"), "-h"])
+    assert done.exit_code == 2
 
 
 @pytest.fixture(scope="module")

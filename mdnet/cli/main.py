@@ -90,7 +90,7 @@ def import_(
     from mdnet.weights.assemble import import_weights
 
     check_output(output)
-    with show_progress() as progress:
+    with show_progress(lines=False) as progress:
         imported = import_weights(
             sd,
             vim,

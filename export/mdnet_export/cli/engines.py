@@ -68,7 +68,7 @@ def engines(
 
     sizes, opened = parse_batch(batch), Bundle.open(bundle)
     host = choose_host(backend)
-    with show_progress() as progress:
+    with show_progress(lines=False) as progress:
         built = build_plans(
             opened,
             host,
@@ -88,7 +88,7 @@ def build_unasked(bundle: Bundle) -> None:
     if (host := default_host()) is None:
         return
     try:
-        with show_progress() as progress:
+        with show_progress(lines=False) as progress:
             print_built(build_plans(bundle, host, progress=progress))
     except MDNetError as error:
         say(f"no TensorRT plans: {error}")
