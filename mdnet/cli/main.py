@@ -129,6 +129,12 @@ def import_(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs a checkpoint."
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs a bundle.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Frozen features of the training list, as `mdnet train --cache` keeps them: for a ridge beside a checkpoint.",
+)
+@click.option("--half-features", is_flag=True, help="They are in float16.")
 def evaluate(
     models: tuple[Path, ...],
     data: Path,
@@ -140,13 +146,18 @@ def evaluate(
     batch_size: int,
     device: Device,
     backend: Backend,
+    cache: Path | None,
+    half_features: bool,
 ) -> None:
     """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over its folds.
 
     A model is a checkpoint or a bundle's folder. Of a protocol with folds give one model for each, in their order
     (each trained on the training list of its fold), or one for all of them or for --fold. Of a table without a split
-    or fold column all pictures are scored. Figures per group are in --report and --json.
+    or fold column all pictures are scored. Figures per group are in --report and --json. Beside each PC is that of
+    baselines: the mean rating of the image's group in the training list and, with --cache, a ridge on the frozen
+    features.
     """
+    from mdnet.evaluation.baselines import RIDGE
     from mdnet.evaluation.protocols import run_benchmark
     from mdnet.evaluation.scored_model import open_model
 
@@ -164,11 +175,15 @@ def evaluate(
             device=device,
             backend=backend,
             batch_size=batch_size,
+            cache=cache,
+            half_features=half_features,
             progress=progress,
-            on_result=lambda split: click.echo(f"{split.name}: {split.evaluation()}"),
+            on_result=lambda split: click.echo(f"{split.name}: {split}"),
         )
     if len(benchmark.splits) > 1:
-        click.echo(f"{benchmark.protocol}: {benchmark.spread()}")
+        click.echo(f"{benchmark.protocol}: {benchmark}")
+    if RIDGE not in benchmark.baselines:
+        say(f"note: no {RIDGE} beside it; that takes a checkpoint, a training list and --cache DIR")
     if json_:
         write_text(json_, json.dumps(benchmark.to_json(), indent=1, allow_nan=False) + "\n")
     if report:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from mdnet.model.net import MDNet
     from mdnet.training.train import Epoch
 
+_DRAWN = "drawn faces"
+"""In what notes say of a frozen encoder that never saw photographs."""
+
 _TRAINING_OPTIONS = (
     click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch."),
     click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from."),
@@ -138,10 +141,13 @@ def train(
     was interrupted continues with --resume. docs/mdnet.md has the layout of a table of your own ratings.
     """
     require_train()
-    from mdnet.evaluation.evaluate import evaluate
+    from mdnet.evaluation.baselines import beside
+    from mdnet.evaluation.evaluate import Evaluation
+    from mdnet.evaluation.loaded import score_beside_baselines
     from mdnet.evaluation.scored_model import check_device
     from mdnet.model.checkpoint import origins, save_checkpoint
     from mdnet.model.net import with_fusion
+    from mdnet.training.features import feature_folder
     from mdnet.training.state import StateFile
     from mdnet.training.tensorboard_log import training_log
     from mdnet.training.train import train as fit
@@ -156,14 +162,17 @@ def train(
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
     config = TrainConfig(**how, seed=seed)
-    with data_or_drawn(data) as rated, training_log(log) as write_log:
+    epochs: list[Epoch] = []
+    with data_or_drawn(data) as rated, training_log(log) as write_log, feature_folder(cache) as features:
         with show_progress() as progress:
             protocol, split = training_split(rated, protocol, fold, _scale_of(model), progress)
+        of_drawings = _warn_of_drawings(model, init, data)
         with show_progress() as progress:
             laps = Laps(progress)
 
             def on_epoch(epoch: Epoch) -> None:
                 write_log(epoch)
+                epochs.append(epoch)
                 say(
                     f"epoch {epoch.number:>3}/{epoch.of}: training MSE {epoch.loss:.4f}, "
                     f"validation Pearson {epoch.validation_pearson:.4f}, {laps.lap():.1f} s"
@@ -173,26 +182,34 @@ def train(
                 model.to(device),
                 split.train,
                 config,
-                cache=cache,
+                cache=features,
                 half_features=half_features,
                 state=state,
                 progress=laps,
                 on_epoch=on_epoch,
             )
-            result = evaluate(model, split.test, progress=progress)
+            scores, baselines = score_beside_baselines(
+                model, split, cache=features, half_features=half_features, progress=progress
+            )
+    result = Evaluation.of(split.test.ratings, scores)
     notes = {
         "command": command_line(),
         "data": rated.name if data else f"{DRAWN_FACES} drawn faces, seed 0",
         **({"data_sha256": rated.sha256} if rated.sha256 else {}),
         "protocol": protocol,
         **({} if fold is None else {"fold": fold}),
+        **({"encoder": f"trained on {_DRAWN}"} if of_drawings else {}),
         "best_epoch": best.number,
+        "epochs": [dataclasses.asdict(epoch) for epoch in epochs],
         "test": dataclasses.asdict(result),
+        "baselines": {
+            name: Evaluation.of(split.test.ratings, predicted).figures() for name, predicted in baselines.items()
+        },
         **origin,
     }
     save_checkpoint(model, output, notes=notes)
     state.remove()
-    click.echo(f"{split.name}: {result}")
+    click.echo(f"{split.name}: {result}{beside(split.test.ratings, baselines)}")
     say(f"{output}: epoch {best.number}; next: mdnet-export build --checkpoint {shlex.quote(str(output))}")
 
 
@@ -235,6 +252,7 @@ def ablate(
     config = TrainConfig(**how)
     with data_or_drawn(data) as rated, show_progress() as progress:
         _, split = training_split(rated, protocol, fold, _scale_of(model), progress)
+        _warn_of_drawings(model, init, data)
         runs = compare(
             lambda seed: _initial_model(preset, init, seed, on_scale),
             split,
@@ -257,6 +275,27 @@ def _check_data(data: Path | None, model: MDNet) -> None:
         raise UsageError(f"preset {model.config.preset} needs --data DIR; only demo draws its own")
     if data is None and _scale_of(model) != RATING_SCALE:
         raise UsageError(f"drawn faces have ratings from {RATING_SCALE}, the model's scale is {_scale_of(model)}")
+
+
+def _warn_of_drawings(model: MDNet, init: Path | None, data: Path | None) -> bool:
+    """Whether the frozen encoder was trained on drawn faces alone, as far as it is known; a line where `data` are not.
+
+    It is known of the packaged encoder, of what `mdnet prior` made, and of what was trained from these.
+    """
+    from mdnet.data.drawn_set import is_drawn
+    from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
+    from mdnet.training.features import encoder_digest
+
+    notes = {} if init is None else read_metadata(init)[1]
+    said = _DRAWN in str(notes.get("encoder"))
+    if not said and model.config.preset == "demo":
+        said = encoder_digest(model.diffusion) == encoder_digest(load_checkpoint(demo_checkpoint()).diffusion)
+    if said and data is not None and not is_drawn(data):
+        say(
+            "note: the frozen encoder has never seen a photograph, only drawn faces: a ridge on its features shows how "
+            "far it reaches on your pictures. `mdnet import` brings one trained on photographs (docs/import.md)"
+        )
+    return said
 
 
 def _initial_model(preset_name: str | None, init: Path | None, seed: int, scale: Scale | None) -> MDNet:

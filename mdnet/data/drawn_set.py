@@ -32,9 +32,10 @@ _WEIGHTS = {"symmetry": 0.36, "proportions": 0.34, "texture": 0.30}
 _RATER_BIAS = np.random.default_rng(5500).normal(0.0, 0.35, RATERS)  # the same 60 raters see every face
 _RATER_NOISE = 0.65
 
-_README = """{count} drawn faces with made-up ratings, in the layout of SCUT-FBP5500. Nothing here is that data set.
+_DRAWN = "drawn faces with made-up ratings"
+_README = f"""{{count}} {_DRAWN}, in the layout of SCUT-FBP5500. Nothing here is that data set.
 
-No picture shows a person: mdnet drew them all (seed {seed}). The "raters" are a random number generator, and what
+No picture shows a person: mdnet drew them all (seed {{seed}}). The "raters" are a random number generator, and what
 they rate is how symmetric, how close to a drawing canon and how smooth a drawing was made. The ratings say nothing
 about people, and a model that learned them has no opinion on a photograph.
 """
@@ -97,6 +98,14 @@ def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT
         if test is not None:
             _write_table(scratch / "ratings.csv", labels, test)
         (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
+
+
+def is_drawn(root: Path) -> bool:
+    """Whether `write_dataset` made the folder, by its README.txt."""
+    try:
+        return _DRAWN in (root / "README.txt").read_text(encoding="utf-8")[:200]
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _write_images(folder: Path, count: int, seed: int, advance: Callable[[int], None]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from mdnet.data.rated import Rated, Scale
 from mdnet.data.source import RatedData, open_data
-from mdnet.evaluation.evaluate import BATCH_SIZE, FIGURES, Evaluation, predict
+from mdnet.evaluation.baselines import Baselines, beside, listed
+from mdnet.evaluation.evaluate import BATCH_SIZE, FIGURES, Evaluation
+from mdnet.evaluation.loaded import LoadedModel
 from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
@@ -28,11 +30,20 @@ class SplitResult:
     model: ScoredModel
     test: Rated
     scores: np.ndarray  # (n,) float64, in rating points
+    baselines: Baselines = field(default_factory=dict)
 
-    def evaluation(self, group: str | None = None) -> Evaluation:
-        """The figures on all test images, or on those of one group; NaN if the split has none of the group."""
+    def evaluation(self, group: str | None = None, baseline: str | None = None) -> Evaluation:
+        """The figures on all test images, or on those of one group; NaN if the split has none of the group.
+
+        Args:
+            baseline: its figures in place of the model's.
+        """
         rows = np.array([group in (None, of) for of in self.test.groups], dtype=bool)
-        return Evaluation.of(self.test.ratings[rows], self.scores[rows])
+        predicted = self.scores if baseline is None else self.baselines[baseline]
+        return Evaluation.of(self.test.ratings[rows], predicted[rows])
+
+    def __str__(self) -> str:
+        return f"{self.evaluation()}{beside(self.test.ratings, self.baselines)}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,14 @@ class Benchmark:
         """Every group that test images have, sorted; images without one are in none."""
         return sorted({group for split in self.splits for group in split.test.groups if group})
 
-    def spread(self, group: str | None = None) -> Spread:
+    @property
+    def baselines(self) -> list[str]:
+        """The baselines that every split has."""
+        return [name for name in self.splits[0].baselines if all(name in split.baselines for split in self.splits)]
+
+    def spread(self, group: str | None = None, baseline: str | None = None) -> Spread:
         """Over the splits. A split that lacks a figure makes its mean NaN: half a benchmark is not averaged."""
-        results = [split.evaluation(group) for split in self.splits]
+        results = [split.evaluation(group, baseline) for split in self.splits]
         values = {name: np.array([result.figures()[name] for result in results]) for name in FIGURES}
         return Spread(
             sum(result.images for result in results),
@@ -80,11 +96,17 @@ class Benchmark:
             {name: float(column.std(ddof=1)) if len(column) > 1 else math.nan for name, column in values.items()},
         )
 
+    def __str__(self) -> str:
+        """Mean and spread over the splits, and the baselines' correlation."""
+        spreads = {name: self.spread(baseline=name) for name in self.baselines}
+        figures = {name: f"{each.mean['pearson']:.4f} ± {each.sd['pearson']:.4f}" for name, each in spreads.items()}
+        return f"{self.spread()}{listed(figures)}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything, with null for a figure that is not there; `sd` is over the splits, with n − 1."""
 
-        def spread(group: str | None = None) -> dict[str, Any]:
-            over = self.spread(group)
+        def spread(group: str | None = None, baseline: str | None = None) -> dict[str, Any]:
+            over = self.spread(group, baseline)
             return {"images": over.images, "mean": _plain(over.mean), "sd": _plain(over.sd)}
 
         return {
@@ -98,6 +120,7 @@ class Benchmark:
                     "model": {"path": str(split.model.path), "kind": split.model.kind, **split.model.facts},
                     **_evaluation(split.evaluation()),
                     "groups": {group: _evaluation(split.evaluation(group)) for group in self.groups},
+                    "baselines": {name: _evaluation(split.evaluation(baseline=name)) for name in split.baselines},
                     "predictions": [
                         {"image": image.name, "rating": round(float(rating), 6), "score": float(score)}
                         for image, rating, score in zip(
@@ -109,6 +132,7 @@ class Benchmark:
             ],
             "overall": spread(),
             "groups": {group: spread(group) for group in self.groups},
+            "baselines": {name: spread(baseline=name) for name in self.baselines},
         }
 
 
@@ -122,6 +146,8 @@ def run_benchmark(
     device: Device = "cpu",
     backend: Backend = "auto",
     batch_size: int = BATCH_SIZE,
+    cache: Path | None = None,
+    half_features: bool = False,
     progress: Progress = SILENT,
     on_result: Callable[[SplitResult], None] = lambda _: None,
 ) -> Benchmark:
@@ -134,6 +160,8 @@ def run_benchmark(
         scale: of the ratings, by default the models'.
         device: what runs checkpoints.
         backend: what runs bundles.
+        cache: where frozen features of training lists are kept; with it checkpoints get the ridge baseline.
+        half_features: they are kept in float16.
         progress: receives each note before anything is scored, and counts images.
         on_result: called after each split.
 
@@ -158,18 +186,11 @@ def run_benchmark(
         progress.note(note)
     results, loaded = [], None
     for model, split in zip(per_split, splits, strict=True):
-        if loaded is None or loaded[0] is not model:
+        if loaded is None or loaded.model is not model:
             loaded = None  # before the next one is read: two full-size models need not fit side by side
-            loaded = model, model.load(device, backend)
-        scores = predict(
-            loaded[1],
-            model.image_size,
-            split.test,
-            to_srgb=model.to_srgb,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        results.append(SplitResult(split.name, model, split.test, scores))
+            loaded = LoadedModel(model, device, backend, cache, half_features)
+        scores, baselines = loaded.score(split, batch_size, progress)
+        results.append(SplitResult(split.name, model, split.test, scores, baselines))
         on_result(results[-1])
     return Benchmark(protocol, str(data), results, notes)
 

@@ -98,7 +98,8 @@ def test_the_command_changes_vim_alone_and_says_from_what(faces: Path, tmp_path:
     assert any(not torch.equal(value, start[name]) for name, value in made.vim.state_dict().items())
     _, notes = read_metadata(file)
     count = len(read_splits(faces, "60-40")[0].train)
-    assert notes["pretrained"] == f"{count} pictures of {faces.name}, without ratings"
+    assert notes["vim"] == f"pre-trained here on {count} pictures of {faces.name}, without ratings"
+    assert "drawn faces" in notes["encoder"]
     assert not file.with_name(f"{file.name}.state").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,32 @@ def test_train_and_evaluate_commands_agree(faces: Path, tmp_path: Path) -> None:
         main, ["train", "--preset", "demo", "--data", str(faces), "--epochs", "1", "-o", str(file)]
     )
     assert trained.exit_code == 0, trained.stderr
-    evaluated = CliRunner().invoke(main, ["evaluate", str(file), "--data", str(faces)])
+    evaluated = CliRunner().invoke(
+        main, ["evaluate", str(file), "--data", str(faces), "--cache", str(tmp_path / "features")]
+    )
     assert evaluated.stdout == trained.stdout
+    assert "; baselines: PC " in trained.stdout
+    assert "ridge on the frozen features" in trained.stdout
     _, notes = read_metadata(file)
     (split,) = read_splits(faces, "60-40")
+    assert [epoch["number"] for epoch in notes["epochs"]] == [1]
     assert notes["test"]["mae"] == pytest.approx(evaluate(load_checkpoint(file), split.test).mae, abs=1e-6)
+
+
+def test_pictures_that_the_encoder_never_saw_the_like_of_are_noted_and_drawn_faces_are_not(
+    faces: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(faces, photos)
+    (photos / "README.txt").unlink()  # by which drawn faces are known
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    command = ["train", "--epochs", "1", "--cache", str(tmp_path / "cache")]
+    noted = CliRunner().invoke(main, [*command, "--preset", "demo", "--data", str(photos), "-o", str(first)])
+    again = CliRunner().invoke(main, [*command, "--init", str(first), "--data", str(photos), "-o", str(second)])
+    drawn = CliRunner().invoke(main, [*command, "--init", str(first), "--data", str(faces), "-o", str(second)])
+    for done, expected in ((noted, 1), (again, 1), (drawn, 0)):
+        assert done.exit_code == 0, done.stderr
+        assert done.stderr.count("note: the frozen encoder has never seen a photograph, only drawn faces") == expected
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
