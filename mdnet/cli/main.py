@@ -18,7 +18,7 @@ from mdnet.cli.pretraining import pretrain
 from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
-from mdnet_engines.errors import require
+from mdnet_engines.errors import UsageError, require
 from mdnet_engines.system.output_path import write_text
 
 if TYPE_CHECKING:
@@ -135,6 +135,11 @@ def import_(
     help="Frozen features of the training list, as `mdnet train --cache` keeps them: for a ridge beside a checkpoint.",
 )
 @click.option("--half-features", is_flag=True, help="They are in float16.")
+@click.option(
+    "--pictures",
+    is_flag=True,
+    help="Put the pictures with the largest errors into the page, which then has people's faces in it.",
+)
 def evaluate(
     models: tuple[Path, ...],
     data: Path,
@@ -148,6 +153,7 @@ def evaluate(
     backend: Backend,
     cache: Path | None,
     half_features: bool,
+    pictures: bool,
 ) -> None:
     """PC, MAE and RMSE on the test images of each split of the protocol, and their mean ± sd over its folds.
 
@@ -163,6 +169,8 @@ def evaluate(
 
     for option, file in (("--report", report), ("--json", json_)):
         check_output(file, option, "the result")
+    if pictures and not report:
+        raise UsageError("--pictures is about the page of --report, which is not asked for")
     if report:
         require("jinja2", "train")
     with show_progress() as progress:
@@ -190,4 +198,4 @@ def evaluate(
         from mdnet.evaluation.report_page import render_report
 
         facts = {"command": command_line(), "mdnet": __version__, "device": device, "backend": backend}
-        write_text(report, render_report(benchmark, facts=facts))
+        write_text(report, render_report(benchmark, facts=facts, pictures=pictures))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -25,6 +25,14 @@ ScoreBatch: TypeAlias = Callable[[np.ndarray], np.ndarray]
 Device = Literal["cpu", "cuda"]
 
 
+class TrainedEpoch(NamedTuple):
+    """The mean squared error on the training list, and Pearson on the validation slice."""
+
+    number: int
+    loss: float
+    validation_pearson: float
+
+
 @dataclass(frozen=True)
 class ScoredModel:
     """A model on disk: what is known of it before its weights are read, and `load` to get its scores."""
@@ -40,6 +48,10 @@ class ScoredModel:
     """For a report: preset, precision, hash."""
     to_srgb: bool = True
     """Whether colour profiles of images are applied."""
+    epochs: tuple[TrainedEpoch, ...] = field(default=(), kw_only=True)
+    """How it was trained, as far as it says."""
+    best_epoch: int | None = field(default=None, kw_only=True)
+    """Whose weights it has."""
     _bundle: Bundle | None = None
 
     def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
@@ -100,6 +112,25 @@ def training_of(notes: Mapping[str, object]) -> Training:
     )
 
 
+def epochs_of(notes: Mapping[str, object]) -> tuple[TrainedEpoch, ...]:
+    """The epochs in a checkpoint's notes, in their order; whatever is not an epoch of finite figures is left out."""
+    found: dict[int, TrainedEpoch] = {}
+    listed = notes.get("epochs")
+    for fields in listed if isinstance(listed, list) else []:
+        if not isinstance(fields, dict):
+            continue
+        number, *figures = (fields.get(name) for name in TrainedEpoch._fields)
+        if isinstance(number, int) and 0 < number < 1_000_000:
+            values = [float(value) for value in figures if _is_figure(value)]
+            if len(values) == len(figures):
+                found[number] = TrainedEpoch(number, *values)
+    return tuple(found[number] for number in sorted(found))
+
+
+def _is_figure(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
 def torch_scores(model: MDNet) -> ScoreBatch:
     """A PyTorch model as a function of batches; the images go where its weights are."""
     import torch
@@ -144,4 +175,14 @@ def _open_checkpoint(path: Path) -> ScoredModel:
     config, notes = read_metadata(path)
     facts = {"preset": config.preset, "precision": "PyTorch fp32", "weights": f"sha256 {sha256_of(path)[:12]}…"}
     scale = Scale(config.score_min, config.score_max)
-    return ScoredModel(path, "checkpoint", config.image_size, training_of(notes), facts, scale=scale)
+    best = notes.get("best_epoch")
+    return ScoredModel(
+        path,
+        "checkpoint",
+        config.image_size,
+        training_of(notes),
+        facts,
+        scale=scale,
+        epochs=epochs_of(notes),
+        best_epoch=best if isinstance(best, int) else None,
+    )

@@ -51,7 +51,7 @@ def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Values `low` to `high` drawn between the positions `start` and `end`; `step` separates the ticks."""
 
     low: float
@@ -91,18 +91,32 @@ def _nice_step(span: float, count: int) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * (1 - 1e-9))
 
 
-def scatter(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x_label: str, y_label: str) -> Markup:
-    """x and y on equal scales, with the line where they agree; `ringed` points are ringed and named."""
+def scatter(
+    points: Sequence[Point],
+    ringed: Sequence[Point],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    name: str = "scatter",
+    ends: tuple[float, float] | None = None,
+) -> Markup:
+    """x and y on equal scales, with the line where they agree; `ringed` points are ringed and named.
+
+    Args:
+        name: of the chart on its page.
+        ends: what both scales begin and end with, for charts that are compared; by default what the points need.
+    """
     values = [value for point in points for value in (point.x, point.y)]
-    low, high = min(values), max(values)
+    low, high = ends or (min(values), max(values))
     middle = (low + high) / 2
-    if _spread([point.x for point in points]) < 1e-6 * max(1.0, abs(middle)):  # one float32 value: no range to zoom to
+    flat = _spread([point.x for point in points]) < 1e-6 * max(1.0, abs(middle))
+    if ends is None and flat:  # one float32 value: no range to zoom to
         half = max(0.5, abs(middle) / 10, high - low)
         low, high = middle - half, middle + half
-    low, high, step = _whole_steps(low, high)
-    x, y = _Axis(low, high, step, _LEFT, _RIGHT), _Axis(low, high, step, _BOTTOM, _TOP)
-    return _chart(
-        "scatter",
+    x, y = axes((low, high), (low, high))
+    return frame(
+        name,
         title,
         f"{len(points)} images; scores from {score_text(min(values))} to {score_text(max(values))}; "
         f"largest distance from the line {number(max(abs(p.delta) for p in points), 3)} rating points.",
@@ -111,12 +125,20 @@ def scatter(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x_l
         x.unit(x_label),
         y.unit(y_label),
         Markup('<line class="identity" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(_LEFT, _BOTTOM, _RIGHT, _TOP)
-        + _dots([(x.position(p.x), y.position(p.y)) for p in points])
+        + dots([(x.position(p.x), y.position(p.y)) for p in points])
         + _rings([(x.position(p.x), y.position(p.y), p) for p in ringed if p.delta != 0]),
     )
 
 
-def residuals(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x_label: str, y_label: str) -> Markup:
+def residuals(
+    points: Sequence[Point],
+    ringed: Sequence[Point],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    name: str = "residuals",
+) -> Markup:
     """y − x against x, with the line where it is zero; `ringed` points are ringed and named."""
     xs, deltas = [point.x for point in points], [point.delta for point in points]
     low, high = min(xs), max(xs)
@@ -125,9 +147,9 @@ def residuals(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x
     bottom, top = min(*deltas, 0.0), max(*deltas, 0.0)
     if top - bottom < 1e-6:
         bottom, top = bottom - 0.5, top + 0.5
-    x, y = _Axis(*_whole_steps(low, high), _LEFT, _RIGHT), _Axis(*_whole_steps(bottom, top), _BOTTOM, _TOP)
-    return _chart(
-        "residuals",
+    x, y = axes((low, high), (bottom, top))
+    return frame(
+        name,
         title,
         f"{len(points)} images; y from {number(min(deltas), 3, '+')} to {number(max(deltas), 3, '+')} rating points.",
         x,
@@ -137,9 +159,14 @@ def residuals(points: Sequence[Point], ringed: Sequence[Point], *, title: str, x
         Markup('<line class="identity" x1="{0}" y1="{2:.2f}" x2="{1}" y2="{2:.2f}"/>').format(
             _LEFT, _RIGHT, y.position(0.0)
         )
-        + _dots([(x.position(p.x), y.position(p.delta)) for p in points])
+        + dots([(x.position(p.x), y.position(p.delta)) for p in points])
         + _rings([(x.position(p.x), y.position(p.delta), p) for p in ringed]),
     )
+
+
+def axes(x: tuple[float, float], y: tuple[float, float]) -> tuple[Axis, Axis]:
+    """Axes over the drawing area that hold x and y from their first to their second value."""
+    return Axis(*_whole_steps(*x), _LEFT, _RIGHT), Axis(*_whole_steps(*y), _BOTTOM, _TOP)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -152,7 +179,8 @@ def _whole_steps(low: float, high: float) -> tuple[float, float, float]:
     return math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step, step
 
 
-def _dots(positions: Sequence[tuple[float, float]]) -> Markup:
+def dots(positions: Sequence[tuple[float, float]]) -> Markup:
+    """A dot at each position."""
     dot = Markup('<circle cx="{:.2f}" cy="{:.2f}" r="3"></circle>')
     return Markup('<g class="dots">{}</g>').format(Markup("\n").join(dot.format(*at) for at in positions))
 
@@ -177,7 +205,7 @@ def histogram(deltas: list[float], *, title: str, x_label: str) -> Markup:
     counts = np.bincount(np.array(bins) - first, minlength=last - first + 1)
     edges = [(first + index - 0.5) * width for index in range(len(counts) + 1)]
     x, y, bars = _bars(counts, edges, lambda edge: number(edge, 3, "+"), "Δ")
-    return _chart(
+    return frame(
         "histogram",
         title,
         f"{len(deltas)} images in bins of {number(width)} rating points; Δ from {number(min(deltas), 3, '+')} "
@@ -215,7 +243,7 @@ def distribution(
         merged[k // each - first] += count
     edges = [(first + index) * width for index in range(len(merged) + 1)]
     x, y, bars = _bars(merged, edges, number, "a score from")
-    return _chart(
+    return frame(
         "histogram",
         title,
         f"{images:,} images in bins of {number(width)}; scores from {score_text(low)} to {score_text(high)}.",
@@ -229,11 +257,11 @@ def distribution(
 
 def _bars(
     counts: np.ndarray, edges: Sequence[float], edge_text: Callable[[float], str], what: str
-) -> tuple[_Axis, _Axis, Markup]:
+) -> tuple[Axis, Axis, Markup]:
     """Axes, and a bar for each of `counts` that is not zero, between its two of `edges`."""
-    x = _Axis(edges[0], edges[-1], _nice_step(edges[-1] - edges[0], 9), _LEFT, _RIGHT)
+    x = Axis(edges[0], edges[-1], _nice_step(edges[-1] - edges[0], 9), _LEFT, _RIGHT)
     step = max(1.0, _nice_step(float(counts.max()), 6))
-    y = _Axis(0.0, math.ceil(1.02 * counts.max() / step) * step, step, _BOTTOM, _TOP)  # the zero line tops every bar
+    y = Axis(0.0, math.ceil(1.02 * counts.max() / step) * step, step, _BOTTOM, _TOP)  # the zero line tops every bar
     bar = Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>')
     bars = []
     for count, (low, high) in zip(counts, pairwise(edges), strict=True):
@@ -246,10 +274,10 @@ def _bars(
     return x, y, Markup('<g class="bars">{}</g>').format(Markup("\n").join(bars))
 
 
-def _chart(
-    name: str, title: str, description: str, x: _Axis, y: _Axis, x_label: str, y_label: str, marks: Markup
+def frame(
+    name: str, title: str, description: str, x: Axis, y: Axis, x_label: str, y_label: str, marks: Markup
 ) -> Markup:
-    """`marks` with grid, ticks and labels. Tick labels carry the tick's exact position as x (or y)."""
+    """A chart: `marks` with grid, ticks and labels. Tick labels carry the tick's exact position as x (or y)."""
     grid = Markup('<line x1="{:.2f}" y1="{:.2f}" x2="{:.2f}" y2="{:.2f}"/>')
     tick = Markup('<text class="{}-tick" x="{:.2f}" y="{:.2f}" dy="{}">{}</text>')
     lines, labels = [], []

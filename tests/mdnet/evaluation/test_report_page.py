@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ from pages import Page, axis, chart, dots, loads_nothing
 
 from mdnet.cli.main import main
 from mdnet.data.rated import Rated, Scale
-from mdnet.data.scut_fbp5500 import GROUPS, Protocol
+from mdnet.data.scut_fbp5500 import GROUPS, Protocol, read_splits
+from mdnet.evaluation.baselines import GROUP_MEAN, RIDGE
 from mdnet.evaluation.protocols import Benchmark, SplitResult
 from mdnet.evaluation.published import PUBLISHED
 from mdnet.evaluation.report_page import render_report
-from mdnet.evaluation.scored_model import ScoredModel
+from mdnet.evaluation.scored_model import ScoredModel, TrainedEpoch, epochs_of
 from mdnet.model.checkpoint import demo_checkpoint
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.report.charts import MAX_POINTS
+from mdnet_engines.report.thumbnails import thumbnail
+from mdnet_rt.images.preprocess import load_image
 
 
 def benchmark(
@@ -164,6 +168,123 @@ def test_a_table_without_groups_has_no_table_of_groups() -> None:
     test = Rated([Path("a.jpg"), Path("b.jpg")], np.array([0, 1], np.float32))
     page = Page(render_report(Benchmark("all", "r.csv", [SplitResult("all", model, test, np.ones(2))], []), facts={}))
     assert "groups" not in page.tables
+
+
+def with_baselines(result: Benchmark) -> Benchmark:
+    rng = np.random.default_rng(8)
+    splits = [
+        dataclasses.replace(
+            split, baselines={name: split.test.ratings + rng.normal(0, sd, len(split.test)) for name, sd in NOISE}
+        )
+        for split in result.splits
+    ]
+    return dataclasses.replace(result, splits=splits)
+
+
+NOISE = ((GROUP_MEAN, 2.0), (RIDGE, 1.0))
+
+
+@pytest.mark.parametrize("protocol", ["60-40", "cv5"])
+def test_baselines_stand_below_the_model_with_all_figures(protocol: Protocol) -> None:
+    result = with_baselines(benchmark(protocol))
+    rows = table(Page(render_report(result, facts={})), "baselines")
+    assert list(rows) == ["this model", GROUP_MEAN, RIDGE]
+    for name, baseline in (("this model", None), (GROUP_MEAN, GROUP_MEAN), (RIDGE, RIDGE)):
+        spread = result.spread(baseline=baseline)
+        shown = [f"{spread.mean[each]:.4f}" for each in ("pearson", "mae", "rmse")]
+        assert [cell.split(" ± ")[0] for cell in rows[name]] == [str(spread.images), *shown]
+
+
+def test_without_a_ridge_the_page_says_what_it_takes() -> None:
+    result = benchmark("60-40")
+    assert "baselines" not in Page(render_report(result, facts={})).tables
+    alone = dataclasses.replace(result.splits[0], baselines={GROUP_MEAN: result.splits[0].scores})
+    text = " ".join(Page(render_report(dataclasses.replace(result, splits=[alone]), facts={})).text.split())
+    assert "A ridge on the frozen features takes a checkpoint and --cache" in text
+
+
+def test_each_groups_charts_show_its_images_on_one_scale() -> None:
+    result = benchmark("60-40")
+    html = render_report(result, facts={})
+    (split,) = result.splits
+    ticks = []
+    for row, group in enumerate(sorted(GROUPS), start=1):
+        rows = np.array(split.test.groups) == group
+        ratings, scores = split.test.ratings[rows], split.scores[rows]
+        for name, ys in ((f"scatter-{row}", scores), (f"residuals-{row}", scores - ratings)):
+            svg = chart(html, name)
+            to_x, to_y = axis(svg, "x"), axis(svg, "y")
+            read = [(to_x(x), to_y(y)) for x, y in dots(svg)]
+            np.testing.assert_allclose(read, np.column_stack([ratings, ys]), atol=5e-4)
+        ticks.append([each.text for each in chart(html, f"scatter-{row}").findall("text[@class='x-tick']")])
+        assert f"{group}: score against mean rating" in html
+    assert all(each == ticks[0] for each in ticks)
+
+
+def test_of_many_groups_the_largest_are_drawn_and_one_group_is_not_drawn_again() -> None:
+    model = benchmark("60-40").splits[0].model
+    names = [f"g{n:02}" for n in range(15) for _ in range(n + 2)]
+    test = Rated([Path(f"{n}.jpg") for n in range(len(names))], np.linspace(1, 5, len(names), dtype=np.float32), names)
+    result = Benchmark("60-40", "d", [SplitResult("60-40", model, test, np.linspace(5, 1, len(names)))], [])
+    html = render_report(result, facts={})
+    assert "the 12 largest groups" in html
+    assert html.count('<svg id="scatter-') == 12
+    assert "g02: score" not in html
+    one = dataclasses.replace(result.splits[0], test=Rated(test.images, test.ratings, ["all"] * len(names)))
+    assert '<svg id="scatter-1' not in render_report(dataclasses.replace(result, splits=[one]), facts={})
+
+
+def test_the_training_curve_is_what_the_checkpoint_kept() -> None:
+    result = benchmark("60-40")
+    epochs = tuple(TrainedEpoch(n, 1 / n, n / 10) for n in range(3, 8))
+    model = dataclasses.replace(result.splits[0].model, epochs=epochs, best_epoch=6)
+    result = dataclasses.replace(result, splits=[dataclasses.replace(result.splits[0], model=model)])
+    html = render_report(result, facts={})
+    loads_nothing(html)
+    for name, figure in (("loss-1", "loss"), ("validation_pearson-1", "validation_pearson")):
+        svg = chart(html, name)
+        to_x, to_y = axis(svg, "x"), axis(svg, "y")
+        read = [(to_x(x), to_y(y)) for x, y in dots(svg)]
+        np.testing.assert_allclose(read, [(each.number, getattr(each, figure)) for each in epochs], atol=1e-3)
+        (ring,) = svg.findall("g[@class='rings']/circle")
+        assert to_x(float(ring.attrib["cx"])) == pytest.approx(6, abs=1e-3)
+    assert "Epochs before 3 ran before the run was resumed" in " ".join(Page(html).text.split())
+    assert "Training loss" not in render_report(benchmark("60-40"), facts={})
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        None,
+        "many",
+        [None, 3, {}],
+        [{"number": "1", "loss": 1.0, "validation_pearson": 0.5}],
+        [{"number": 1, "loss": float("nan"), "validation_pearson": 0.5}],
+        [{"number": 1, "loss": 1e300, "validation_pearson": True}],
+    ],
+)
+def test_notes_of_any_kind_make_no_curve(epochs: object) -> None:
+    assert epochs_of({"epochs": epochs}) == ()
+
+
+def test_epochs_are_read_in_order_with_whatever_else_they_hold() -> None:
+    kept = [{"number": n, "of": 9, "loss": 0.5, "validation_pearson": 0.1 * n, "learning_rate": 1e-3} for n in (2, 1)]
+    assert epochs_of({"epochs": kept}) == (TrainedEpoch(1, 0.5, 0.1), TrainedEpoch(2, 0.5, 0.2))
+
+
+def test_pictures_of_the_largest_errors_are_shown_only_where_they_are_asked_for(faces: Path) -> None:
+    (split,) = read_splits(faces, "60-40")
+    scores = split.test.ratings + np.linspace(-1, 1.1, len(split.test))
+    model = benchmark("60-40").splits[0].model
+    result = Benchmark("60-40", "d", [SplitResult("60-40", model, split.test, scores)], [])
+    without = render_report(result, facts={})
+    assert "img" not in Page(without).tags()
+    html = render_report(result, facts={}, pictures=True)
+    loads_nothing(html)
+    shown = [each["src"] for tag, each in Page(html).elements if tag == "img"]
+    order = np.argsort(-np.abs(scores - split.test.ratings))[:10]
+    assert shown == [thumbnail(load_image(split.test.images[row], 128), 128).source for row in order]
+    assert "share it as you would the photographs" in Page(html).text
 
 
 def test_the_command_writes_the_page(faces: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from mdnet.cli.main import main
 from mdnet.data.scut_fbp5500 import read_splits
 from mdnet.evaluation.evaluate import evaluate
+from mdnet.evaluation.scored_model import open_model
 from mdnet.model.checkpoint import load_checkpoint, read_metadata
 from mdnet.model.config import TrainConfig, preset
 from mdnet.model.net import MDNet, random_mdnet
@@ -66,6 +67,7 @@ def test_train_and_evaluate_commands_agree(faces: Path, tmp_path: Path) -> None:
     _, notes = read_metadata(file)
     (split,) = read_splits(faces, "60-40")
     assert [epoch["number"] for epoch in notes["epochs"]] == [1]
+    assert open_model(file).epochs[0].validation_pearson == notes["epochs"][0]["validation_pearson"]
     assert notes["test"]["mae"] == pytest.approx(evaluate(load_checkpoint(file), split.test).mae, abs=1e-6)
 
 
