@@ -71,11 +71,11 @@ def test_lines_are_one_per_split_and_the_mean_over_folds(faces: Path) -> None:
     model = load_checkpoint(demo_checkpoint())
     folds = [evaluate(model, split.test) for split in read_splits(faces, "cv5")]
     *lines, mean = run(demo_checkpoint(), "--data", faces, "--protocol", "cv5").stdout.splitlines()
-    assert lines == [f"fold {n}: {fold}" for n, fold in enumerate(folds, start=1)]
+    assert [line.split(";")[0] for line in lines] == [f"fold {n}: {fold}" for n, fold in enumerate(folds, start=1)]
     column = np.array([fold.mae for fold in folds])
     assert mean.startswith("cv5: PC ")
     assert f"MAE {column.mean():.4f} ± {column.std(ddof=1):.4f}" in mean
-    assert mean.endswith("on 60 test images")
+    assert mean.split(";")[0].endswith("on 60 test images")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
