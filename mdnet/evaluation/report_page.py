@@ -19,7 +19,6 @@ from mdnet_engines.report.curves import curve
 from mdnet_engines.report.numbers import number, score_text
 from mdnet_engines.report.page import render
 from mdnet_engines.report.thumbnails import Thumbnail, thumbnail
-from mdnet_rt.images.preprocess import load_image
 
 WORST_SHOWN = 10
 GROUPS_DRAWN = 12
@@ -111,11 +110,7 @@ def _scored(benchmark: Benchmark) -> list[_Scored]:
 def _pictures(every: Sequence[_Scored], worst: Sequence[Point]) -> list[Thumbnail]:
     """What the model saw of each of `worst`."""
     by_point = {id(each.point): each for each in every}
-    pictures = []
-    for each in (by_point[id(point)] for point in worst):
-        pixels = load_image(each.file, each.model.image_size, to_srgb=each.model.to_srgb)
-        pictures.append(thumbnail(pixels, _SIDE))
-    return pictures
+    return [thumbnail(each.model.read(each.file), _SIDE) for each in (by_point[id(point)] for point in worst)]
 
 
 def _baselines(benchmark: Benchmark) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from mdnet.data.rated import Scale
 from mdnet_engines.backends.choice import open_graphs
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, Training
 from mdnet_engines.errors import MDNetError, UsageError, require
+from mdnet_rt.images.preprocess import load_image
 
 if TYPE_CHECKING:
     from mdnet.model.net import MDNet
@@ -53,6 +54,10 @@ class ScoredModel:
     best_epoch: int | None = field(default=None, kw_only=True)
     """Whose weights it has."""
     _bundle: Bundle | None = None
+
+    def read(self, file: Path) -> np.ndarray:
+        """An image as this model sees it, uint8 (S, S, 3); raises `ImageError` where it can't be used."""
+        return load_image(file, self.image_size, to_srgb=self.to_srgb)
 
     def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
         """Read the weights, and give what scores a batch: uint8 (n, S, S, 3) → float32 (n,).

@@ -17,7 +17,7 @@ from mdnet.explain.occlusion import Occlusion, default_patch, default_stride, oc
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.errors import MDNetError, printable
 from mdnet_engines.progress import SILENT, Progress
-from mdnet_rt.images.preprocess import ImageError, load_image
+from mdnet_rt.images.preprocess import ImageError
 
 if TYPE_CHECKING:
     from mdnet.explain.attention import Looked
@@ -155,7 +155,7 @@ def _read(
     pictures, skipped = [], []
     for file in files:
         try:
-            pictures.append((str(file), load_image(file, model.image_size, to_srgb=model.to_srgb)))
+            pictures.append((str(file), model.read(file)))
         except ImageError as error:
             skipped.append((str(file), str(error)))
             progress.note(f"skipped {printable(file)}: {error}")
