@@ -27,13 +27,13 @@ from mdnet_engines.bundle.manifest import (
     GpuGraph,
     GraphEntry,
     Manifest,
-    ParitySummary,
     Precision,
     Preprocessing,
     Provenance,
     ScoreScale,
     TensorSpec,
 )
+from mdnet_engines.bundle.parity_summary import ParitySummary
 from mdnet_engines.errors import MDNetError, UsageError
 from mdnet_engines.parity.measure import Images, Outputs
 from mdnet_engines.parity.probes import PROBES, PROBES_NAME, write_probes

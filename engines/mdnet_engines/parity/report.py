@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from mdnet_engines.bundle.manifest import ParitySummary
+from mdnet_engines.bundle.parity_summary import ParitySummary
 from mdnet_engines.parity.metrics import mae, max_abs, pearson, spearman
 
 PEARSON_GATE = "score Pearson"
