@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mdnet_engines.backends.candidates import Backend
 
 
-@click.group(cls=Command)
+@click.group("mdnet", cls=Command)
 def main() -> None:
     """MD-Net in PyTorch: published weights, data, training, evaluation, what a score depends on."""
 

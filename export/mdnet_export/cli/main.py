@@ -44,7 +44,7 @@ checkpoint_option = click.option(
 )
 
 
-@click.group(cls=Command)
+@click.group("mdnet-export", cls=Command)
 def main() -> None:
     """From a trained PyTorch MD-Net to a bundle that mdnet-rt serves."""
 

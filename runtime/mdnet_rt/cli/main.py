@@ -12,7 +12,7 @@ from mdnet_rt.cli.score import score
 from mdnet_rt.cli.serve import serve
 
 
-@click.group(cls=Command)
+@click.group("mdnet-rt", cls=Command)
 def main() -> None:
     """Score face photographs with a bundle that mdnet-export made."""
 
