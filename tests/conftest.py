@@ -91,6 +91,20 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def portraits(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data set with a photo of a person in place of each drawing, at another place of a grey canvas."""
+    from PIL import Image
+
+    root = Path(shutil.copytree(faces, tmp_path_factory.mktemp("data") / "portraits"))
+    photo = Image.open(Path(__file__).parent / "data" / "portrait.jpg").convert("RGB").resize((160, 160))
+    for number, file in enumerate(sorted((root / "Images").iterdir())):
+        canvas = Image.new("RGB", (220, 240), (110 + number, 120, 130))
+        canvas.paste(photo, (number % 60, number % 80))
+        canvas.save(file)
+    return root
+
+
+@pytest.fixture(scope="session")
 def float_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the packaged demo's three float32 graphs; not to be changed."""
     from mdnet_engines.bundle.manifest import GRAPH_NAMES

@@ -12,6 +12,7 @@ import numpy as np
 
 from mdnet_engines.errors import UsageError
 from mdnet_engines.progress import SILENT, Progress
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import ImageError, load_image
 
 RangeMethod = Literal["percentile", "minmax"]
@@ -23,7 +24,7 @@ _STRATA = 5  # of the ratings, within each group
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Preprocessed images, uint8 (n, S, S, 3), their names and where they are from. `skipped` could not be read."""
+    """Preprocessed images, uint8 (n, S, S, 3), their names and where they are from. `skipped` could not be used."""
 
     names: list[str]
     pixels: np.ndarray
@@ -41,8 +42,13 @@ class CalibrationSet:
         return CalibrationSet([self.names[i] for i in rows], self.pixels[list(rows)], source, self.skipped)
 
 
-def load_set(files: Sequence[Path], size: int, source: str, *, progress: Progress = SILENT) -> CalibrationSet:
+def load_set(
+    files: Sequence[Path], size: int, source: str, *, face: float | None = None, progress: Progress = SILENT
+) -> CalibrationSet:
     """Read `files` through the runtime's preprocessing; what can't be read is left out and counted.
+
+    Args:
+        face: which square of an image is taken, as a manifest has it.
 
     Raises:
         UsageError: fewer than `MIN_IMAGES` are left.
@@ -51,7 +57,7 @@ def load_set(files: Sequence[Path], size: int, source: str, *, progress: Progres
     advance = progress.count("reading calibration images", len(files))
     for file in files:
         try:
-            arrays.append(load_image(file, size))
+            arrays.append(load_image(file, size, find_box=face_finder(face)))
             names.append(file.name)
         except ImageError:
             pass

@@ -224,7 +224,7 @@ def _write_draft(folder: Path, weights: Weights, precision: Precision, made: Pre
     manifest = Manifest(
         preset=config.preset,
         precision=precision,
-        preprocessing=Preprocessing(image_size=config.image_size, colour="srgb"),
+        preprocessing=Preprocessing(image_size=config.image_size, colour="srgb", face=config.face),
         score=ScoreScale(minimum=config.score_min, maximum=config.score_max),
         graphs={name: graph_entry(folder / f"{name}.onnx", graph_precision(name, precision)) for name in GRAPH_NAMES},
         probes=file_entry(folder / PROBES_NAME),

@@ -9,6 +9,7 @@ from mdnet_engines.bundle.manifest import Manifest, PlanSet, TensorSpec
 from mdnet_engines.bundle.precision_facts import QuantisedFacts
 from mdnet_engines.console import show_facts
 from mdnet_engines.errors import BundleError, printable
+from mdnet_engines.framing import describe_face
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
 
@@ -26,9 +27,10 @@ def print_bundle(bundle: Bundle) -> None:
     digest = f", sha256 {provenance.checkpoint_sha256}" if provenance.checkpoint_sha256 else ""
     made = manifest.preprocessing
     colours = "colours to sRGB" if made.to_srgb else "colours as stored"
+    shown = f"{describe_face(made.face)}, eyes level" if made.face else "centre crop"
     facts = {
         "preset": f"{manifest.preset}, schema {manifest.schema_version}; every file's sha256 is as the manifest says",
-        "input": f"{made.image_size} px, {made.resample}, centre crop, {colours}",
+        "input": f"{made.image_size} px, {made.resample}, {shown}, {colours}",
         "score": str(manifest.score),
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),

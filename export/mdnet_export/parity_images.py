@@ -18,6 +18,7 @@ from mdnet_engines.parity.gates import RATED_IMAGES
 from mdnet_engines.parity.measure import Images
 from mdnet_engines.parity.probes import PROBES
 from mdnet_engines.progress import SILENT, Progress
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import ImageError, load_image, preprocess
 from mdnet_rt.sources.locations import find_images
 
@@ -59,6 +60,7 @@ def parity_images(
     size: int,
     count: int | None = None,
     *,
+    face: float | None = None,
     training: Training | None = None,
     progress: Progress = SILENT,
 ) -> Images:
@@ -69,6 +71,7 @@ def parity_images(
 
     Args:
         count: by default `OWN_PICTURES`, or of drawn faces `PROBES`.
+        face: which square of a file is taken, as a manifest has it. Drawn faces are taken whole.
 
     Raises:
         UsageError: the folder holds no readable image, or `count` is not positive.
@@ -84,20 +87,25 @@ def parity_images(
         test = _split(open_data(folder), training, progress)[1].test
         if not len(test):
             raise UsageError(f"{folder} has no test picture to measure parity on")
-        images = _read(Pictures(name, test.images, test), _even(len(test), count), size, "test images")
+        images = _read(Pictures(name, test.images, test), _even(len(test), count), size, face, "test images")
     else:
         files = find_images([folder])
-        images = _read(Pictures(name, files), _even(len(files), count), size, "images")
+        images = _read(Pictures(name, files), _even(len(files), count), size, face, "images")
     if images is None:
         raise UsageError(f"{folder} holds no readable image")
     return images
 
 
-def hold_out(pictures: Pictures, size: int, count: int | None = None) -> tuple[Images | None, Pictures]:
+def hold_out(
+    pictures: Pictures, size: int, count: int | None = None, *, face: float | None = None
+) -> tuple[Images | None, Pictures]:
     """Of the user's pictures, some to measure parity on, and those that are left to calibrate with.
 
     A quarter of them at most, and `count` (`OWN_PICTURES`); the same ones each time. None where the quarter is below
     `MIN_HELD_OUT`: then all are left.
+
+    Args:
+        face: as `parity_images`.
 
     Raises:
         UsageError: `count` is not positive.
@@ -108,7 +116,7 @@ def hold_out(pictures: Pictures, size: int, count: int | None = None) -> tuple[I
         return None, pictures
     rows = pictures.choose(min(OWN_PICTURES if count is None else count, share))
     words = "images" if pictures.rated is None else "training images"
-    return _read(pictures, rows, size, words, ", none of which calibrated"), pictures.besides(rows)
+    return _read(pictures, rows, size, face, words, ", none of which calibrated"), pictures.besides(rows)
 
 
 def own_pictures(folder: Path, *, training: Training | None = None, progress: Progress = SILENT) -> Pictures:
@@ -145,10 +153,14 @@ def calibration_images(
     size: int,
     count: int,
     *,
+    face: float | None = None,
     training: Training | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationSet:
     """`count` images to calibrate with: drawn, or of the user's pictures (a path is read by `own_pictures`).
+
+    Args:
+        face: as `parity_images`.
 
     Raises:
         UsageError: too few images can be read; or as `own_pictures`.
@@ -162,7 +174,7 @@ def calibration_images(
     pictures = source if isinstance(source, Pictures) else own_pictures(source, training=training, progress=progress)
     files = [pictures.files[row] for row in pictures.choose(count)]
     described = pictures.name if pictures.rated is None else f"{len(files)} training images of {pictures.name}"
-    return load_set(files, size, described, progress=progress)
+    return load_set(files, size, described, face=face, progress=progress)
 
 
 def is_dataset(folder: Path) -> bool:
@@ -192,12 +204,14 @@ def _check_count(count: int | None) -> None:
         raise UsageError(f"--num-images is {count}; parity needs at least one image")
 
 
-def _read(pictures: Pictures, rows: list[int], size: int, words: str, more: str = "") -> Images | None:
-    """The pictures at `rows` that can be read; None where none can."""
+def _read(
+    pictures: Pictures, rows: list[int], size: int, face: float | None, words: str, more: str = ""
+) -> Images | None:
+    """The pictures at `rows` that can be used; None where none can."""
     good, arrays = [], []
     for row in rows:
         try:
-            arrays.append(load_image(pictures.files[row], size))
+            arrays.append(load_image(pictures.files[row], size, find_box=face_finder(face)))
         except ImageError:
             continue
         good.append(row)

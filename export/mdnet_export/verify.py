@@ -90,10 +90,12 @@ def verify_bundle(
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     reference = _reference(bundle, against)
+    made = manifest.preprocessing
     images = parity_images(
         images_folder,
-        manifest.preprocessing.image_size,
+        made.image_size,
         num_images,
+        face=made.face,
         training=manifest.provenance.training,
         progress=progress,
     )

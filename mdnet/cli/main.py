@@ -19,6 +19,7 @@ from mdnet.cli.training import ablate, prior, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
 from mdnet_engines.errors import UsageError, require
+from mdnet_engines.framing import FaceOption
 from mdnet_engines.system.output_path import write_text
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def import_(
 @click.option(
     "--json", "json_", type=click.Path(path_type=Path), help="Write every figure and score to this .json file."
 )
+@click.option("--face", type=FaceOption(), help="Which square of an image to score. Default: that of training.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images at once.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What runs a checkpoint."
@@ -148,6 +150,7 @@ def evaluate(
     scale: tuple[float, float] | None,
     report: Path | None,
     json_: Path | None,
+    face: str | None,
     batch_size: int,
     device: Device,
     backend: Backend,
@@ -180,6 +183,7 @@ def evaluate(
             protocol,
             fold=fold,
             scale=parse_scale(scale),
+            face=face,
             device=device,
             backend=backend,
             batch_size=batch_size,

@@ -67,7 +67,7 @@ def pretrain(
     config = PretrainConfig(epochs=epochs, batch_size=batch_size, seed=seed)
     with show_progress() as progress:
         files = [file for path in data for file in training_pictures(path, progress)]
-        pixels = load_pixels(files, model.config.image_size, progress)
+        pixels = load_pixels(files, model.config.image_size, progress, face=model.config.face)
         fingerprint = {
             **{name: str(value) for name, value in dataclasses.asdict(config).items()},
             "first weights": state_digest(model.vim)[:12],

@@ -25,6 +25,7 @@ from mdnet.data.rated import Scale
 from mdnet.model.config import FUSIONS, TrainConfig, preset
 from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError
+from mdnet_engines.framing import FaceOption, parse_face
 from mdnet_engines.options import config_option
 from mdnet_engines.progress import Laps
 
@@ -40,6 +41,11 @@ _TRAINING_OPTIONS = (
     click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch."),
     click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from."),
     click.option("--data", type=click.Path(path_type=Path), help=data_help),
+    click.option(
+        "--face",
+        type=FaceOption(),
+        help="Which square of an image the model sees, in training and after.  [default: that of --init, else none]",
+    ),
     protocol_option,
     fold_option,
     scale_option,
@@ -122,6 +128,7 @@ def train(
     preset: str | None,
     init: Path | None,
     data: Path | None,
+    face: str | None,
     protocol: str | None,
     fold: int | None,
     scale: tuple[float, float] | None,
@@ -157,7 +164,7 @@ def train(
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
     state.check()
     check_device(device)
-    model, origin = _initial_model(preset, init, seed, parse_scale(scale)), origins(init)
+    model, origin = _initial_model(preset, init, seed, parse_scale(scale), face), origins(init)
     if fusion not in (None, model.config.fusion):
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
@@ -223,6 +230,7 @@ def ablate(
     preset: str | None,
     init: Path | None,
     data: Path | None,
+    face: str | None,
     protocol: str | None,
     fold: int | None,
     scale: tuple[float, float] | None,
@@ -248,13 +256,13 @@ def ablate(
     check_device(device)
     results = Results(output)
     on_scale = parse_scale(scale)
-    _check_data(data, model := _initial_model(preset, init, 0, on_scale))
+    _check_data(data, model := _initial_model(preset, init, 0, on_scale, face))
     config = TrainConfig(**how)
     with data_or_drawn(data) as rated, show_progress() as progress:
         _, split = training_split(rated, protocol, fold, _scale_of(model), progress)
         _warn_of_drawings(model, init, data)
         runs = compare(
-            lambda seed: _initial_model(preset, init, seed, on_scale),
+            lambda seed: _initial_model(preset, init, seed, on_scale, face),
             split,
             config,
             seeds=range(seeds),
@@ -298,10 +306,14 @@ def _warn_of_drawings(model: MDNet, init: Path | None, data: Path | None) -> boo
     return said
 
 
-def _initial_model(preset_name: str | None, init: Path | None, seed: int, scale: Scale | None) -> MDNet:
+def _initial_model(
+    preset_name: str | None, init: Path | None, seed: int, scale: Scale | None, face: str | None
+) -> MDNet:
     from mdnet.model.net import with_scale
 
     model = model_to_start_from(preset_name, init, seed)
+    if face is not None:
+        model.config = dataclasses.replace(model.config, face=parse_face(face))
     return model if scale is None else with_scale(model, *scale)
 
 

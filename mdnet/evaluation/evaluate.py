@@ -12,6 +12,7 @@ from mdnet.data.rated import Rated
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.parity.metrics import mae, pearson, rmse
 from mdnet_engines.progress import SILENT, Progress
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import ImageError, load_image
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ class Evaluation:
         return f"PC {self.pearson:.4f}  MAE {self.mae:.4f}  RMSE {self.rmse:.4f} on {self.images} test images"
 
 
-def load_needed(file: Path, size: int, *, to_srgb: bool = True) -> np.ndarray:
-    """As `load_image`; an image that can't be read is a `MDNetError`, which ends the work."""
+def load_needed(file: Path, size: int, *, to_srgb: bool = True, face: float | None = None) -> np.ndarray:
+    """As `load_image`, with the framing `face` of a manifest; an image that can't be used is a `MDNetError`, which ends
+    the work.
+    """
     try:
-        return load_image(file, size, to_srgb=to_srgb)
+        return load_image(file, size, find_box=face_finder(face), to_srgb=to_srgb)
     except ImageError as error:
         raise MDNetError(f"{file}: {error}; every image of the split is needed") from error
 
@@ -61,6 +64,7 @@ def predict(
     data: Rated,
     *,
     to_srgb: bool = True,
+    face: float | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Progress = SILENT,
 ) -> np.ndarray:
@@ -68,6 +72,7 @@ def predict(
 
     Args:
         to_srgb: whether colour profiles of images are applied.
+        face: which square of an image is scored, as a manifest has it.
 
     Raises:
         MDNetError: an image can't be read, or its score is not finite. A benchmark with missing images is none.
@@ -75,7 +80,7 @@ def predict(
     predicted, advance = [], progress.count(f"scoring {len(data)} images", len(data))
     for start in range(0, len(data), batch_size):
         files = data.images[start : start + batch_size]
-        pixels = np.stack([load_needed(file, image_size, to_srgb=to_srgb) for file in files])
+        pixels = np.stack([load_needed(file, image_size, to_srgb=to_srgb, face=face) for file in files])
         scores = np.asarray(score(pixels), dtype=np.float64)
         for file, value in zip(files, scores, strict=True):
             if not np.isfinite(value):
@@ -89,5 +94,6 @@ def evaluate(model: MDNet, data: Rated, *, batch_size: int = BATCH_SIZE, progres
     """Score `data` with a PyTorch model and compare; raises as `predict`."""
     from mdnet.evaluation.scored_model import torch_scores
 
-    scores = predict(torch_scores(model), model.config.image_size, data, batch_size=batch_size, progress=progress)
+    size, face = model.config.image_size, model.config.face
+    scores = predict(torch_scores(model), size, data, face=face, batch_size=batch_size, progress=progress)
     return Evaluation.of(data.ratings, scores)

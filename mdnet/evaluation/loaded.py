@@ -39,6 +39,7 @@ class LoadedModel:
             self.model.image_size,
             split.test,
             to_srgb=self.model.to_srgb,
+            face=self.model.face,
             batch_size=batch_size,
             progress=progress,
         )
@@ -64,8 +65,8 @@ def score_beside_baselines(
     """
     from mdnet.evaluation.frozen import PoolingScores
 
-    score = PoolingScores(model)
-    scores = predict(score, model.config.image_size, split.test, batch_size=batch_size, progress=progress)
+    score, size, face = PoolingScores(model), model.config.image_size, model.config.face
+    scores = predict(score, size, split.test, face=face, batch_size=batch_size, progress=progress)
     return scores, {
         **group_mean(split.train, split.test),
         **frozen_ridge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from mdnet.evaluation.scored_model import Device, ScoredModel
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.manifest import Training
 from mdnet_engines.errors import UsageError
+from mdnet_engines.framing import mismatch, parse_face
 from mdnet_engines.progress import SILENT, Progress
 
 
@@ -143,6 +145,7 @@ def run_benchmark(
     *,
     fold: int | None = None,
     scale: Scale | None = None,
+    face: str | None = None,
     device: Device = "cpu",
     backend: Backend = "auto",
     batch_size: int = BATCH_SIZE,
@@ -158,6 +161,7 @@ def run_benchmark(
         protocol: by default that of the data (`RatedData.protocol`).
         fold: the only one to score, of a protocol with folds.
         scale: of the ratings, by default the models'.
+        face: which square of an image is scored, as `mdnet_engines.framing` writes it; by default each model's own.
         device: what runs checkpoints.
         backend: what runs bundles.
         cache: where frozen features of training lists are kept; with it checkpoints get the ridge baseline.
@@ -179,9 +183,14 @@ def run_benchmark(
         splits = [split for split in splits if split.fold == fold]
         if not splits:
             raise UsageError(f"--fold {fold}: protocol {protocol} has {f'folds {numbers}' if numbers else 'no folds'}")
+    reframed: list[str] = []
+    if face is not None:
+        used = parse_face(face)
+        reframed = [f"{model.path}: {differs}" for model in models if (differs := mismatch(model.face, used))]
+        models = [dataclasses.replace(model, face=used) for model in models]
     per_split = assign(models, len(splits), protocol)
     notes = seen_images(per_split, [split.fold for split in splits], protocol, rated)
-    notes += [*rated.departures(protocol, splits), *rated.notes(per_split[0].scale)]
+    notes += [*rated.departures(protocol, splits), *rated.notes(per_split[0].scale), *reframed]
     for note in notes:
         progress.note(note)
     results, loaded = [], None

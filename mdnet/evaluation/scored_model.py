@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from mdnet.data.rated import Scale
 from mdnet_engines.backends.choice import open_graphs
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, Training
 from mdnet_engines.errors import MDNetError, UsageError, require
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import load_image
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class ScoredModel:
     """For a report: preset, precision, hash."""
     to_srgb: bool = True
     """Whether colour profiles of images are applied."""
+    face: float | None = field(default=None, kw_only=True)
+    """Which square of an image it sees, as a manifest has it: that of its training, unless it was replaced."""
     epochs: tuple[TrainedEpoch, ...] = field(default=(), kw_only=True)
     """How it was trained, as far as it says."""
     best_epoch: int | None = field(default=None, kw_only=True)
@@ -57,7 +61,7 @@ class ScoredModel:
 
     def read(self, file: Path) -> np.ndarray:
         """An image as this model sees it, uint8 (S, S, 3); raises `ImageError` where it can't be used."""
-        return load_image(file, self.image_size, to_srgb=self.to_srgb)
+        return load_image(file, self.image_size, find_box=face_finder(self.face), to_srgb=self.to_srgb)
 
     def load(self, device: Device = "cpu", backend: Backend = "auto") -> ScoreBatch:
         """Read the weights, and give what scores a batch: uint8 (n, S, S, 3) → float32 (n,).
@@ -74,11 +78,13 @@ class ScoredModel:
         return torch_scores(self.load_torch(device))
 
     def load_torch(self, device: Device = "cpu") -> MDNet:
-        """Read a checkpoint's model onto `device`; raises as `load`."""
+        """Read a checkpoint's model onto `device`, with the framing `face`; raises as `load`."""
         from mdnet.model.checkpoint import load_checkpoint
 
         check_device(device)
-        return load_checkpoint(self.path).to(device)
+        model = load_checkpoint(self.path)
+        model.config = dataclasses.replace(model.config, face=self.face)
+        return model.to(device)
 
 
 def open_model(path: Path) -> ScoredModel:
@@ -168,6 +174,7 @@ def _open_bundle(path: Path) -> ScoredModel:
         manifest.preprocessing.to_srgb,
         bundle,
         scale=Scale(manifest.score.minimum, manifest.score.maximum),
+        face=manifest.preprocessing.face,
     )
 
 
@@ -188,6 +195,7 @@ def _open_checkpoint(path: Path) -> ScoredModel:
         training_of(notes),
         facts,
         scale=scale,
+        face=config.face,
         epochs=epochs_of(notes),
         best_epoch=best if isinstance(best, int) else None,
     )

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from mdnet_engines.errors import UsageError, printable
+from mdnet_engines.framing import LEAST, MOST
 
 FUSIONS = ("cross-attention", "concatenation", "diffusion-only", "vim-only")
 """How the streams are joined: MD-Net's way, then its ablations."""
@@ -33,6 +34,8 @@ class MDNetConfig:
     preset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,100}$")]
     image_size: Pixels = 256
     """Side of the square input, S. Ours: the smallest size that gives Stable Diffusion's U-Net a 4×4 mid block."""
+    face: Annotated[float, Field(ge=LEAST, le=MOST)] | None = None
+    """What S×S pixels show: a square of this many times the face, with the eyes level. None: the central square."""
 
     # Frozen diffusion encoder: the VAE's encoder, then the U-Net's down path and mid block (SD 1.5 by default).
     vae: str = "kl"

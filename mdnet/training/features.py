@@ -110,7 +110,7 @@ def cached_features(
     """
     with feature_folder(folder) as root:
         cache = _Cache(root, encoder, config, half)
-        pixels = load_pixels(data.images, config.image_size, progress)
+        pixels = load_pixels(data.images, config.image_size, progress, face=config.face)
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
         advance = progress.count(f"frozen features of {len(digests)} images", len(digests))
@@ -208,8 +208,11 @@ def _open_shard(file: Path, names: Iterable[str]) -> tuple[list[str], dict[str, 
         return images, {name: stored.get_tensor(name) for name in names}
 
 
-def load_pixels(files: Sequence[Path], size: int, progress: Progress = SILENT) -> Tensor:
+def load_pixels(files: Sequence[Path], size: int, progress: Progress = SILENT, *, face: float | None = None) -> Tensor:
     """Preprocessed images, uint8 (n, size, size, 3).
+
+    Args:
+        face: which square of an image is taken, as a manifest has it.
 
     Raises:
         MDNetError: an image can't be read.
@@ -217,7 +220,7 @@ def load_pixels(files: Sequence[Path], size: int, progress: Progress = SILENT) -
     pixels = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
     advance = progress.count(f"reading {len(files)} images", len(files))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing leave Python's lock
-        for row, image in enumerate(pool.map(lambda file: load_needed(file, size), files)):
+        for row, image in enumerate(pool.map(lambda file: load_needed(file, size, face=face), files)):
             pixels[row] = torch.from_numpy(np.ascontiguousarray(image))
             advance(1)
     return pixels

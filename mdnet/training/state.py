@@ -90,6 +90,7 @@ def fingerprint(model: MDNet, data: Rated, config: TrainConfig, *, half_features
         "preset": model.config.preset,
         "image size": str(model.config.image_size),
         "scale": f"{model.config.score_min:g} to {model.config.score_max:g}",
+        "face": str(model.config.face),
         "features": "float16" if half_features else "float32",
         "encoder": encoder_digest(model.diffusion)[:12],
         "first weights": state_digest(nn.ModuleList([model.vim, model.fusion]))[:12],

@@ -279,13 +279,16 @@ def test_a_checkpoint_is_built_and_verified_with_its_hash(tmp_path: Path, monkey
     )
     model = load_checkpoint(demo_checkpoint())
     model.fusion.head.out.bias.data += 0.3
+    model.config = dataclasses.replace(model.config, face=0.8)
     file = tmp_path / "mine.safetensors"
     save_checkpoint(model, file)
     out = tmp_path / "bundle"
     arguments = ["build", "--checkpoint", str(file), "-o", str(out), "--num-images", "2"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
-    assert Bundle.open(out).manifest.provenance.weights == "checkpoint"
+    manifest = Bundle.open(out).manifest
+    assert (manifest.provenance.weights, manifest.preprocessing.face) == ("checkpoint", 0.8)
+    assert "a square of 0.8 times the face, eyes level" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
     without = CliRunner().invoke(main, ["verify", str(out)])
     assert "give it with --against" in without.stderr
     assert CliRunner().invoke(main, ["verify", str(out), "--against", str(file), "--num-images", "2"]).exit_code == 0

@@ -21,6 +21,7 @@ from mdnet_export.cli.calibration import choose_images
 from mdnet_export.model_source import choose_weights
 from mdnet_export.parity_images import calibration_images, hold_out, is_dataset, own_pictures, parity_images
 from mdnet_export.quantise import Calibration
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import load_image
 
 LISTS = "train_test_files"
@@ -47,6 +48,16 @@ def test_parity_takes_test_images_of_the_data_set_with_their_ratings(faces: Path
     assert images.source == "10 test images of faces"
     assert images.groups == [name[:2] for name in images.names]
     assert parity_images(faces, 64, 1000).names == list(test)
+
+
+def test_files_are_framed_as_in_training_and_drawn_faces_taken_whole(portraits: Path) -> None:
+    images = parity_images(portraits, 64, 4, face=1.2)
+    expected = [load_image(portraits / "Images" / name, 64, find_box=face_finder(1.2)) for name in images.names]
+    np.testing.assert_array_equal(images.pixels, expected)
+    calibration = calibration_images(portraits, 64, 8, face=1.2)
+    first = load_image(portraits / "Images" / calibration.names[0], 64, find_box=face_finder(1.2))
+    np.testing.assert_array_equal(calibration.pixels[0], first)
+    np.testing.assert_array_equal(parity_images(None, 64, 2, face=1.2).pixels, parity_images(None, 64, 2).pixels)
 
 
 def test_images_of_a_folder_have_no_ratings(faces: Path) -> None:

@@ -90,19 +90,19 @@ def choose_images(
     """
     from mdnet_export.parity_images import MIN_HELD_OUT, hold_out, own_pictures, parity_images
 
-    size, training = weights.config.image_size, weights.training()
+    size, face, training = weights.config.image_size, weights.config.face, weights.training()
     pictures, held = None, None
     if calib is not None and precision != "fp32":
         pictures = own_pictures(calib, training=training, progress=progress)
         if images is None:
-            held, pictures = hold_out(pictures, size, num_images)
+            held, pictures = hold_out(pictures, size, num_images, face=face)
     calibration = choose_calibration(weights, precision, calib=calib, pictures=pictures, progress=progress, **options)
     if held is not None and calibration is not None:
         held = held.besides(calibration.images.pixels)  # the same picture by two names
     enough = min(MIN_HELD_OUT, num_images or MIN_HELD_OUT)
     if held is not None and len(held.names) >= enough:
         return held, calibration
-    measured = parity_images(images, size, num_images, training=training, progress=progress)
+    measured = parity_images(images, size, num_images, face=face, training=training, progress=progress)
     if images is None and calib is not None:
         few = f"{calib.name or calib} has too few pictures to keep some for the gates"
         say(f"warning: {few}; parity is measured on drawn faces, not on pictures like yours (--images DIR)")
@@ -148,6 +148,7 @@ def choose_calibration(
         calib if pictures is None else pictures,
         weights.config.image_size,
         wanted,
+        face=weights.config.face,
         training=weights.training(),
         progress=progress,
     )

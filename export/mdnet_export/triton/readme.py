@@ -16,12 +16,22 @@ def preprocessing(manifest: Manifest) -> list[str]:
         )
     else:
         colours = "leave its colours as they are stored: colour profiles are not applied"
-    return [
+    draft_of = (
         f"decode; a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 of its size that keeps both sides at {draft * size} "
-        "pixels or more (Pillow's draft)",
+        "pixels or more (Pillow's draft)"
+    )
+    square = "the central square"
+    if made.face is not None:
+        draft_of = "decode"
+        square = (
+            f"the square around the face that YuNet finds, its side {made.face:g} times the longer side of the face, "
+            "turned so that the eyes are level,"
+        )
+    return [
+        draft_of,
         "convert to 8-bit RGB, transparency on white, 16-bit grey by its high byte",
         "turn upright by the EXIF orientation",
-        f"resize the central square to {size} x {size} in one step (Pillow's bicubic, antialiased)",
+        f"resize {square} to {size} x {size} in one step (Pillow's bicubic, antialiased)",
         colours,
         "do not normalise: that is inside the graphs",
     ]
@@ -40,6 +50,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "preprocessing": "; then ".join(preprocessing(manifest)),
         "resample": made.resample,
         "crop": made.crop,
+        **({"face": f"{made.face:g}"} if made.face is not None else {}),
         "jpeg_draft": str(made.jpeg_draft),
         "colour": made.colour,
         "score_minimum": f"{manifest.score.minimum:g}",
@@ -58,6 +69,7 @@ def readme(manifest: Manifest, name: str, models: list[str], max_batch_size: int
     """
     made, weights = manifest.preprocessing, manifest.provenance.weights
     size = made.image_size
+    find_box = "" if made.face is None else f", find_box=mdnet_rt.images.face_crop.FaceFinder({made.face:g})"
     notes = [f"bundle {manifest.digest()}", f"{manifest.preset}, {manifest.precision}, {weights} weights", *served]
     if weights != "checkpoint":
         notes.append("**The scores mean nothing for real people.**")
@@ -75,7 +87,7 @@ Written by `mdnet-export triton`. Call the ensemble `{name}`; it runs {", ".join
 
 {steps}
 
-In Python `mdnet_rt.images.preprocess.load_image(path, {size}, to_srgb={made.to_srgb})` does all of it.
+In Python `mdnet_rt.images.preprocess.load_image(path, {size}, to_srgb={made.to_srgb}{find_box})` does all of it.
 
 ## These models
 

@@ -31,7 +31,7 @@ from mdnet_engines.ops import native
 from mdnet_engines.tensorrt.plans import install_plans, plan_path, scratch_folder
 from mdnet_export.triton import repository as triton
 from mdnet_export.triton.config import to_text
-from mdnet_export.triton.readme import preprocessing
+from mdnet_export.triton.readme import facts, preprocessing, readme
 from mdnet_export.triton.repository import write_repository
 from mdnet_rt import Scorer
 from mdnet_rt.images.preprocess import load_image
@@ -295,6 +295,16 @@ def test_the_stated_preprocessing_is_the_runtimes(form: str, small: Bundle) -> N
     left, top = (image.width - side) / 2, (image.height - side) / 2
     square = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     np.testing.assert_array_equal(load_image(file.getvalue(), SIZE), np.asarray(square))
+
+
+def test_clients_are_told_to_look_for_the_face_where_training_did(small: Bundle) -> None:
+    made = small.manifest.preprocessing.model_copy(update={"face": 0.8})
+    manifest = small.manifest.model_copy(update={"preprocessing": made})
+    assert "its side 0.8 times the longer side of the face" in " ".join(preprocessing(manifest))
+    assert "draft" not in " ".join(preprocessing(manifest))
+    assert facts(manifest)["face"] == "0.8"
+    assert "find_box=mdnet_rt.images.face_crop.FaceFinder(0.8)" in readme(manifest, "mdnet", ["encoder"], 8, [])
+    assert "face" not in facts(small.manifest)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ NO_FIELD: dict[str, list[object]] = {
     "stream_heads": [value for value in NO_SIZE if value != 0],
     "unet_heads": [*NO_SIZE, [2, 2], [2, 2, 2, 0], [2, 2, 2, "2"], [2, 2, 2, 5]],
     "unet_linear_projection": [None, 0, 1, "yes"],
+    "face": [0, -1, 0.2, 8.5, math.nan, math.inf, "1", []],
     "vae": [None, 3, "huge"],
     "timestep": [-1, 1000, None, "1", 1.5],
     "vae_scaling": [0, -1, math.nan, math.inf, None, "1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mdnet.model.net import MDNet, random_mdnet
 from mdnet.training import features as module
 from mdnet.training.features import cached_features, encoder_digest
 from mdnet_engines.errors import MDNetError
+from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import load_image
 
 
@@ -194,6 +196,25 @@ def test_features_that_float16_can_not_hold_are_refused(
     ):
         pass
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_training_sees_the_framing_of_the_configuration(model: MDNet, portraits: Path) -> None:
+    data = read_splits(portraits, "60-40")[0].train.take(np.arange(3))
+    config = dataclasses.replace(model.config, face=1.2)
+    with cached_features(model.diffusion, config, data) as features:
+        for file, pixels in zip(data.images, features.pixels, strict=True):
+            np.testing.assert_array_equal(pixels, load_image(file, 128, find_box=face_finder(1.2)))
+
+
+def test_a_training_image_without_a_face_is_named(model: MDNet, tmp_path: Path) -> None:
+    blank = tmp_path / "AF1.jpg"
+    Image.new("RGB", (90, 90)).save(blank)
+    config = dataclasses.replace(model.config, face=1.2)
+    with (
+        pytest.raises(MDNetError, match=r"AF1\.jpg: no face found; every image of the split is needed"),
+        cached_features(model.diffusion, config, Rated([blank], np.ones(1, np.float32))),
+    ):
+        pass
 
 
 def test_an_image_that_can_not_be_read_is_named(model: MDNet, tmp_path: Path) -> None:

@@ -87,6 +87,26 @@ def test_pictures_that_the_encoder_never_saw_the_like_of_are_noted_and_drawn_fac
         assert done.stderr.count("note: the frozen encoder has never seen a photograph, only drawn faces") == expected
 
 
+def test_the_framing_of_training_is_kept_and_evaluated_with(portraits: Path, tmp_path: Path) -> None:
+    file, data = tmp_path / "model.safetensors", ("--data", str(portraits))
+    command = ["train", "--preset", "demo", *data, "--epochs", "1", "--face", "crop:1.5", "-o", str(file)]
+    trained = CliRunner().invoke(main, command)
+    assert trained.exit_code == 0, trained.stderr
+    assert read_metadata(file)[0].face == 1.5
+    evaluated = CliRunner().invoke(main, ["evaluate", str(file), *data])
+    assert evaluated.stdout == trained.stdout
+    otherwise = CliRunner().invoke(main, ["evaluate", str(file), *data, "--face", "none"])
+    assert "trained on a square of 1.5 times the face, and gets the central square" in otherwise.stderr
+    assert otherwise.stdout != evaluated.stdout
+
+    again = tmp_path / "again.safetensors"
+    command = ["train", "--init", str(file), *data, "--epochs", "1", "-o", str(again)]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert read_metadata(again)[0].face == 1.5  # as that of --init
+    assert CliRunner().invoke(main, [*command, "--face", "none"]).exit_code == 0
+    assert read_metadata(again)[0].face is None
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(
     stop_after: int, faces: Path, tmp_path: Path
