@@ -49,14 +49,24 @@ class SeveralFacesError(ImageError):
     status = "several_faces"
 
 
-@functools.cache
 def face_finder(face: float | None) -> FaceFinder | None:
     """What finds the square for `face`, the framing of a manifest or a configuration; None is the central square.
 
     Raises:
         MDNetError: as `FaceFinder`.
     """
-    return None if face is None else FaceFinder(face)
+    if face is None:
+        return None
+    with _starting:
+        return _started(face)
+
+
+_starting = threading.Lock()  # OpenCV breaks where two threads import it at once
+
+
+@functools.cache
+def _started(face: float) -> FaceFinder:
+    return FaceFinder(face)
 
 
 class FaceFinder:

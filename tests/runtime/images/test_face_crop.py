@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,3 +257,14 @@ def test_detector_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(faces, "_MODEL", "__init__.py")  # a file, but not a model
     with pytest.raises(MDNetError, match=r"^the face detector does not start: .*\S$"):
         FaceFinder()
+
+
+def test_the_first_photos_of_a_process_may_come_from_several_threads() -> None:
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+from mdnet_rt.images.face_crop import face_finder
+with ThreadPoolExecutor(8) as pool:
+    print(len(set(map(id, pool.map(face_finder, [0.8] * 8)))))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.returncode) == ("1\n", 0), found.stderr

