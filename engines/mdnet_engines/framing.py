@@ -7,15 +7,11 @@
 from __future__ import annotations
 
 import re
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mdnet_engines.errors import MDNetWarning, UsageError, printable
-
-if TYPE_CHECKING:
-    from mdnet_engines.bundle.manifest import Manifest
 
 FACTOR = 0.8
 """Side of the square over the longer side of the face, which the detector takes from hairline to chin. Measured: the
@@ -70,16 +66,3 @@ def mismatch(trained: float | None, used: float | None) -> str | None:
         f"the model was trained on {describe_face(trained)}, and gets {describe_face(used)}; "
         "leave out --face for the framing of training"
     )
-
-
-def framed(manifest: Manifest, face: str | None) -> Manifest:
-    """The manifest with the framing that is asked for; without one, as it is. Warns where they differ.
-
-    Its digest then differs too, so that rows of both can't be mixed.
-    """
-    if face is None:
-        return manifest
-    trained, used = manifest.preprocessing.face, parse_face(face)
-    if note := mismatch(trained, used):
-        warnings.warn(note, FramingWarning, stacklevel=3)
-    return manifest.model_copy(update={"preprocessing": manifest.preprocessing.model_copy(update={"face": used})})

@@ -53,7 +53,7 @@ def pretrain(
     require_train()
     from mdnet.data.pictures import training_pictures
     from mdnet.evaluation.scored_model import check_device
-    from mdnet.model.checkpoint import save_checkpoint
+    from mdnet.model.checkpoint import origins, save_checkpoint
     from mdnet.training.features import load_pixels, state_digest
     from mdnet.training.pretrain import PretrainConfig
     from mdnet.training.pretrain import pretrain as fit
@@ -90,11 +90,8 @@ def pretrain(
             progress=progress,
             on_epoch=on_epoch,
         )
-    names = ", ".join(path.name for path in data)
-    notes: dict[str, object] = {
-        "command": command_line(),
-        "pretrained": f"{len(files)} pictures of {names}, without ratings",
-    }
+    seen = f"{len(files)} pictures of {', '.join(path.name for path in data)}, without ratings"
+    notes: dict[str, object] = {**origins(init), "command": command_line(), "vim": f"pre-trained here on {seen}"}
     save_checkpoint(model, output, notes=notes)
     state.remove()
     say(f"{output}; next: mdnet train --init {shlex.quote(str(output))} --data ...")

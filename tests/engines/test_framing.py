@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from small_bundle import write_small_bundle
 
 from mdnet_engines.bundle.files import read_manifest
+from mdnet_engines.bundle.framed import framed
 from mdnet_engines.bundle.manifest import MANIFEST_NAME, Manifest
 from mdnet_engines.console import Command
 from mdnet_engines.errors import UsageError
-from mdnet_engines.framing import FACTOR, FaceOption, FramingWarning, framed, mismatch, parse_face
+from mdnet_engines.framing import FACTOR, FaceOption, FramingWarning, mismatch, parse_face
 
 
 def manifest_of(folder: Path, face: float | None) -> Manifest:

@@ -36,6 +36,7 @@ from mdnet_export.cli.main import main
 from mdnet_export.model_source import choose_weights
 from mdnet_export.parity_images import calibration_images, parity_images
 from mdnet_export.quantise import NOISE, Calibration, Speed, quantise_encoder
+from mdnet_export.rewrite import FLOAT32_MODULES
 from mdnet_rt import Scorer
 
 FEW_BLOCKS = ("vae.mid_block.resnets.0.", "vae.mid_block.resnets.1.", "unet.down_blocks.1.downsamplers.0.")
@@ -168,9 +169,9 @@ def test_gpus_get_every_graph_in_half_with_the_same_int8_weights(int8_bundle: Bu
         assert quantised.items() <= {key: tensor.raw_data for key, tensor in arrays.items()}.items()
         for key in place.keys() & quantised.keys():
             assert place[key] == f"{name}.onnx.data"
-        weights = {node.input[1] for node in made.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
-        kept = [key for key in weights & arrays.keys() if arrays[key].data_type == onnx.TensorProto.FLOAT]
-        assert all(key.startswith("fusion.head") for key in kept), kept
+        weights = {node.input[1]: node.name for node in made.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
+        kept = [weights[key] for key in weights & arrays.keys() if arrays[key].data_type == onnx.TensorProto.FLOAT]
+        assert all(node.startswith(FLOAT32_MODULES) for node in kept), kept
         # Of both files: int8's own types are all that is left between them.
         kinds = {tensor.data_type for tensor in arrays.values()}
         assert onnx.TensorProto.FLOAT16 in kinds

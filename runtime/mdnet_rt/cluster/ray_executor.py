@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdnet_engines.backends.candidates import Backend
 from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.framed import framed
 from mdnet_engines.console import say
 from mdnet_engines.errors import MDNetError, UsageError, first_line, require
-from mdnet_engines.framing import framed
 from mdnet_engines.system.cores import available_cores
 from mdnet_rt.cluster.shards import Shard, split
 from mdnet_rt.rows.result import Result

@@ -14,9 +14,9 @@ from mdnet_engines.backends.candidates import Backend, open_choice
 from mdnet_engines.backends.choice import choose
 from mdnet_engines.backends.trial import QUICK
 from mdnet_engines.bundle.files import Bundle
+from mdnet_engines.bundle.framed import framed
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Manifest
 from mdnet_engines.errors import BundleError, MDNetError, UsageError
-from mdnet_engines.framing import framed
 from mdnet_engines.parity.measure import measure_scores
 from mdnet_engines.parity.probes import read_probes
 from mdnet_engines.sessions.session import Session

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from mdnet.cli.main import main
-from mdnet.evaluation.evaluate import Evaluation
+from mdnet.data.rated import Split
 from mdnet.training.train import Epoch
 from mdnet_engines.progress import Progress
 
@@ -37,10 +37,11 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             on_epoch(Epoch(number, config.epochs, 0.5, 0.25))
         return Epoch(1, config.epochs, 0.5, 0.25)
 
-    split = SimpleNamespace(name="60-40", train=None, test=None)
+    def score(model: object, split: Split, **_: object) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return split.test.ratings + 0.5, {}
+
     monkeypatch.setattr("mdnet.training.train.train", fit)
-    monkeypatch.setattr("mdnet.data.scut_fbp5500.read_splits", lambda *_: [split])
-    monkeypatch.setattr("mdnet.evaluation.evaluate.evaluate", lambda *_, **__: Evaluation(3, 0.5, 0.25, 0.125))
+    monkeypatch.setattr("mdnet.evaluation.loaded.score_beside_baselines", score)
     monkeypatch.setattr("mdnet.model.checkpoint.save_checkpoint", lambda *_, notes: configs.append(notes))
     return configs
 
@@ -49,10 +50,12 @@ def seconds_left_out(text: str) -> list[str]:
     return re.sub(r"\b[0-9]+\.[0-9] s", "# s", text).splitlines()
 
 
-def test_a_pipe_gets_features_and_a_line_with_its_seconds_for_each_epoch(learned: list[Any], tmp_path: Path) -> None:
-    result = train("--data", "faces", "--epochs", "2", "-o", str(tmp_path / "m.safetensors"))
+def test_a_pipe_gets_features_and_a_line_with_its_seconds_for_each_epoch(
+    learned: list[Any], faces: Path, tmp_path: Path
+) -> None:
+    result = train("--data", str(faces), "--epochs", "2", "-o", str(tmp_path / "m.safetensors"))
     assert result.exit_code == 0, result.output
-    assert result.stdout == "60-40: PC 0.5000  MAE 0.2500  RMSE 0.1250 on 3 test images\n"
+    assert result.stdout == "60-40: PC 1.0000  MAE 0.5000  RMSE 0.5000 on 24 test images\n"
     assert seconds_left_out(result.stderr)[:-1] == [
         "[# s] frozen features of 8 images: 0 of 8",
         "[# s] frozen features of 8 images: 8 of 8, # s",
@@ -63,19 +66,21 @@ def test_a_pipe_gets_features_and_a_line_with_its_seconds_for_each_epoch(learned
     ]
 
 
-def test_quiet_training_prints_its_result_alone(learned: list[Any], tmp_path: Path) -> None:
-    result = train("--data", "faces", "-q", "-o", str(tmp_path / "m.safetensors"))
+def test_quiet_training_prints_its_result_alone(learned: list[Any], faces: Path, tmp_path: Path) -> None:
+    result = train("--data", str(faces), "-q", "-o", str(tmp_path / "m.safetensors"))
     assert (result.exit_code, result.stderr, len(result.stdout.splitlines())) == (0, "", 1)
 
 
-def test_a_configuration_file_trains_and_the_checkpoint_names_what_it_gave(learned: list[Any], tmp_path: Path) -> None:
+def test_a_configuration_file_trains_and_the_checkpoint_names_what_it_gave(
+    learned: list[Any], faces: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "my.toml"
-    file.write_text(f'data = "faces"\nepochs = 3\nbatch-size = 4\noutput = "{tmp_path / "m.safetensors"}"\n')
+    file.write_text(f'data = "{faces}"\nepochs = 3\nbatch-size = 4\noutput = "{tmp_path / "m.safetensors"}"\n')
     result = train("--config", str(file), "--epochs", "2")
     assert result.exit_code == 0, result.output
     config, notes = learned
     assert (config.epochs, config.batch_size) == (2, 4)
-    assert notes["command"].endswith(f"# {file}: data = faces, batch-size = 4, output = {tmp_path / 'm.safetensors'}")
+    assert notes["command"].endswith(f"# {file}: data = {faces}, batch-size = 4, output = {tmp_path / 'm.safetensors'}")
 
 
 def test_prior_says_each_epochs_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

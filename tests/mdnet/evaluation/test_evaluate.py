@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from mdnet.cli.main import main
 from mdnet.data.scut_fbp5500 import read_splits
 from mdnet.evaluation.evaluate import evaluate
-from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
 from mdnet_engines.bundle.files import Bundle
 
 HALVES = "train_test_files/split_of_60%training and 40%testing"
@@ -79,14 +79,23 @@ def test_lines_are_one_per_split_and_the_mean_over_folds(faces: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
-def test_a_model_of_the_60_percent_split_is_told_of_before_cv5(faces: Path, demo_bundle: Bundle, kind: str) -> None:
-    model = demo_checkpoint() if kind == "checkpoint" else demo_bundle.path
+def test_a_model_of_the_60_percent_split_gets_a_note_before_cv5(
+    faces: Path, demo_bundle: Bundle, kind: str, tmp_path: Path
+) -> None:
+    model, said = tmp_path / f"model{'.safetensors' * (kind == 'checkpoint')}", {"data": "mine", "protocol": "60-40"}
+    if kind == "checkpoint":
+        save_checkpoint(load_checkpoint(demo_checkpoint()), model, notes=said)
+    else:
+        shutil.copytree(demo_bundle.path, model)
+        manifest = json.loads((model / "manifest.json").read_text())
+        manifest["provenance"]["training"] = said
+        (model / "manifest.json").write_text(json.dumps(manifest))
     noted = [
         line for line in run(model, "--data", faces, "--protocol", "cv5").stderr.splitlines() if str(model) in line
     ]
     assert len(noted) == 1
     assert noted[0].startswith("note: ")
-    assert "was trained with 60-40 of 'faces5500', so on the same data it has seen" in noted[0]
+    assert "was trained with 60-40 of 'mine', so on the same data it has seen" in noted[0]
     assert str(model) not in run(model, "--data", faces).stderr
 
 
@@ -147,7 +156,7 @@ def test_a_damaged_image_is_an_error_that_names_it(faces: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model", "data", "options", "code", "reason"),
     [
-        ("demo", "nowhere", [], 2, "nowhere is not SCUT-FBP5500: it has no folder Images"),
+        ("demo", "nowhere", [], 2, "nowhere is neither SCUT-FBP5500 (no folder Images;"),
         ("demo", "lists", [], 1, "train.txt is missing, and 1 more; is the data set unpacked whole?"),
         ("demo", "lists", ["--protocol", "cv5"], 1, "train_1.txt is missing, and 9 more"),
         (
@@ -160,7 +169,7 @@ def test_a_damaged_image_is_an_error_that_names_it(faces: Path, tmp_path: Path) 
         ("folder", "faces", [], 2, "folder is neither a checkpoint nor a bundle: a folder without manifest.json"),
         ("text.txt", "faces", [], 1, "text.txt is not a safetensors file"),
         ("broken", "faces", [], 1, "manifest.json is not JSON"),
-        ("demo", "faces", ["--protocol", "cv10"], 2, "'cv10' is not one of '60-40', 'cv5'"),
+        ("demo", "faces", ["--protocol", "cv10"], 2, "unknown protocol 'cv10'; known: 60-40, cv5"),
         ("demo", "faces", ["--report", "missing/r.html"], 2, "--report takes a file in a folder that exists"),
         ("demo", "faces", ["--json", "folder"], 2, "--json takes a file in a folder that exists"),
     ],

@@ -31,7 +31,7 @@ def test_training_fits_its_images_and_leaves_the_encoder_alone(faces: Path) -> N
     counted = Recorded()
     config = TrainConfig(epochs=6, batch_size=9, learning_rate=2e-3, ema=0.7)
     best = train(model, split.train, config, progress=counted, on_epoch=epochs.append)
-    (total, images), (_, done) = counted.counts
+    _, (total, images), (_, done) = counted.counts
     assert total == sum(images) == len(split.train)
     assert sum(done) == 6
     assert [epoch.number for epoch in epochs] == list(range(1, 7))
