@@ -88,7 +88,8 @@ def test_pictures_that_the_encoder_never_saw_the_like_of_are_noted_and_drawn_fac
 
 
 def test_the_framing_of_training_is_kept_and_evaluated_with(portraits: Path, tmp_path: Path) -> None:
-    file, data = tmp_path / "model.safetensors", ("--data", str(portraits))
+    file = tmp_path / "model.safetensors"
+    data = ("--data", str(portraits), "--cache", str(tmp_path / "cache"))
     command = ["train", "--preset", "demo", *data, "--epochs", "1", "--face", "crop:1.5", "-o", str(file)]
     trained = CliRunner().invoke(main, command)
     assert trained.exit_code == 0, trained.stderr
