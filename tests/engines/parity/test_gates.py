@@ -301,3 +301,9 @@ def test_compare_measures_what_it_says() -> None:
     assert compare(a, a).snr_db == math.inf
     assert compare(a * 0, a * 0).cosine == 1
     assert compare(a * 0, a).cosine == 0
+
+
+def test_a_line_names_three_of_many_gates_that_were_not_evaluated() -> None:
+    result = grouped({"AF": 100, **{f"small {i}": 3 for i in range(5)}}, spoiled="AF")
+    named = ", ".join(f"{RATING_GATE} in small {i}" for i in range(3))
+    assert result.not_evaluated() == f"{named} and 2 more (fewer than 100 rated images)"
