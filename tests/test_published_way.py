@@ -37,7 +37,8 @@ def test_import_cache_train_evaluate_build_evaluate(source: str, tmp_path: Path)
     run(mdnet_export, "build", "--checkpoint", trained, "--num-images", 4, "-o", bundle)
     for model in (trained, bundle):
         file = tmp_path / f"{model.name}.json"
-        assert run(mdnet, "evaluate", model, "--data", data, "--json", file) == told
+        evaluated = run(mdnet, "evaluate", model, "--data", data, "--json", file)
+        assert evaluated.split(";")[0] == told.split(";")[0]  # then the baselines, of which evaluate has fewer
         figures[model] = json.loads(file.read_text())["splits"][0]
 
     scores = {model: [row["score"] for row in figures[model]["predictions"]] for model in figures}

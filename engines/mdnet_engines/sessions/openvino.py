@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -214,8 +215,15 @@ def _reason(error: BaseException) -> str:
 
 
 def _import_openvino() -> Any:
+    # Its telemetry would fork this process at the import, to report it; without that package OpenVINO has a stub.
+    kept_out = "openvino_telemetry" not in sys.modules
+    if kept_out:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # how an import is made to fail
     try:
         import openvino
-    except Exception as error:  # its telemetry raises RuntimeError for a user without a home
+    except Exception as error:
         raise MDNetError(f"OpenVINO can't be imported ({first_line(error)}); install mdnet[openvino]") from None
+    finally:
+        if kept_out:
+            del sys.modules["openvino_telemetry"]
     return openvino

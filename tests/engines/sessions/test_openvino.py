@@ -430,3 +430,18 @@ def test_a_large_graph_or_a_cache_that_cannot_be_made_goes_without(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
     given = feeds()
     assert_right(OpenVINOSession(file).run(given), given)
+
+
+def test_opening_a_session_reports_to_nobody_and_starts_no_process(tmp_path: Path) -> None:
+    """OpenVINO's telemetry would fork this process, and leave a child that a fork of ours then waits for."""
+    program = f"""
+import multiprocessing.process, sys
+started = []
+multiprocessing.process.BaseProcess.start = started.append
+sys.path[:0] = {sys.path!r}
+from mdnet_engines.sessions.openvino import _import_openvino
+_import_openvino()
+print(started, "openvino_telemetry" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "[] False\n", done.stderr
