@@ -13,18 +13,16 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdnet.data.draw_face import draw_face
 from mdnet.model.config import PRESETS, MDNetConfig
 from mdnet.model.diffusion import TinyVAEEncoder, to_vae_range
 from mdnet.model.net import MDNet
+from mdnet.training.prior import Fit, draw_faces
 from mdnet_engines.errors import UsageError
 from mdnet_engines.progress import SILENT, Progress
-from mdnet_rt.images.preprocess import preprocess
 
 _SEED = 77_002  # of faces to learn from; the prior's and the splits' are drawn from other seeds
 
@@ -77,7 +75,7 @@ def distil(
         UsageError: `model` has no preset with a tiny VAE.
     """
     tiny_config = tiny_preset(model.config)
-    faces = _draw(config.faces, tiny_config.image_size, progress.count("drawing", config.faces))
+    faces = draw_faces(_SEED, config.faces, tiny_config.image_size, progress.count("drawing", config.faces))
     advance = progress.count("training", config.epochs)
     held_out, faces = faces.tensor_split([-(-config.faces // 10)])
     generator = torch.Generator().manual_seed(config.seed)
@@ -85,20 +83,14 @@ def distil(
         torch.manual_seed(config.seed)
         tiny = TinyVAEEncoder(tiny_config)
     targets = torch.stack([_latents(model, faces), _latents(model, faces.flip(2))])  # (2, n, 4, S/8, S/8)
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=config.rate, weight_decay=0.01)
-    steps = config.epochs * -(-len(faces) // config.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=steps, pct_start=0.1)
+    fit = Fit(list(tiny.parameters()), config.rate, config.epochs * -(-len(faces) // config.batch))
     for number in range(1, config.epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(faces), generator=generator).split(config.batch):
             mirror = torch.randint(2, (len(rows),), generator=generator)
             images = torch.where(mirror.bool()[:, None, None, None], faces[rows].flip(2), faces[rows])
             loss = F.mse_loss(tiny(to_vae_range(images)), targets[mirror, rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            fit.step(loss)
             total += loss.item() * len(rows)
         advance(1)
         on_epoch(number, total / len(faces))
@@ -121,13 +113,3 @@ def _with_vae(model: MDNet, vae: TinyVAEEncoder, config: MDNetConfig) -> MDNet:
 def _latents(model: MDNet, faces: Tensor) -> Tensor:
     """Latents (n, 4, S/8, S/8) as the U-Net takes them."""
     return torch.cat([model.diffusion.vae(to_vae_range(part)) for part in faces.split(64)]).clone()
-
-
-def _draw(count: int, size: int, advance: Callable[[int], None]) -> Tensor:
-    """Preprocessed faces, uint8 (count, S, S, 3)."""
-    faces = torch.empty(count, size, size, 3, dtype=torch.uint8)
-    for i in range(count):
-        face, _ = draw_face(np.random.default_rng([_SEED, i]))
-        faces[i] = torch.from_numpy(preprocess(face, size))
-        advance(1)
-    return faces

@@ -81,7 +81,7 @@ def train_prior(
         on_epoch: called with the stage (`VAE` or `U-Net`), the epoch's number and its mean loss: absolute error in
             [-1, 1] plus the weighted KL divergence, and mean squared error of the noise (1 is what a constant reaches).
     """
-    faces = _draw(config.faces, model.config.image_size, progress.count("drawing", config.faces))
+    faces = draw_faces(_SEED, config.faces, model.config.image_size, progress.count("drawing", config.faces))
     advance = progress.count("training", config.vae_epochs + config.unet_epochs)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -148,14 +148,14 @@ def reconstruct(diffusion: LatentDiffusion, faces: Tensor) -> Tensor:
 
 def draw_picture(diffusion: LatentDiffusion, size: int, *, columns: int = 8) -> Image.Image:
     """Three rows to look at: drawn faces of `size` pixels, what the VAE leaves of them, and samples."""
-    faces = torch.stack([_face([_LOOK_SEED, i], size) for i in range(columns)])
+    faces = draw_faces(_LOOK_SEED, columns, size)
     rows = [faces, reconstruct(diffusion, faces), sample(diffusion, columns)]
     return Image.fromarray(np.concatenate([np.concatenate(list(row.numpy()), axis=1) for row in rows]))
 
 
 def _train_vae(vae: AutoencoderKL, faces: Tensor, config: PriorConfig, generator: torch.Generator) -> Iterator[float]:
     vae.train()
-    fit = _Fit(list(vae.parameters()), config.vae_rate, config.vae_epochs * -(-len(faces) // config.vae_batch))
+    fit = Fit(list(vae.parameters()), config.vae_rate, config.vae_epochs * -(-len(faces) // config.vae_batch))
     for _ in range(config.vae_epochs):
         total = 0.0
         for rows in torch.randperm(len(faces), generator=generator).split(config.vae_batch):
@@ -175,7 +175,7 @@ def _train_unet(
 ) -> Iterator[float]:
     unet, schedule = diffusion.unet.train(), diffusion.schedule
     average = copy.deepcopy(unet)
-    fit = _Fit(list(unet.parameters()), config.unet_rate, config.unet_epochs * -(-len(latents) // config.unet_batch))
+    fit = Fit(list(unet.parameters()), config.unet_rate, config.unet_epochs * -(-len(latents) // config.unet_batch))
     for _ in range(config.unet_epochs):
         total = 0.0
         for rows in torch.randperm(len(latents), generator=generator).split(config.unet_batch):
@@ -195,7 +195,7 @@ def _train_unet(
     unet.eval()
 
 
-class _Fit:
+class Fit:
     """AdamW at a rate that rises for a tenth of the steps and then falls to zero; gradients of norm 1 at most."""
 
     def __init__(self, parameters: list[nn.Parameter], rate: float, steps: int):
@@ -247,11 +247,11 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def _draw(count: int, size: int, advance: Callable[[int], None]) -> Tensor:
-    """Preprocessed faces, uint8 (count, S, S, 3)."""
+def draw_faces(seed: int, count: int, size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """Preprocessed faces of a seed, uint8 (count, S, S, 3)."""
     faces = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for i in range(count):
-        faces[i] = _face([_SEED, i], size)
+        faces[i] = _face([seed, i], size)
         advance(1)
     return faces
 

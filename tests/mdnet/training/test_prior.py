@@ -56,7 +56,7 @@ def test_the_frozen_encoder_is_that_of_the_diffusion_model_and_nothing_else_chan
 
 def test_latents_have_unit_variance_at_the_presets_scaling_and_decoding_undoes_it(trained: Trained) -> None:
     model, diffusion, _, _ = trained
-    faces = prior._draw(24, 128, lambda _: None)
+    faces = prior.draw_faces(prior._SEED, 24, 128)
     with torch.no_grad():
         latents = model.diffusion.vae(prior.to_vae_range(torch.cat([faces, faces.flip(2)])))
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
