@@ -27,7 +27,7 @@ def distil(init: Path | None, faces: int, epochs: int, seed: int, output: Path) 
     The checkpoint is for `mdnet train --init`: its Vim and fusion have learnt with the other VAE.
     """
     require_train()
-    from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, save_checkpoint
+    from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, origins, save_checkpoint
     from mdnet.training.distil import DistilConfig
     from mdnet.training.distil import distil as teach
 
@@ -41,6 +41,7 @@ def distil(init: Path | None, faces: int, epochs: int, seed: int, output: Path) 
             on_epoch=lambda number, loss: say(f"epoch {number:>2}: squared error of the latents {loss:.4f}"),
         )
     teacher = init.name if init else "the packaged demo"
-    save_checkpoint(made, output, notes={"command": command_line(), "vae": f"distilled from {teacher}'s, drawn faces"})
+    notes = {**origins(init), "command": command_line(), "vae": f"distilled from {teacher}'s, drawn faces"}
+    save_checkpoint(made, output, notes=notes)
     click.echo(f"{share:.1%} of the latents' variance on faces it did not learn from")
     say(f"{output}: preset {made.config.preset}; next: mdnet train --init {shlex.quote(str(output))}")

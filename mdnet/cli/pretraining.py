@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet.cli.common import check_output, command_line, require_train
-from mdnet.cli.training import model_to_start_from
+from mdnet.cli.training import face_option, initial_model
 from mdnet_engines.console import say, show_progress
+from mdnet_engines.progress import Laps
 
 if TYPE_CHECKING:
     from mdnet.evaluation.scored_model import Device
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     required=True,
     help="Pictures: a folder, or SCUT-FBP5500 or a table, of which the training list is taken. May be repeated.",
 )
+@face_option
 @click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -39,6 +41,7 @@ def pretrain(
     preset: str | None,
     init: Path | None,
     data: tuple[Path, ...],
+    face: str | None,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -63,7 +66,7 @@ def pretrain(
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
     state.check()
     check_device(device)
-    model = model_to_start_from(preset, init, seed).to(device)
+    model = initial_model(preset, init, seed, None, face).to(device)
     config = PretrainConfig(epochs=epochs, batch_size=batch_size, seed=seed)
     with show_progress() as progress:
         files = [file for path in data for file in training_pictures(path, progress)]
@@ -74,10 +77,12 @@ def pretrain(
             "pictures": hashlib.sha256(pixels.numpy().data).hexdigest()[:12],
         }
 
+        laps = Laps(progress)
+
         def on_epoch(epoch: PretrainEpoch) -> None:
             say(
                 f"epoch {epoch.number:>3}/{epoch.of}: error on hidden patches {epoch.masked:.4f}, "
-                f"on the others {epoch.seen:.4f}"
+                f"on the others {epoch.seen:.4f}, {laps.lap():.1f} s"
             )
 
         model.vim.requires_grad_(True)
@@ -87,7 +92,7 @@ def pretrain(
             config,
             fingerprint=fingerprint,
             state=state,
-            progress=progress,
+            progress=laps,
             on_epoch=on_epoch,
         )
     seen = f"{len(files)} pictures of {', '.join(path.name for path in data)}, without ratings"

@@ -37,15 +37,16 @@ if TYPE_CHECKING:
 _DRAWN = "drawn faces"
 """In what notes say of a frozen encoder that never saw photographs."""
 
+face_option = click.option(
+    "--face",
+    type=FaceOption(),
+    help="Which square of an image the model sees, in training and after.  [default: that of --init, else none]",
+)
 _TRAINING_OPTIONS = (
     click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch."),
     click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from."),
     click.option("--data", type=click.Path(path_type=Path), help=data_help),
-    click.option(
-        "--face",
-        type=FaceOption(),
-        help="Which square of an image the model sees, in training and after.  [default: that of --init, else none]",
-    ),
+    face_option,
     protocol_option,
     fold_option,
     scale_option,
@@ -164,7 +165,7 @@ def train(
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
     state.check()
     check_device(device)
-    model, origin = _initial_model(preset, init, seed, parse_scale(scale), face), origins(init)
+    model, origin = initial_model(preset, init, seed, parse_scale(scale), face), origins(init)
     if fusion not in (None, model.config.fusion):
         model = with_fusion(model, fusion, seed)
     _check_data(data, model)
@@ -256,13 +257,13 @@ def ablate(
     check_device(device)
     results = Results(output)
     on_scale = parse_scale(scale)
-    _check_data(data, model := _initial_model(preset, init, 0, on_scale, face))
+    _check_data(data, model := initial_model(preset, init, 0, on_scale, face))
     config = TrainConfig(**how)
     with data_or_drawn(data) as rated, show_progress() as progress:
         _, split = training_split(rated, protocol, fold, _scale_of(model), progress)
         _warn_of_drawings(model, init, data)
         runs = compare(
-            lambda seed: _initial_model(preset, init, seed, on_scale, face),
+            lambda seed: initial_model(preset, init, seed, on_scale, face),
             split,
             config,
             seeds=range(seeds),
@@ -306,12 +307,17 @@ def _warn_of_drawings(model: MDNet, init: Path | None, data: Path | None) -> boo
     return said
 
 
-def _initial_model(
+def initial_model(
     preset_name: str | None, init: Path | None, seed: int, scale: Scale | None, face: str | None
 ) -> MDNet:
+    """The model of `--init` or `--preset`, on the scale and at the framing that were asked for.
+
+    Raises:
+        UsageError: neither option gives a model.
+    """
     from mdnet.model.net import with_scale
 
-    model = model_to_start_from(preset_name, init, seed)
+    model = _model_to_start_from(preset_name, init, seed)
     if face is not None:
         model.config = dataclasses.replace(model.config, face=parse_face(face))
     return model if scale is None else with_scale(model, *scale)
@@ -321,8 +327,7 @@ def _scale_of(model: MDNet) -> Scale:
     return Scale(model.config.score_min, model.config.score_max)
 
 
-def model_to_start_from(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
-    """The model of `--init` or `--preset`; raises `UsageError` where neither gives one."""
+def _model_to_start_from(preset_name: str | None, init: Path | None, seed: int) -> MDNet:
     from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
     from mdnet.model.net import random_mdnet
 

@@ -100,8 +100,9 @@ def write_dataset(root: Path, count: int, seed: int, progress: Progress = SILENT
         (scratch / "README.txt").write_text(_README.format(count=count, seed=seed), encoding="utf-8")
 
 
-def is_drawn(root: Path) -> bool:
-    """Whether `write_dataset` made the folder, by its README.txt."""
+def is_drawn(data: Path) -> bool:
+    """Whether `write_dataset` made the folder, or the table in it, by the folder's README.txt."""
+    root = data if data.is_dir() else data.parent
     try:
         return _DRAWN in (root / "README.txt").read_text(encoding="utf-8")[:200]
     except (OSError, UnicodeDecodeError):

@@ -19,7 +19,7 @@ from mdnet_engines.system.atomic import new_file
 
 CONFIG_KEY = "mdnet_config"
 NOTES_KEY = "mdnet_notes"
-ORIGINS = ("stable_diffusion", "null_prompt", "encoder", "vim")
+ORIGINS = ("stable_diffusion", "null_prompt", "encoder", "vae", "vim")
 """Notes that say where weights come from: what is trained from a checkpoint keeps them."""
 SHOWN = 5
 """Names in a message, before it says how many more there are."""

@@ -252,6 +252,14 @@ def test_a_table_with_its_own_test_list_is_written_where_asked(tmp_path: Path) -
         write_dataset(tmp_path / "others", 12, 0, test=12)
 
 
+def test_drawn_faces_are_known_as_such_by_folder_and_by_table(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "faces", 5, 0, test=2)
+    assert drawn_set.is_drawn(tmp_path / "faces")
+    assert drawn_set.is_drawn(tmp_path / "faces" / "ratings.csv")
+    assert not drawn_set.is_drawn(tmp_path)
+    assert not drawn_set.is_drawn(tmp_path / "mine.csv")
+
+
 def test_seed_decides_everything_in_the_folder(tmp_path: Path) -> None:
     contents = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):

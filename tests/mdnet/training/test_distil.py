@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from mdnet.cli.main import main
-from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, origins, read_metadata
 from mdnet.model.config import preset
 from mdnet.model.net import MDNet
 from mdnet.training.distil import DistilConfig, distil, tiny_preset
@@ -67,6 +67,8 @@ def test_distil_command_writes_a_checkpoint_to_train_from(tmp_path: Path) -> Non
     assert "of the latents' variance on faces it did not learn from" in result.stdout
     assert load_checkpoint(file).config == preset("demo-taesd")
     assert read_metadata(file)[1]["vae"] == "distilled from the packaged demo's, drawn faces"
+    # What is made from it goes on saying whose weights are in it.
+    assert origins(file) == {**origins(None), "vae": "distilled from the packaged demo's, drawn faces"}
     again = CliRunner().invoke(main, ["distil", "--init", str(file), "-o", str(tmp_path / "again.safetensors")])
     assert again.exit_code == 2
     assert "no preset is demo-taesd with a tiny VAE" in again.stderr

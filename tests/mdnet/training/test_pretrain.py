@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,14 @@ def test_pictures_of_a_test_list_are_left_out(faces: Path, tmp_path: Path) -> No
     assert [file.name for file in training_pictures(table)] == ["a.png", "c.png"]
     table.write_text("image,rating\na.png,1\nb.png,2\n")
     assert len(training_pictures(table)) == 2
+
+
+def test_the_framing_goes_on_to_training_and_epochs_say_their_seconds(portraits: Path, tmp_path: Path) -> None:
+    file = tmp_path / "start.safetensors"
+    arguments = ["pretrain", "--preset", "demo", "--data", str(portraits), "--face", "crop:1.2", "--epochs", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--batch-size", "8", "-o", str(file)])
+    assert result.exit_code == 0, result.stderr
+    assert load_checkpoint(file).config.face == 1.2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    assert all(re.search(r", on the others [0-9.]+, [0-9.]+ s$", line) for line in lines), lines
