@@ -29,6 +29,7 @@ from mdnet_engines.system.cores import available_cores
 
 PIPE_WIDTH = 100
 _LONG_NAME = 24
+_HELP = {"help_option_names": ["-h", "--help"]}
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -41,13 +42,15 @@ class Command(click.Group):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], **(kwargs.get("context_settings") or {})}
+        kwargs["context_settings"] = {**_HELP, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         self.params += common_options()
         self.epilog = "--debug anywhere on the line shows the traceback of a failure."
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         cmd.params += common_options()
+        # click keeps the first help option it makes, and a command may run without its group first.
+        cmd.context_settings = {**_HELP, **cmd.context_settings}
         cmd.callback = _with_facts(cmd.callback) if cmd.callback else None
         super().add_command(cmd, name)
 
