@@ -113,20 +113,13 @@ struct ChannelGroup {
   // The channel of lane `i`, counted over all images: the index of its row in a contiguous output.
   int64_t channel(int64_t i) const { return image * scan.channels + first + i; }
   int64_t tiles() const { return ceil_div(scan.length, kTile); }
+  int64_t start_of(int64_t k) const { return (scan.reverse ? tiles() - 1 - k : k) * kTile; }
 
   // Go to tile `k`, counted in the order of the scan: read B and C, and compute what depends on u and delta alone.
-  void load_tile(int64_t k) {
-    const int64_t position = scan.reverse ? tiles() - 1 - k : k;
-    start = position * kTile;
-    steps = smaller(kTile, scan.length - start);
-    if (k + 1 < tiles()) prefetch(scan.reverse ? start - kTile : start + kTile);
-    for (int64_t n = 0; n < scan.states; ++n) {
-      const IO *b = row<IO>(scan.B, image, mix + n) + start, *c = row<IO>(scan.C, image, mix + n) + start;
-      for (int64_t t = 0; t < steps; t += W) {
-        store(B + n * kTile + t, read<T>(b + t, steps - t));
-        store(C + n * kTile + t, read<T>(c + t, steps - t));
-      }
-    }
+  // `look(i, t, delta)` sees each lane's steps from t on, with its bias.
+  template <typename Look>
+  void load_tile(int64_t k, const Look& look) {
+    go_to_tile(k);
     V exponents{};  // a sum, at least the largest |dt A log2(e)|: one instruction, and far below the limit
     for (int64_t t = 0; t < steps; t += W) {
       V step[W], added[W];
@@ -135,7 +128,9 @@ struct ChannelGroup {
           step[i] = added[i] = V{};
           continue;
         }
-        step[i] = step_size(biased_delta(i, t));
+        const V delta = biased_delta(i, t);
+        look(i, t, delta);
+        step[i] = step_size(delta);
         added[i] = step[i] * u(i, t);
         exponents += (scan.no_softplus ? at_least(step[i], -step[i]) : step[i]) * steepest[i];
       }
@@ -144,22 +139,38 @@ struct ChannelGroup {
       for (int i = 0; i < W; ++i) {
         dt[t + i] = step[i];
         dtu[t + i] = added[i];
-        y[t + i] = V{};
       }
     }
     bounded = true;
     for (int j = 0; j < W; ++j) bounded &= exponents[j] < T(1 << 21);
   }
 
-  // Ask for what the tile from step `next` on will read: so many short pieces of rows are more than hardware foresees.
-  // Always inline: GCC takes a function that only asks for one without effect, and drops the call.
-  __attribute__((always_inline)) void prefetch(int64_t next) const {
-    for (const MdnetRows* rows : {&scan.u, &scan.delta, &scan.z}) {
-      if (!rows->data) continue;
-      for (int64_t i = 0; i < lanes; ++i) {
-        const IO* from = row<IO>(*rows, image, first + i) + next;
-        for (int64_t t = 0; t < kTile; t += 64 / sizeof(IO)) __builtin_prefetch(from + t);
+  // Go to tile `k`: its steps, B and C, and a y of zeros.
+  void go_to_tile(int64_t k) {
+    start = start_of(k);
+    steps = smaller(kTile, scan.length - start);
+    for (int64_t n = 0; n < scan.states; ++n) {
+      const IO *b = row<IO>(scan.B, image, mix + n) + start, *c = row<IO>(scan.C, image, mix + n) + start;
+      for (int64_t t = 0; t < steps; t += W) {
+        store(B + n * kTile + t, read<T>(b + t, steps - t));
+        store(C + n * kTile + t, read<T>(c + t, steps - t));
       }
+    }
+    for (int64_t t = 0; t < steps; ++t) y[t] = V{};
+  }
+
+  // Ask for what tile `k` will read: so many short pieces of rows are more than hardware foresees.
+  __attribute__((always_inline)) void prefetch(int64_t k, std::initializer_list<MdnetRows> all) const {
+    for (int64_t i = 0; i < lanes; ++i) prefetch_lane(k, i, all);
+  }
+
+  // Always inline: GCC takes a function that only asks for one without effect, and drops the call.
+  __attribute__((always_inline)) void prefetch_lane(int64_t k, int64_t i, std::initializer_list<MdnetRows> all) const {
+    if (k < 0 || k >= tiles()) return;
+    for (const MdnetRows& rows : all) {
+      if (!rows.data) continue;
+      const IO* from = row<IO>(rows, image, first + i) + start_of(k);
+      for (int64_t t = 0; t < kTile; t += 64 / sizeof(IO)) __builtin_prefetch(from + t);
     }
   }
 
@@ -179,14 +190,14 @@ struct ChannelGroup {
   }
 };
 
-// The steps of a tile in the order of the scan: `step` is 1 or -1.
+// Steps of a tile in the order of the scan: `step` is 1 or -1.
 struct Order {
   int64_t begin, step, count;
 };
 
 template <typename G>
-Order order_of(const G& group) {
-  return group.scan.reverse ? Order{group.steps - 1, -1, group.steps} : Order{0, 1, group.steps};
+Order order_of(const G& group, int64_t first, int64_t count) {
+  return group.scan.reverse ? Order{first + count - 1, -1, count} : Order{first, 1, count};
 }
 
 template <bool Bounded, typename T>
@@ -194,38 +205,37 @@ Vector<T> next_state(Vector<T> h, Vector<T> dt, Vector<T> A2, Vector<T> dtu, Vec
   return multiply_add<T>(exp2_product<Bounded, T>(dt, A2), h, dtu * B);
 }
 
-// Scan the tile for the states n, n + 1, ... Unrolled, so that they stay in registers.
-template <bool Bounded, typename G, size_t... I>
-void scan_states(G& g, int64_t n, std::index_sequence<I...>) {
+// Take the states n, n + 1, ... through steps of the tile; y where `Sums`. Unrolled, so that they stay in registers.
+template <bool Sums, bool Bounded, typename G, size_t... I>
+void scan_states(G& g, const Order& order, int64_t n, std::index_sequence<I...>) {
   using T = typename G::Scalar;
   Vector<T> h[sizeof...(I)] = {g.h[n + I]...};
   const Vector<T>* A2 = g.A2 + n;
   const T *B = g.B + n * kTile, *C = g.C + n * kTile;
-  const Order order = order_of(g);
   int64_t t = order.begin;
   for (int64_t count = 0; count < order.count; ++count, t += order.step) {
     const Vector<T> dt = g.dt[t], dtu = g.dtu[t];
     Vector<T> sum = g.y[t];
     ((h[I] = next_state<Bounded, T>(h[I], dt, A2[I], dtu, splat(B[I * kTile + t])),
-      sum = multiply_add<T>(h[I], splat(C[I * kTile + t]), sum)),
+      sum = Sums ? multiply_add<T>(h[I], splat(C[I * kTile + t]), sum) : sum),
      ...);
-    g.y[t] = sum;
+    if (Sums) g.y[t] = sum;
   }
   ((g.h[n + I] = h[I]), ...);
 }
 
-template <bool Bounded, typename G>
-void scan_tile(G& g) {
+template <bool Sums, bool Bounded, typename G>
+void scan_steps(G& g, const Order& order) {
   int64_t n = 0;
   const int64_t states = g.scan.states;
-  for (; n + 16 <= states; n += 16) scan_states<Bounded>(g, n, std::make_index_sequence<16>{});
-  for (; n + 4 <= states; n += 4) scan_states<Bounded>(g, n, std::make_index_sequence<4>{});
-  for (; n < states; ++n) scan_states<Bounded>(g, n, std::make_index_sequence<1>{});
+  for (; n + 16 <= states; n += 16) scan_states<Sums, Bounded>(g, order, n, std::make_index_sequence<16>{});
+  for (; n + 4 <= states; n += 4) scan_states<Sums, Bounded>(g, order, n, std::make_index_sequence<4>{});
+  for (; n < states; ++n) scan_states<Sums, Bounded>(g, order, n, std::make_index_sequence<1>{});
 }
 
-template <typename G>
-void scan_tile(G& g) {
-  g.bounded ? scan_tile<true>(g) : scan_tile<false>(g);
+template <bool Sums, typename G>
+void scan_steps(G& g, const Order& order) {
+  g.bounded ? scan_steps<Sums, true>(g, order) : scan_steps<Sums, false>(g, order);
 }
 
 }  // namespace

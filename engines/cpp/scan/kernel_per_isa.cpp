@@ -43,8 +43,9 @@ int forward_lanes(const MdnetScan& scan, const Lanes& task) {
   if (!arena) return MDNET_NO_MEMORY;
   G group(scan, task, arena);
   for (int64_t k = 0; k < group.tiles(); ++k) {
-    group.load_tile(k);
-    scan_tile(group);
+    group.prefetch(k + 1, {scan.u, scan.delta, scan.z});
+    group.load_tile(k, [](int, int64_t, Vector<T>) {});
+    scan_steps<true>(group, order_of(group, 0, group.steps));
     write_y(group);
   }
   group.write_states(group.h, scan.h_last);

@@ -135,6 +135,13 @@ inline Vector<T> softplus(Vector<T> x) {
   return at_least(x, Vector<T>{}) + log1p_of<T>(exp_of<T>(at_most(x, -x)));
 }
 
+// The derivative of softplus, the sigmoid, by the exponential that softplus takes: beside it, compilers make only one.
+template <typename T>
+inline Vector<T> softplus_slope(Vector<T> x) {
+  const Vector<T> e = exp_of<T>(at_most(x, -x)), part = reciprocal<T>(T(1) + e);
+  return x < T(0) ? e * part : part;
+}
+
 template <typename T>
 inline Vector<T> sigmoid(Vector<T> x) {
   return reciprocal<T>(T(1) + exp_of<T>(-x));

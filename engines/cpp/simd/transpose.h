@@ -38,22 +38,24 @@ inline void transpose(V (&rows)[N]) {
   transpose_stage<1>(rows);
 }
 
-template <int Step, typename V, int N>
-inline void sum_stage(V (&rows)[N]) {
-  if constexpr (Step < N) {
-    using All = std::make_index_sequence<N>;
-    for (int i = 0; i < N; i += 2 * Step) {
-      rows[i] =
-          blocks<Step, false>(rows[i], rows[i + Step], All{}) + blocks<Step, true>(rows[i], rows[i + Step], All{});
+// Stages of `sum_lanes`: To / From rows become one. What the stages 1 to n leave of each n rows, the stages n to N take
+// as N / n rows.
+template <int From, int To, typename V>
+inline void sum_stages(V* rows) {
+  if constexpr (From < To) {
+    using All = std::make_index_sequence<sizeof(V) / sizeof(rows[0][0])>;
+    for (int i = 0; i < To / From / 2; ++i) {
+      const V a = rows[2 * i], b = rows[2 * i + 1];
+      rows[i] = blocks<From, false>(a, b, All{}) + blocks<From, true>(a, b, All{});
     }
-    sum_stage<2 * Step>(rows);
+    sum_stages<2 * From, To>(rows);
   }
 }
 
 // The sums over the lanes of each row: lane i of the result belongs to rows[i]. Overwrites the rows.
 template <typename V, int N>
 inline V sum_lanes(V (&rows)[N]) {
-  sum_stage<1>(rows);
+  sum_stages<1, N>(rows);
   return rows[0];
 }
 
