@@ -66,13 +66,18 @@ def look(model: MDNet, picture: np.ndarray) -> Looked:
     traced = torch.zeros_like(blocks[0][0])
     for cross, attend in blocks:
         traced = (traced + cross) / 2
-        traced = (traced + attend @ traced) / 2
-    return Looked(score, _by_scale(own, model.config), _by_scale(traced[index] / traced[index].sum(), model.config))
+        asking = traced if len(attend) > 1 else traced[index, None]  # the last block's is the class token alone
+        traced = (asking + attend @ traced) / 2
+    (row,) = traced
+    return Looked(score, _by_scale(own, model.config), _by_scale(row / row.sum(), model.config))
 
 
 @contextlib.contextmanager
 def _recorded(fusion: Fusion) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Give a list that holds, once one picture was scored, each block's cross- (L, T) and self-attention (L, L)."""
+    """Give a list that holds, once one picture was scored, each block's cross- (L, T) and self-attention (L, L).
+
+    The last block's self-attention has one row, the class token's.
+    """
     blocks: list[tuple[Tensor, Tensor]] = []
     crosses: list[Tensor] = []
 

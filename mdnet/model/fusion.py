@@ -143,9 +143,8 @@ class Fusion(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             tokens = block(tokens, local)
-        if self.training:  # a step without the rest of the last block, which no score depends on
-            return [self.head(last(tokens, local, self.class_index).squeeze(1)), *alone]
-        return [self.head(last(tokens, local)[:, self.class_index]), *alone]
+        # No score depends on the rest of the last block.
+        return [self.head(last(tokens, local, self.class_index).squeeze(1)), *alone]
 
 
 class OnScale(nn.Module):
