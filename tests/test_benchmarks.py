@@ -60,6 +60,23 @@ def test_training_measures_an_epoch_with_the_cache_and_without(tmp_path: Path) -
 
 @pytest.mark.slow
 @needs_library
+def test_throughput_measures_streams_at_every_batch_size(tmp_path: Path) -> None:
+    options = ["--precision", "fp32", "--batch-sizes", "1,2", "--batches", "2", "--rounds", "1", "-o", "figures.json"]
+    options += ["--only", "auto, a stream for each thread", "--only", "THROUGHPUT"]
+    command = [sys.executable, BENCHMARKS / "throughput.py", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["contestants"]
+    assert len(rows) == 3
+    for row in rows.values():
+        assert "reason" in row or set(row["batch sizes"]) == {"1", "2"}
+    streams = rows["auto, a stream for each thread"]
+    assert streams["streams"] == 2
+    assert all(min(figures.values()) > 0 for figures in streams["batch sizes"].values())
+
+
+@pytest.mark.slow
+@needs_library
 def test_precision_measures_a_bundle_against_pytorch(tmp_path: Path) -> None:
     options = ["--preset", "demo", "--only", "ONNX Runtime, fp32", "--rounds", "1", "-o", "figures.json"]
     command = [sys.executable, BENCHMARKS / "precision.py", *options]
