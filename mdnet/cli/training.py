@@ -54,6 +54,13 @@ _TRAINING_OPTIONS = (
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True),
     click.option(
+        "--views",
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="Of each image: itself, and others that are turned, scaled and lit a little otherwise.",
+    ),
+    click.option(
         "--patience",
         type=click.IntRange(min=0),
         default=5,

@@ -194,6 +194,8 @@ class TrainConfig:
     """Share of the training split that chooses the epoch. The test split has no part in it."""
     stream_loss: float = 0.3
     """Weight of each stream's own error beside that of the score, where the model has heads for streams."""
+    views: int = 1
+    """Of each training image: itself, and others by `mdnet.training.views`. An epoch takes one of them at random."""
     patience: int = 5
     """Stop after this many epochs in a row without a better validation; 0: never."""
     amp: bool = False

@@ -34,6 +34,7 @@ from mdnet.data.rated import Rated
 from mdnet.evaluation.evaluate import load_needed
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
+from mdnet.training.views import jittered
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
@@ -46,6 +47,7 @@ _DTYPES = {False: torch.float32, True: torch.float16}
 class Features:
     """Pixels, ratings and frozen features of a data set, image by image. Features are memory-mapped.
 
+    Where images have several views, the rows are all images themselves, then all their second views, and so on.
     Made by `cached_features`. Lives no longer than the folder it was made in.
     """
 
@@ -55,12 +57,13 @@ class Features:
         self._rows = rows  # of each image: the shard's tensors, and its place there
 
     def __len__(self) -> int:
+        """How many images, whatever the number of their views."""
         return len(self.ratings)
 
     def batch(
         self, rows: Tensor, mirror: Tensor, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """What a training step takes of the images `rows` (b,), each mirrored where `mirror` (b,) is 1.
+        """What a training step takes of the views `rows` (b,), each mirrored where `mirror` (b,) is 1.
 
         Returns:
             Features by name (b, C, h, w) in float32, pixels (b, S, S, 3) in uint8, ratings (b,); all on `device`.
@@ -72,7 +75,7 @@ class Features:
         }
         pixels = self.pixels[rows]
         pixels = torch.where(mirror.bool()[:, None, None, None], pixels.flip(2), pixels)
-        return features, pixels.to(device), self.ratings[rows].to(device)
+        return features, pixels.to(device), self.ratings[rows % len(self)].to(device)
 
 
 @contextmanager
@@ -94,6 +97,7 @@ def cached_features(
     *,
     folder: Path | None = None,
     half: bool = False,
+    views: int = 1,
     batch_size: int = 8,
     progress: Progress = SILENT,
 ) -> Iterator[Features]:
@@ -102,6 +106,7 @@ def cached_features(
     Args:
         folder: the cache, as `feature_folder` has it.
         half: keep float16 in place of float32: half the disk, features rounded to 11 bits.
+        views: of each image: itself, and others by `mdnet.training.views`.
         batch_size: images per run of the encoder, each with its mirror image.
         progress: counts the images that are ready.
 
@@ -111,6 +116,7 @@ def cached_features(
     with feature_folder(folder) as root:
         cache = _Cache(root, encoder, config, half)
         pixels = load_pixels(data.images, config.image_size, progress, face=config.face)
+        pixels = torch.cat([pixels, *(jittered(pixels, seed) for seed in range(1, views))])
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
         advance = progress.count(f"frozen features of {len(digests)} images", len(digests))

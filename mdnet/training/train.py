@@ -74,7 +74,13 @@ def train(
         MDNetError: an image can't be read, the disk is too small for the features, or the loss is not finite.
     """
     with cached_features(
-        model.diffusion, model.config, data, folder=cache, half=half_features, progress=progress
+        model.diffusion,
+        model.config,
+        data,
+        folder=cache,
+        half=half_features,
+        views=config.views,
+        progress=progress,
     ) as features:
         run = _Run(model, features, config)
         if state is not None:
@@ -148,6 +154,8 @@ class _Run:
         model, config = self.model.train(), self.config
         total = 0.0
         rows = self.training[torch.randperm(len(self.training), generator=self.generator)]
+        if config.views > 1:
+            rows = rows + len(self.features) * torch.randint(config.views, (len(rows),), generator=self.generator)
         for chosen in rows.split(config.batch_size):
             mirror = torch.randint(2, (len(chosen),), generator=self.generator)
             features, pixels, ratings = self.features.batch(chosen, mirror, self.device)
