@@ -14,8 +14,8 @@ from mdnet.cli.common import DRAWN_FACES, check_output, command_line, require_tr
 from mdnet.cli.data import data_help, fold_option, parse_scale, protocol_option, scale_option
 from mdnet.cli.distil import distil
 from mdnet.cli.explain import explain
-from mdnet.cli.pretraining import pretrain
-from mdnet.cli.training import ablate, prior, train
+from mdnet.cli.pretraining import pretrain, prior
+from mdnet.cli.training import ablate, train
 from mdnet_engines.backends.candidates import BACKENDS
 from mdnet_engines.console import Command, say, show_progress
 from mdnet_engines.errors import UsageError, require

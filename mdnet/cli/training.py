@@ -1,4 +1,4 @@
-"""`mdnet prior`, `mdnet train` and `mdnet ablate`: the subcommands that learn."""
+"""`mdnet train` and `mdnet ablate`: the subcommands that learn from ratings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mdnet.model.net import MDNet
     from mdnet.training.train import Epoch
 
-_DRAWN = "drawn faces"
+DRAWN = "drawn faces"
 """In what notes say of a frozen encoder that never saw photographs."""
 
 face_option = click.option(
@@ -82,46 +82,6 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_TRAINING_OPTIONS):
         command = option(command)
     return command
-
-
-@click.command()
-@click.option("--faces", type=click.IntRange(min=2), default=4000, show_default=True, help="Drawn faces to learn from.")
-@click.option("--vae-epochs", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--unet-epochs", type=click.IntRange(min=1), default=24, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--picture",
-    type=click.Path(path_type=Path),
-    help="Write faces, their reconstructions, and faces that the model makes up to this .png.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("prior.safetensors"), show_default=True)
-def prior(faces: int, vae_epochs: int, unet_epochs: int, seed: int, picture: Path | None, output: Path) -> None:
-    """Make the demo's encoder: that of a small latent diffusion model, trained on drawn faces without their ratings.
-
-    The checkpoint is for `mdnet train --init`; its Vim and fusion are random.
-    """
-    require_train()
-    from mdnet.model.checkpoint import save_checkpoint
-    from mdnet.model.net import random_mdnet
-    from mdnet.training.prior import PriorConfig, draw_picture, train_prior
-
-    check_output(output)
-    check_output(picture, "--picture", "the picture")
-    config = PriorConfig(faces=faces, vae_epochs=vae_epochs, unet_epochs=unet_epochs, seed=seed)
-    model = random_mdnet(preset("demo"), seed)
-    with show_progress() as progress:
-        laps = Laps(progress)
-
-        def on_epoch(stage: str, number: int, loss: float) -> None:
-            say(f"{stage}, epoch {number:>2}: loss {loss:.4f}, {laps.lap():.1f} s")
-
-        diffusion = train_prior(model, config, progress=laps, on_epoch=on_epoch)
-    if picture:
-        draw_picture(diffusion, model.config.image_size).save(picture)
-    data = f"{faces} drawn faces, without ratings"
-    notes: dict[str, object] = {"command": command_line(), "data": data, "encoder": f"trained here on {data}"}
-    save_checkpoint(model, output, notes=notes)
-    say(f"{output}; next: mdnet train --init {shlex.quote(str(output))}")
 
 
 @click.command()
@@ -213,7 +173,7 @@ def train(
         **({"data_sha256": rated.sha256} if rated.sha256 else {}),
         "protocol": protocol,
         **({} if fold is None else {"fold": fold}),
-        **({"encoder": f"trained on {_DRAWN}"} if of_drawings else {}),
+        **({"encoder": f"trained on {DRAWN}"} if of_drawings else {}),
         "best_epoch": best.number,
         "epochs": [dataclasses.asdict(epoch) for epoch in epochs],
         "test": dataclasses.asdict(result),
@@ -303,7 +263,7 @@ def _warn_of_drawings(model: MDNet, init: Path | None, data: Path | None) -> boo
     from mdnet.training.features import encoder_digest
 
     notes = {} if init is None else read_metadata(init)[1]
-    said = _DRAWN in str(notes.get("encoder"))
+    said = DRAWN in str(notes.get("encoder"))
     if not said and model.config.preset == "demo":
         said = encoder_digest(model.diffusion) == encoder_digest(load_checkpoint(demo_checkpoint()).diffusion)
     if said and data is not None and not is_drawn(data):

@@ -75,7 +75,7 @@ def distil(
         UsageError: `model` has no preset with a tiny VAE.
     """
     tiny_config = tiny_preset(model.config)
-    faces = draw_faces(_SEED, config.faces, tiny_config.image_size, progress.count("drawing", config.faces))
+    faces = draw_faces(config.faces, tiny_config.image_size, progress, seed=_SEED)
     advance = progress.count("training", config.epochs)
     held_out, faces = faces.tensor_split([-(-config.faces // 10)])
     generator = torch.Generator().manual_seed(config.seed)

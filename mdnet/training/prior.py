@@ -1,4 +1,4 @@
-"""The demo's pre-trained encoder: a small latent diffusion model of drawn faces, frozen afterwards like the real one.
+"""The demo's pre-trained encoder: a small latent diffusion model of faces, frozen afterwards like the real one.
 
     faces ── stage 1 ──> VAE ──> latents (4, S/8, S/8) ── stage 2 ──> U-Net that predicts their noise
                           └─ encoder ─┐                                └─ down path, mid block ─┐
@@ -7,7 +7,7 @@
 The real presets take their encoder from Stable Diffusion. Nothing of the demo's size is published, so both stages are
 trained here, after latent diffusion (arXiv 2112.10752) and at Stable Diffusion 1.5's settings where size has no say:
 diffusers' own modules, ε-prediction, 1,000 steps on the scaled-linear schedule, one constant context (the model is
-unconditional). The faces are in no split, and their ratings are never looked at.
+unconditional). Drawn faces (`draw_faces`) are in no split, photographs in no test list; ratings are never looked at.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ from mdnet_engines.progress import SILENT, Progress
 from mdnet_rt.images.preprocess import preprocess
 
 _NOISE_STEPS = 1000
-_SEED, _LOOK_SEED = 77_000, 77_001  # of faces to learn from, and to look at; splits are drawn from other seeds
+_SEED = 77_000  # of drawn faces to learn from; splits are drawn from other seeds
 
 
 @dataclass(frozen=True)
 class PriorConfig:
     """How to train the latent diffusion model. An epoch sees every face once, mirrored or not."""
 
-    faces: int = 4000
     vae_epochs: int = 8
     vae_batch: int = 16
     vae_rate: float = 2e-3
@@ -69,19 +68,20 @@ class LatentDiffusion(NamedTuple):
 
 def train_prior(
     model: MDNet,
+    faces: Tensor,
     config: PriorConfig,
     *,
     progress: Progress = SILENT,
     on_epoch: Callable[[str, int, float], None] = lambda _stage, _number, _loss: None,
 ) -> LatentDiffusion:
-    """Train a latent diffusion model at `model`'s sizes on drawn faces, and put its encoder halves into `model`.
+    """Train a latent diffusion model at `model`'s sizes, and put its encoder halves into `model`.
 
     Args:
-        progress: counts faces, then epochs of both stages.
+        faces: uint8 (n, S, S, 3), at least 2.
+        progress: counts epochs of both stages.
         on_epoch: called with the stage (`VAE` or `U-Net`), the epoch's number and its mean loss: absolute error in
             [-1, 1] plus the weighted KL divergence, and mean squared error of the noise (1 is what a constant reaches).
     """
-    faces = draw_faces(_SEED, config.faces, model.config.image_size, progress.count("drawing", config.faces))
     advance = progress.count("training", config.vae_epochs + config.unet_epochs)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -146,10 +146,9 @@ def reconstruct(diffusion: LatentDiffusion, faces: Tensor) -> Tensor:
     return _to_pixels(vae.decode(vae.encode(to_vae_range(faces)).latent_dist.mode()).sample)
 
 
-def draw_picture(diffusion: LatentDiffusion, size: int, *, columns: int = 8) -> Image.Image:
-    """Three rows to look at: drawn faces of `size` pixels, what the VAE leaves of them, and samples."""
-    faces = draw_faces(_LOOK_SEED, columns, size)
-    rows = [faces, reconstruct(diffusion, faces), sample(diffusion, columns)]
+def draw_picture(diffusion: LatentDiffusion, faces: Tensor) -> Image.Image:
+    """Three rows to look at: `faces`, uint8 (n, S, S, 3), what the VAE leaves of them, and as many samples."""
+    rows = [faces, reconstruct(diffusion, faces), sample(diffusion, len(faces))]
     return Image.fromarray(np.concatenate([np.concatenate(list(row.numpy()), axis=1) for row in rows]))
 
 
@@ -247,8 +246,9 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def draw_faces(seed: int, count: int, size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+def draw_faces(count: int, size: int, progress: Progress = SILENT, *, seed: int = _SEED) -> Tensor:
     """Preprocessed faces of a seed, uint8 (count, S, S, 3)."""
+    advance = progress.count("drawing", count)
     faces = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for i in range(count):
         faces[i] = _face([seed, i], size)

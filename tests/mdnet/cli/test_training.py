@@ -85,15 +85,14 @@ def test_a_configuration_file_trains_and_the_checkpoint_names_what_it_gave(
 
 def test_prior_says_each_epochs_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def train_prior(
-        model: object, config: Any, *, progress: Progress, on_epoch: Callable[[str, int, float], None]
+        model: object, faces: object, config: Any, *, progress: Progress, on_epoch: Callable[[str, int, float], None]
     ) -> None:
-        progress.count("drawing", 2)(2)
         progress.count("training", 2)
         on_epoch("VAE", 1, 0.5)
         on_epoch("U-Net", 1, 0.25)
 
     monkeypatch.setattr("mdnet.training.prior.train_prior", train_prior)
-    result = CliRunner().invoke(main, ["prior", "-o", str(tmp_path / "prior.safetensors")])
+    result = CliRunner().invoke(main, ["prior", "--faces", "2", "-o", str(tmp_path / "prior.safetensors")])
     assert result.exit_code == 0, result.output
     assert seconds_left_out(result.stderr)[:-1] == [
         "[# s] drawing: 0 of 2",

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mdnet.cli.main import main
-from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint
+from mdnet.model.checkpoint import demo_checkpoint, load_checkpoint, read_metadata
 from mdnet.model.config import preset
 from mdnet.model.net import MDNet, random_mdnet
 from mdnet.training import prior
-from mdnet.training.prior import LatentDiffusion, PriorConfig, reconstruct, sample, train_prior
+from mdnet.training.prior import LatentDiffusion, PriorConfig, draw_faces, reconstruct, sample, train_prior
 
-CONFIG = PriorConfig(faces=24, vae_epochs=6, vae_batch=8, unet_epochs=10, unet_batch=8, ema=0.8)
+CONFIG = PriorConfig(vae_epochs=6, vae_batch=8, unet_epochs=10, unet_batch=8, ema=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def trained() -> tuple[MDNet, LatentDiffusion, dict[str, list[float]], dict[str,
     model = random_mdnet(preset("demo"), 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses: dict[str, list[float]] = {"VAE": [], "U-Net": []}
-    diffusion = train_prior(model, CONFIG, on_epoch=lambda stage, _, loss: losses[stage].append(loss))
+    diffusion = train_prior(
+        model, draw_faces(24, 128), CONFIG, on_epoch=lambda stage, _, loss: losses[stage].append(loss)
+    )
     return model, diffusion, losses, before
 
 
@@ -56,7 +58,7 @@ def test_the_frozen_encoder_is_that_of_the_diffusion_model_and_nothing_else_chan
 
 def test_latents_have_unit_variance_at_the_presets_scaling_and_decoding_undoes_it(trained: Trained) -> None:
     model, diffusion, _, _ = trained
-    faces = prior.draw_faces(prior._SEED, 24, 128)
+    faces = draw_faces(24, 128)
     with torch.no_grad():
         latents = model.diffusion.vae(prior.to_vae_range(torch.cat([faces, faces.flip(2)])))
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
@@ -83,11 +85,11 @@ def test_samples_are_pictures_repeatable_by_their_seed(trained: Trained) -> None
 
 
 def test_training_is_reproducible() -> None:
-    config = PriorConfig(faces=4, vae_epochs=1, unet_epochs=1)
+    config = PriorConfig(vae_epochs=1, unet_epochs=1)
     states = []
     for _ in range(2):
         model = random_mdnet(preset("demo"), 0)
-        train_prior(model, config)
+        train_prior(model, draw_faces(4, 128), config)
         states.append(model.diffusion.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -99,9 +101,25 @@ def test_prior_command_writes_a_checkpoint_to_train_from_and_a_picture(tmp_path:
     assert result.exit_code == 0, result.stderr
     assert load_checkpoint(file).config == preset("demo")
     with Image.open(picture) as shown:
-        assert shown.size == (8 * 128, 3 * 128)
-        rows = np.asarray(shown).reshape(3, 128, 8, 128, 3)
+        assert shown.size == (4 * 128, 3 * 128)
+        rows = np.asarray(shown).reshape(3, 128, 4, 128, 3)
     assert not np.array_equal(rows[0], rows[1])
+
+
+def test_prior_learns_from_a_tables_training_list_and_no_drawn_faces(faces: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prior.safetensors"
+    words = ["prior", "--data", faces, "--face", "none", "--vae-epochs", "1", "--unet-epochs", "1", "-o", file]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.stderr
+    listed = (faces / "train_test_files" / "split_of_60%training and 40%testing" / "train.txt").read_text()
+    count = len(listed.splitlines())
+    assert read_metadata(file)[1]["encoder"] == f"trained here on {count} pictures of {faces.name}, without ratings"
+
+
+def test_prior_without_faces_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["prior", "--faces", "0", "-o", str(tmp_path / "prior.safetensors")])
+    assert result.exit_code == 2
+    assert "0 faces to learn from; expected 2 or more" in result.stderr
 
 
 def test_the_packaged_demo_is_of_the_preset() -> None:
