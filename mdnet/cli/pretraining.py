@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mdnet.cli.common import check_output, command_line, require_train
-from mdnet.cli.training import DRAWN, face_option, initial_model
+from mdnet.cli.training import DRAWN, face_option, initial_model, views_option
 from mdnet.model.config import preset as preset_named
 from mdnet_engines.console import say, show_progress
 from mdnet_engines.errors import UsageError
@@ -109,6 +109,7 @@ def prior(
     help=_PICTURES,
 )
 @face_option
+@views_option
 @click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -120,6 +121,7 @@ def pretrain(
     init: Path | None,
     data: tuple[Path, ...],
     face: str | None,
+    views: int,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -139,6 +141,7 @@ def pretrain(
     from mdnet.training.pretrain import PretrainConfig
     from mdnet.training.pretrain import pretrain as fit
     from mdnet.training.state import StateFile
+    from mdnet.training.views import with_views
 
     check_output(output)
     state = StateFile(output.with_name(f"{output.name}.state"), resume=resume)
@@ -149,6 +152,7 @@ def pretrain(
     with show_progress() as progress:
         files = [file for path in data for file in training_pictures(path, progress)]
         pixels = load_pixels(files, model.config.image_size, progress, face=model.config.face)
+        pixels = with_views(pixels, views)
         fingerprint = {
             **{name: str(value) for name, value in dataclasses.asdict(config).items()},
             "first weights": state_digest(model.vim)[:12],

@@ -42,6 +42,13 @@ face_option = click.option(
     type=FaceOption(),
     help="Which square of an image the model sees, in training and after.  [default: that of --init, else none]",
 )
+views_option = click.option(
+    "--views",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Of each image: itself, and others that are turned, scaled and lit a little otherwise.",
+)
 _TRAINING_OPTIONS = (
     click.option("--preset", help="demo: the packaged demo's frozen encoder, with Vim and fusion from scratch."),
     click.option("--init", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint to start from."),
@@ -53,12 +60,11 @@ _TRAINING_OPTIONS = (
     click.option("--epochs", type=click.IntRange(min=1), default=16, show_default=True),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True),
+    views_option,
     click.option(
-        "--views",
-        type=click.IntRange(1, 64),
-        default=1,
-        show_default=True,
-        help="Of each image: itself, and others that are turned, scaled and lit a little otherwise.",
+        "--linear-probe",
+        is_flag=True,
+        help="First fit the streams' heads by ridge regression, then train everything: for few pictures.",
     ),
     click.option(
         "--patience",

@@ -196,6 +196,8 @@ class TrainConfig:
     """Weight of each stream's own error beside that of the score, where the model has heads for streams."""
     views: int = 1
     """Of each training image: itself, and others by `mdnet.training.views`. An epoch takes one of them at random."""
+    linear_probe: bool = False
+    """Begin with the streams' heads fitted to the ratings (`mdnet.training.probe`)."""
     patience: int = 5
     """Stop after this many epochs in a row without a better validation; 0: never."""
     amp: bool = False

@@ -130,15 +130,19 @@ class Fusion(nn.Module):
         """Features by name (B, C, s, s) and Vim tokens (B, L, d) → scores (B,)."""
         return self.head.on_scale(*self.logits(features, tokens))
 
-    def logits(self, features: dict[str, Tensor], tokens: Tensor) -> list[Tensor]:
-        """Logits (B,) whose sum is the score's: of the streams together, then of each one that has a head."""
+    def streams(self, features: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+        """Tokens by stream: `vim` (B, L, d) and `diffusion` (B, T, d); constants in place of one that is left out."""
         local = torch.cat([scale(features[name]) for name, scale in self.scales.items()], dim=1)  # (B, T, d)
         if self.only == "vim":
             local = self.stand_in.expand_as(local)
         elif self.only == "diffusion":
             tokens = self.stand_in.expand_as(tokens)
-        local = self.norm_local(local)
-        streams = {"vim": tokens, "diffusion": local}
+        return {"vim": tokens, "diffusion": self.norm_local(local)}
+
+    def logits(self, features: dict[str, Tensor], tokens: Tensor) -> list[Tensor]:
+        """Logits (B,) whose sum is the score's: of the streams together, then of each one that has a head."""
+        streams = self.streams(features, tokens)
+        tokens, local = streams["vim"], streams["diffusion"]
         alone = [head(streams[name]) for name, head in self.stream_heads.items()]
         *blocks, last = self.blocks
         for block in blocks:

@@ -34,7 +34,7 @@ from mdnet.data.rated import Rated
 from mdnet.evaluation.evaluate import load_needed
 from mdnet.model.config import MDNetConfig
 from mdnet.model.diffusion import DiffusionEncoder
-from mdnet.training.views import jittered
+from mdnet.training.views import with_views
 from mdnet_engines.errors import MDNetError
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.system.atomic import new_file
@@ -116,7 +116,7 @@ def cached_features(
     with feature_folder(folder) as root:
         cache = _Cache(root, encoder, config, half)
         pixels = load_pixels(data.images, config.image_size, progress, face=config.face)
-        pixels = torch.cat([pixels, *(jittered(pixels, seed) for seed in range(1, views))])
+        pixels = with_views(pixels, views)
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
         known = cache.known(set(digests))
         advance = progress.count(f"frozen features of {len(digests)} images", len(digests))

@@ -25,6 +25,7 @@ from mdnet.data.rated import Rated
 from mdnet.model.config import TrainConfig
 from mdnet.model.net import MDNet
 from mdnet.training.features import Features, cached_features
+from mdnet.training.probe import fit_stream_heads
 from mdnet.training.schedule import cosine, parameter_groups
 from mdnet.training.state import StateFile, fingerprint
 from mdnet_engines.errors import MDNetError
@@ -37,6 +38,7 @@ class Epoch:
     """What `on_epoch` receives: mean squared error of training, and Pearson on the validation slice."""
 
     number: int
+    """From 1 on; 0 is the linear probe."""
     of: int
     loss: float
     validation_pearson: float
@@ -82,9 +84,14 @@ def train(
         views=config.views,
         progress=progress,
     ) as features:
+        known = fingerprint(model, data, config, half_features=half_features) if state is not None else {}
+        if config.linear_probe:
+            progress.step("fitting the streams' heads")
         run = _Run(model, features, config)
         if state is not None:
-            state.open(fingerprint(model, data, config, half_features=half_features), run)
+            state.open(known, run)
+        if config.linear_probe and not run.number:
+            on_epoch(run.best)
         advance = progress.count("training", config.epochs)
         advance(run.number)
         while not run.finished():
@@ -120,6 +127,8 @@ class _Run:
         order = torch.randperm(len(features), generator=self.generator)
         held_out = max(2, round(config.validation * len(features)))
         self.validation, self.training = order[:held_out], order[held_out:]
+        if config.linear_probe:
+            error = fit_stream_heads(model, features, self.training, views=config.views, seed=config.seed)
         # The frozen encoder is the same object in both.
         self.average = copy.deepcopy(model, memo={id(model.diffusion): model.diffusion})
         # Asking a model for them walks through the encoder too.
@@ -133,6 +142,8 @@ class _Run:
         self.number = 0
         self.best = Epoch(0, config.epochs, math.inf, -math.inf)
         self.best_weights: list[Tensor] = []
+        if config.linear_probe:
+            self._look(error)
 
     def finished(self) -> bool:
         patience = self.config.patience
@@ -141,7 +152,9 @@ class _Run:
     def epoch(self) -> Epoch:
         """Train one epoch and look at the averaged weights; keep them where they are the best so far."""
         self.number += 1
-        loss = self._train()
+        return self._look(self._train())
+
+    def _look(self, loss: float) -> Epoch:
         score = pearson(self.features.ratings[self.validation].numpy(), self._validate())
         score = -1.0 if math.isnan(score) else score  # equal predictions: as bad as it gets
         result = Epoch(self.number, self.config.epochs, loss, score, float(self.schedule.get_last_lr()[0]))

@@ -19,6 +19,11 @@ _SHIFT = 0.04  # of the side
 _LIGHT, _CONTRAST = 0.15, 0.2
 
 
+def with_views(pixels: Tensor, views: int) -> Tensor:
+    """All images, then their second views, and so on: uint8 (n, S, S, 3) → (n · views, S, S, 3)."""
+    return torch.cat([pixels, *(jittered(pixels, seed) for seed in range(1, views))])
+
+
 def jittered(pixels: Tensor, seed: int) -> Tensor:
     """Another view of each image: uint8 (n, S, S, 3) → the same. Repeatable by its seed and by the image's row."""
     return torch.cat([_jitter(part, seed * 1_000_003 + number) for number, part in enumerate(pixels.split(64))])
