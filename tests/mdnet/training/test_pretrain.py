@@ -104,6 +104,15 @@ def test_the_command_changes_vim_alone_and_says_from_what(faces: Path, tmp_path:
     assert not file.with_name(f"{file.name}.state").exists()
 
 
+def test_views_are_more_pictures_to_learn_from(faces: Path, tmp_path: Path) -> None:
+    count = len(read_splits(faces, "60-40")[0].train)
+    words = ["pretrain", "--preset", "demo", "--data", str(faces), "--epochs", "1", "--batch-size", str(count + 1)]
+    words += ["-o", str(tmp_path / "start.safetensors")]
+    assert f"{count} pictures to pre-train on" in CliRunner().invoke(main, words).stderr
+    result = CliRunner().invoke(main, [*words, "--views", "2"])
+    assert result.exit_code == 0, result.stderr
+
+
 def test_pictures_of_a_test_list_are_left_out(faces: Path, tmp_path: Path) -> None:
     (split,) = read_splits(faces, "60-40")
     assert training_pictures(faces) == split.train.images
