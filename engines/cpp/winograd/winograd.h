@@ -1,0 +1,43 @@
+// The C interface of 3 x 3 convolutions, stride 1, zero padding 1, channels last, by Winograd's algorithm: F(4 x 4,
+// 3 x 3) has a quarter of a direct convolution's multiplications.
+//
+// A tile of 4 x 4 places of y is made from 6 x 6 places of x. Both and the weights are transformed by the points 0,
+// +-1/sqrt(2), +-sqrt(2) and infinity, whose error is less than half of that by the usual 0, +-1, +-2 and infinity.
+// An infinity or NaN in x may make NaN of the whole tiles that read it.
+#pragma once
+
+#include "common/interface.h"
+
+extern "C" {
+
+// In what the transformed values are multiplied; everything else, sums included, is float32.
+enum MdnetWinogradProducts { MDNET_WINOGRAD_FLOAT32 = 0, MDNET_WINOGRAD_BFLOAT16 = 1 };
+
+// Weights as a kernel reads them; the layout is that of one build. Four times as many values as w has.
+struct MdnetWinogradWeights;
+
+// w: outputs x channels x 3 x 3. The result is for the caller to free(). Null where a size is below 1, where memory ran
+// out, or where this processor lacks the instruction set or products in bfloat16 (which `isa` MDNET_AVX512 and
+// MDNET_BEST have, where mdnet_has_bfloat16()).
+MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int64_t outputs, int32_t products,
+                                          int32_t isa);
+
+// y = convolution of f(x), + bias, + residual; f(x) = x, or x * scale + offset, or SiLU of that. Outside of the image
+// f(x) is 0. A uint8_t stands for (value - zero_point) * scale.
+struct MdnetWinograd {
+  int64_t batch, height, width;  // each at least 1; channels and outputs are those of the weights
+  const void* x;                 // batch x height x width x channels, float or uint8_t
+  const float *scale, *offset;   // batch x channels, for a float x; or both null
+  const MdnetWinogradWeights* weights;
+  const float* bias;       // outputs; or null
+  const float* residual;   // as y; or null
+  void* y;                 // batch x height x width x outputs, float or uint8_t; not the same memory as x
+  float x_scale, y_scale;  // of what is uint8_t
+  int32_t x_zero_point, y_zero_point;
+  int32_t x_is_uint8, y_is_uint8;
+  int32_t silu;  // of f; only with scale and offset
+};
+
+// An image's result does not depend on the batch or the number of threads.
+int mdnet_winograd(const MdnetWinograd* call, MdnetParallelFor parallel_for, void* host);
+}
