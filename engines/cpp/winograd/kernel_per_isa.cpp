@@ -1,0 +1,373 @@
+// A block of tiles: transform, multiply, transform back. CMake compiles this file once per instruction set, and once
+// more for products in bfloat16 with AVX-512.
+//
+// Channels lie side by side and are the lanes of a vector, so that the transforms need no step across lanes.
+#include <utility>
+
+#include "common/arithmetic.h"
+#include "common/buffer.h"
+#include "quantised/bytes.h"
+#include "simd/builds.h"
+#include "winograd/kernel.h"
+
+namespace MDNET_NAMESPACE {
+namespace {
+
+constexpr int kTile = int(WinogradKernel::kTile), kSize = 6, kPositions = int(WinogradKernel::kPositions);
+constexpr int kVectors = 2;                               // of outputs in a panel, of channels transformed at a time
+constexpr int64_t kColumns = kVectors * W;                // outputs of a panel
+constexpr int64_t kChannels = kVectors * W;               // transformed at a time
+constexpr int kRows = MDNET_VECTOR_BYTES == 64 ? 12 : 6;  // tiles multiplied at a time: the sums fit into the registers
+constexpr int64_t kLine = 64;                             // bytes of a cache line
+
+#ifdef MDNET_BFLOAT16
+using Element = uint16_t;
+using Factor = uint32_t;  // a pair of elements, which one instruction multiplies by a pair of the other side and adds
+#else
+using Element = float;
+using Factor = float;
+#endif
+constexpr int64_t kPair = sizeof(Factor) / sizeof(Element);
+
+// Where the values of a block lie. Positions are a cache line further apart than their values need: at a distance of
+// a power of 2 they would compete for a few places of the cache.
+struct Layout {
+  int64_t channels;                  // rounded up
+  int64_t input_stride, sum_stride;  // from a position to the next: elements, floats
+  Layout(int64_t channels_of_x, int64_t tiles)
+      : channels(round_up(channels_of_x, kChannels)),
+        input_stride(tiles * channels + kLine / int64_t(sizeof(Element))),
+        sum_stride(tiles * kColumns + kLine / int64_t(sizeof(float))) {}
+  int64_t input_bytes() const { return int64_t(aligned(size_t(kPositions * input_stride) * sizeof(Element))); }
+  int64_t bytes() const { return input_bytes() + kPositions * sum_stride * int64_t(sizeof(float)); }
+};
+
+// --- the transforms, for the points 0, +-1/sqrt(2), +-sqrt(2) and infinity ---
+
+constexpr float kNear = 0.70710678f, kFar = 1.41421356f;
+
+inline Floats times_plus(float factor, Floats a, Floats b) { return multiply_add<float>(splat(factor), a, b); }
+
+// Six values of x, in place.
+inline void transform_input(Floats (&d)[kSize]) {
+  const Floats first = times_plus(-2.5f, d[2], d[0] + d[4]), last = times_plus(-2.5f, d[3], d[1] + d[5]);
+  const Floats even_near = times_plus(-2.0f, d[2], d[4]), odd_near = times_plus(-2.0f, d[1], d[3]);
+  const Floats even_far = times_plus(-0.5f, d[2], d[4]), odd_far = times_plus(-0.5f, d[1], d[3]);
+  d[0] = first;
+  d[1] = times_plus(kNear, odd_near, even_near);
+  d[2] = times_plus(-kNear, odd_near, even_near);
+  d[3] = times_plus(kFar, odd_far, even_far);
+  d[4] = times_plus(-kFar, odd_far, even_far);
+  d[5] = last;
+}
+
+// Six sums to four values of y.
+inline void transform_output(const Floats (&m)[kSize], Floats (&y)[kTile]) {
+  const Floats even_near = m[1] + m[2], odd_near = m[1] - m[2], even_far = m[3] + m[4], odd_far = m[3] - m[4];
+  y[0] = m[0] + even_near + even_far;
+  y[1] = times_plus(kNear, odd_near, kFar * odd_far);
+  y[2] = times_plus(0.5f, even_near, even_far + even_far);
+  y[3] = times_plus(0.5f * kNear, odd_near, times_plus(2 * kFar, odd_far, m[5]));
+}
+
+// Three weights to six.
+inline void transform_weights(const double (&g)[3], double (&u)[kSize]) {
+  constexpr double kRoot = 1.41421356237309504880;
+  const double near = (g[0] + 0.5 * g[2]) * (-2.0 / 3), far = (g[0] + 2 * g[2]) / 6;
+  u[0] = g[0];
+  u[1] = near - g[1] * (kRoot / 3);
+  u[2] = near + g[1] * (kRoot / 3);
+  u[3] = far + g[1] * (kRoot / 6);
+  u[4] = far - g[1] * (kRoot / 6);
+  u[5] = g[2];
+}
+
+// --- weights ---
+
+void pack(const float* w, int64_t channels, int64_t outputs, void* panels) {
+  const int64_t padded = round_up(channels, kChannels);
+  Element* to = static_cast<Element*>(panels);
+  for (int64_t o = 0; o < round_up(outputs, kColumns); ++o) {
+    for (int64_t c = 0; c < padded; ++c) {
+      double u[kSize][kSize] = {};
+      if (o < outputs && c < channels) {
+        const float* g = w + (o * channels + c) * 9;
+        double half[3][kSize];
+        for (int i = 0; i < 3; ++i) transform_weights({g[3 * i], g[3 * i + 1], g[3 * i + 2]}, half[i]);
+        for (int j = 0; j < kSize; ++j) {
+          double column[kSize];
+          transform_weights({half[0][j], half[1][j], half[2][j]}, column);
+          for (int i = 0; i < kSize; ++i) u[i][j] = column[i];
+        }
+      }
+      Element* place = to + o / kColumns * kPositions * padded * kColumns + c / kPair * kColumns * kPair +
+                       o % kColumns * kPair + c % kPair;
+      for (int p = 0; p < kPositions; ++p, place += padded * kColumns) {
+        const float value = float(u[p / kSize][p % kSize]);
+#ifdef MDNET_BFLOAT16
+        Bfloat rounded;
+        narrow(value, &rounded);
+        *place = rounded.bits;
+#else
+        *place = value;
+#endif
+      }
+    }
+  }
+}
+
+// --- x ---
+
+inline Floats some(const float* from, int64_t count) { return read<float>(from, count); }
+inline Floats some(const uint8_t* from, int64_t count) {
+  if (count >= W) return widened(from);
+  uint8_t values[16] = {};
+  if (count > 0) memcpy(values, from, size_t(count));
+  return widened(values);
+}
+
+enum Prologue { kAsIs, kScaled, kSilu };
+
+// f(x) for some channels of an image, but for the factor x_scale of bytes that are not scaled otherwise.
+template <typename X, Prologue kind>
+class Input {
+ public:
+  Input(const MdnetWinograd& call, int64_t image, int64_t channel, int64_t channels)
+      : count_(channels - channel), zero_point_(splat(float(call.x_zero_point))) {
+    if constexpr (kind != kAsIs) {
+      const int64_t first = image * channels + channel;
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t skipped = smaller(v * W, count_);  // or the address could lie past the end
+        scale_[v] = some(call.scale + first + skipped, count_ - skipped);
+        offset_[v] = some(call.offset + first + skipped, count_ - skipped);
+        if constexpr (sizeof(X) == 1) scale_[v] *= call.x_scale;
+      }
+    }
+  }
+
+  template <bool all>
+  Floats at(const X* pixel, int v) const {
+    Floats value;
+    if constexpr (all) {
+      value = widened(pixel + v * W);
+    } else {
+      const int64_t skipped = smaller(v * W, count_);
+      value = some(pixel + skipped, count_ - skipped);
+    }
+    if constexpr (sizeof(X) == 1) value -= zero_point_;
+    if constexpr (kind != kAsIs) value = multiply_add<float>(value, scale_[v], offset_[v]);
+    if constexpr (kind == kSilu) value = silu<float>(value);
+    return value;
+  }
+
+ private:
+  const int64_t count_;
+  const Floats zero_point_;
+  Floats scale_[kVectors], offset_[kVectors];
+};
+
+// The transformed values of kChannels channels at one position of a tile.
+inline void put(Element* to, const Floats (&values)[kVectors]) {
+#ifdef MDNET_BFLOAT16
+  store(to, _mm512_cvtne2ps_pbh(values[1], values[0]));
+#else
+  for (int v = 0; v < kVectors; ++v) store(to + v * W, values[v]);
+#endif
+}
+
+// Some channels of all tiles of a block, `to` the first of them.
+template <typename X, Prologue kind, bool all>
+void transform_channels(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, int64_t channel,
+                        Element* to) {
+  const int64_t channels = call.weights->channels, line = call.width * channels;
+  const Input<X, kind> input(call, block.image, channel, channels);
+  const X* x = static_cast<const X*>(call.x) + block.image * call.height * line + channel;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t top = (block.first_row + i) * kTile - 1, left = block.first_column * kTile - 1;
+    const int64_t first = larger(-top, 0), end = smaller(call.height - top, kSize);  // rows inside of the image
+    // Columns of x, transformed: a tile reads six, two of which were the last ones of the tile before.
+    constexpr int kKept = 8;
+    Floats columns[kKept][kSize][kVectors];
+    const auto add_column = [&](int64_t j) {
+      Floats(&column)[kSize][kVectors] = columns[j % kKept];
+      const int64_t at = left + j;
+      if (at < 0 || at >= call.width) {
+        for (int r = 0; r < kSize; ++r) {
+          for (int v = 0; v < kVectors; ++v) column[r][v] = Floats{};
+        }
+        return;
+      }
+      const X* pixel = x + top * line + at * channels;
+      for (int v = 0; v < kVectors; ++v) {
+        Floats d[kSize] = {};
+        for (int r = 0; r < kSize; ++r) {
+          if (r >= first && r < end) d[r] = input.template at<all>(pixel + r * line, v);
+        }
+        transform_input(d);
+        for (int r = 0; r < kSize; ++r) column[r][v] = d[r];
+      }
+    };
+    add_column(0);
+    add_column(1);
+    for (int64_t j = 0; j < block.columns; ++j, to += layout.channels) {
+      for (int64_t k = 2; k < kSize; ++k) add_column(j * kTile + k);
+      Element* place = to;
+      for (int r = 0; r < kSize; ++r) {
+        Floats d[kVectors][kSize];
+        for (int v = 0; v < kVectors; ++v) {
+          for (int k = 0; k < kSize; ++k) d[v][k] = columns[(j * kTile + k) % kKept][r][v];
+          transform_input(d[v]);
+        }
+        for (int k = 0; k < kSize; ++k, place += layout.input_stride) put(place, {d[0][k], d[1][k]});
+      }
+    }
+  }
+}
+
+template <typename X, Prologue kind>
+void transform_block(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, Element* to) {
+  const int64_t channels = call.weights->channels;
+  for (int64_t c = 0; c < channels; c += kChannels) {
+    const auto chosen =
+        c + kChannels <= channels ? transform_channels<X, kind, true> : transform_channels<X, kind, false>;
+    chosen(call, block, layout, c, to + c);
+  }
+}
+
+template <typename X>
+void transform_block(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, Element* to) {
+  const auto chosen =
+      !call.scale ? transform_block<X, kAsIs> : (call.silu ? transform_block<X, kSilu> : transform_block<X, kScaled>);
+  chosen(call, block, layout, to);
+}
+
+// --- products ---
+
+inline Floats multiply_add_factor(Factor a, const Floats& b, Floats sum) {
+#ifdef MDNET_BFLOAT16
+  return _mm512_dpbf16_ps(sum, __m512bh(_mm512_set1_epi32(int32_t(a))), __m512bh(b));
+#else
+  return multiply_add<float>(splat(a), b, sum);
+#endif
+}
+
+// The sums of one position for some tiles: rows of a, `factors` long and `stride` apart, by a panel at that position.
+template <int rows>
+void multiply(const Factor* a, int64_t stride, int64_t factors, const float* panel, float* to) {
+  Floats sums[rows][kVectors] = {};
+  const Factor* thirds[4] = {a, a + 3 * stride, a + 6 * stride, a + 9 * stride};
+  for (int64_t k = 0; k < factors; ++k, panel += kColumns) {
+    Floats b[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) b[v] = load<Floats>(panel + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      const Factor factor = thirds[r / 3][k + r % 3 * stride];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add_factor(factor, b[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(to + r * kColumns + v * W, sums[r][v]);
+  }
+}
+
+using Multiply = void (*)(const Factor*, int64_t, int64_t, const float*, float*);
+
+template <size_t... I>
+constexpr Multiply multiply_of(size_t rows, std::index_sequence<I...>) {
+  constexpr Multiply all[] = {multiply<int(I) + 1>...};
+  return all[rows - 1];
+}
+
+// All tiles of a block at all positions; `panel` has the weights of some outputs.
+void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, float* sums) {
+  const int64_t parts = ceil_div(tiles, kRows);
+  for (int p = 0; p < kPositions; ++p) {
+    for (int64_t part = 0, first = 0; part < parts; ++part) {
+      const int64_t end = (part + 1) * tiles / parts;  // parts of almost the same size
+      const Multiply chosen = multiply_of(size_t(end - first), std::make_index_sequence<kRows>{});
+      chosen(reinterpret_cast<const Factor*>(inputs + p * layout.input_stride + first * layout.channels),
+             layout.channels / kPair, layout.channels / kPair,
+             reinterpret_cast<const float*>(panel + p * layout.channels * kColumns),
+             sums + p * layout.sum_stride + first * kColumns);
+      first = end;
+    }
+  }
+}
+
+// --- y ---
+
+template <typename Y>
+void finish_block(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, const float* sums,
+                  int64_t first_output) {
+  const int64_t outputs = call.weights->outputs, line = call.width * outputs;
+  const Quantise quantise(sizeof(Y) == 1 ? call.y_scale : 1.0f, call.y_zero_point);
+  const Floats scale = splat(call.x_is_uint8 && !call.scale ? call.x_scale : 1.0f);
+  for (int64_t o = first_output; o < smaller(first_output + kColumns, outputs); o += W) {
+    const int64_t left_over = outputs - o;
+    const Floats bias = call.bias ? some(call.bias + o, left_over) : Floats{};
+    const float* from = sums + (o - first_output);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for (int64_t j = 0; j < block.columns; ++j, from += kColumns) {
+        Floats half[kTile][kSize];
+        for (int k = 0; k < kSize; ++k) {
+          Floats m[kSize], column[kTile];
+          for (int r = 0; r < kSize; ++r) m[r] = load<Floats>(from + (r * kSize + k) * layout.sum_stride);
+          transform_output(m, column);
+          for (int r = 0; r < kTile; ++r) half[r][k] = column[r];
+        }
+        const int64_t top = (block.first_row + i) * kTile, left = (block.first_column + j) * kTile;
+        const int64_t start = (block.image * call.height + top) * line + left * outputs + o;
+        for (int64_t r = 0; r < kTile && top + r < call.height; ++r) {
+          Floats values[kTile];
+          transform_output(half[r], values);
+          for (int64_t k = 0; k < kTile && left + k < call.width; ++k) {
+            const int64_t at = start + r * line + k * outputs;
+            Floats value = multiply_add<float>(values[k], scale, bias);
+            if (call.residual) value += some(call.residual + at, left_over);
+            Y* y = static_cast<Y*>(call.y) + at;
+            if constexpr (sizeof(Y) == 1) {
+              if (left_over >= W) {
+                quantise(y, value);
+              } else {
+                uint8_t bytes[16];
+                quantise(bytes, value);
+                memcpy(y, bytes, size_t(left_over));
+              }
+            } else {
+              write<float>(y, value, left_over);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- a block ---
+
+int64_t scratch_bytes(int64_t channels, int64_t tiles) { return Layout(channels, tiles).bytes(); }
+
+void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
+  const int64_t tiles = block.rows * block.columns;
+  const Layout layout(call.weights->channels, tiles);
+  Element* inputs = reinterpret_cast<Element*>(scratch);
+  float* sums = reinterpret_cast<float*>(scratch + layout.input_bytes());
+  const Element* panels = reinterpret_cast<const Element*>(call.weights->panels);
+  (call.x_is_uint8 ? transform_block<uint8_t> : transform_block<float>)(call, block, layout, inputs);
+  for (int64_t panel = block.first_panel; panel < block.first_panel + block.panels; ++panel) {
+    multiply_block(layout, tiles, inputs, panels + panel * kPositions * layout.channels * kColumns, sums);
+    (call.y_is_uint8 ? finish_block<uint8_t> : finish_block<float>)(call, block, layout, sums, panel * kColumns);
+  }
+}
+
+}  // namespace
+}  // namespace MDNET_NAMESPACE
+
+extern const WinogradKernel MDNET_THIS_BUILD(winograd) = {
+    MDNET_NAMESPACE::kColumns,        MDNET_NAMESPACE::kChannels, MDNET_NAMESPACE::kRows,
+    sizeof(MDNET_NAMESPACE::Element), MDNET_NAMESPACE::pack,      MDNET_NAMESPACE::run,
+    MDNET_NAMESPACE::scratch_bytes};

@@ -1,0 +1,112 @@
+// Winograd convolutions on the host's threads. A task has a block of tiles and some of its outputs.
+#include "winograd/winograd.h"
+
+#include "common/arena.h"
+#include "common/arithmetic.h"
+#include "common/parallel.h"
+#include "matmul/matmul.h"
+#include "simd/builds.h"
+#include "winograd/kernel.h"
+
+MDNET_BUILDS(WinogradKernel, winograd);
+#ifdef MDNET_X86
+extern const WinogradKernel mdnet_avx512_bf16_winograd;
+#endif
+
+namespace {
+
+constexpr int64_t kTile = WinogradKernel::kTile, kPositions = WinogradKernel::kPositions;
+constexpr int64_t kCache = 512 << 10;  // bytes of transformed inputs that a block may have, beside its sums and weights
+constexpr int64_t kTiles = 48;         // of a block at most: more would not spare much of the weights' way to the core
+constexpr int64_t kTasks = 8;          // of a call at least, where its size allows
+constexpr int64_t kOutputs = 128;      // of a task at least: each task transforms its inputs anew
+
+const WinogradKernel* kernel_for(int32_t products, int32_t isa) {
+  if (products == MDNET_WINOGRAD_FLOAT32) return build_for(isa, winograd_builds);
+#ifdef MDNET_X86
+  const bool wide = isa == MDNET_BEST || isa == MDNET_AVX512;
+  if (products == MDNET_WINOGRAD_BFLOAT16 && wide && mdnet_has_bfloat16()) return &mdnet_avx512_bf16_winograd;
+#endif
+  return nullptr;
+}
+
+bool sensible(const MdnetWinograd& call) {
+  return call.batch > 0 && call.height > 0 && call.width > 0 && call.weights && !call.scale == !call.offset &&
+         (call.scale || !call.silu);
+}
+
+// How a call is cut into tasks.
+class Blocks {
+ public:
+  explicit Blocks(const MdnetWinograd& call)
+      : rows_(ceil_div(call.height, kTile)), columns_(ceil_div(call.width, kTile)) {
+    const WinogradKernel& kernel = *call.weights->kernel;
+    const int64_t channels = round_up(call.weights->channels, kernel.channels);
+    const int64_t fit = kCache / (kPositions * channels * kernel.element_bytes);
+    const int64_t tiles = smaller(larger(fit, 2 * kernel.rows), kTiles);
+    width_ = ceil_div(columns_, ceil_div(columns_, tiles));
+    height_ = smaller(larger(tiles / width_, 1), rows_);
+    panels_ = ceil_div(call.weights->outputs, kernel.columns);
+    const int64_t blocks = call.batch * blocks_per_image();
+    const int64_t wanted = ceil_div(kTasks, blocks), most = larger(panels_ * kernel.columns / kOutputs, 1);
+    panels_per_task_ = ceil_div(panels_, smaller(wanted, most));
+    tasks_ = blocks * tasks_per_block();
+  }
+
+  int64_t tasks() const { return tasks_; }
+  int64_t tiles() const { return width_ * height_; }  // of a block at most
+
+  WinogradBlock operator[](int64_t task) const {
+    const int64_t part = task % tasks_per_block(), block = task / tasks_per_block() % blocks_per_image();
+    const int64_t row = block / blocks_per_row() * height_, column = block % blocks_per_row() * width_;
+    const int64_t panel = part * panels_per_task_;
+    return {task / tasks_per_block() / blocks_per_image(),
+            row,
+            column,
+            smaller(rows_ - row, height_),
+            smaller(columns_ - column, width_),
+            panel,
+            smaller(panels_ - panel, panels_per_task_)};
+  }
+
+ private:
+  int64_t blocks_per_row() const { return ceil_div(columns_, width_); }
+  int64_t blocks_per_image() const { return blocks_per_row() * ceil_div(rows_, height_); }
+  int64_t tasks_per_block() const { return ceil_div(panels_, panels_per_task_); }
+
+  const int64_t rows_, columns_;  // of an image's tiles
+  int64_t width_, height_;        // of a block, in tiles
+  int64_t panels_, panels_per_task_, tasks_;
+};
+
+}  // namespace
+
+extern "C" {
+
+MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int64_t outputs, int32_t products,
+                                          int32_t isa) {
+  const WinogradKernel* kernel = kernel_for(products, isa);
+  if (!kernel || !w || channels < 1 || outputs < 1) return nullptr;
+  const int64_t values = kPositions * round_up(channels, kernel->channels) * round_up(outputs, kernel->columns);
+  const size_t head = aligned(sizeof(MdnetWinogradWeights));
+  char* memory = allocate<char>(head + size_t(values * kernel->element_bytes));
+  if (!memory) return nullptr;
+  kernel->pack(w, channels, outputs, memory + head);
+  auto* weights = reinterpret_cast<MdnetWinogradWeights*>(memory);
+  *weights = {kernel, channels, outputs, memory + head};
+  return weights;
+}
+
+int mdnet_winograd(const MdnetWinograd* call, MdnetParallelFor parallel_for, void* host) {
+  if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
+  const WinogradKernel& kernel = *call->weights->kernel;
+  const Blocks blocks(*call);
+  return Host{parallel_for, host}.run_and_check(blocks.tasks(), [&](int64_t task) -> int {
+    const Buffer<char> scratch(kernel.scratch_bytes(call->weights->channels, blocks.tiles()));
+    if (!scratch) return MDNET_NO_MEMORY;
+    kernel.run(*call, blocks[task], scratch.data());
+    return MDNET_OK;
+  });
+}
+
+}  // extern "C"
