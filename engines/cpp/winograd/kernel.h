@@ -2,8 +2,10 @@
 //
 // A position is one of the 6 x 6 places of a transformed tile. The products of all channels at one position are a
 // matrix product: tiles x channels by channels x outputs.
-//   weights: panels of `columns` outputs; in a panel position after position; at a position channel after channel (in
-//            bfloat16 pair after pair), the panel's outputs side by side. Missing channels and outputs are 0.
+//   weights: panels of `columns` outputs; in a panel position after position; at a position strips of as many outputs
+//   as
+//            a build multiplies at a time; in a strip channel after channel (in bfloat16 pair after pair), the outputs
+//            side by side. Missing channels and outputs are 0.
 #pragma once
 
 #include "winograd/winograd.h"
@@ -19,7 +21,7 @@ struct WinogradKernel {
 
   int64_t columns;        // outputs of a panel
   int64_t channels;       // that are processed at a time: their number is rounded up to a multiple
-  int64_t rows;           // tiles that are multiplied at a time
+  int64_t tiles;          // of a block at most
   int64_t element_bytes;  // of a transformed value
 
   // The panels of all weights.

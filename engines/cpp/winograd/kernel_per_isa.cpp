@@ -14,11 +14,13 @@ namespace MDNET_NAMESPACE {
 namespace {
 
 constexpr int kTile = int(WinogradKernel::kTile), kSize = 6, kPositions = int(WinogradKernel::kPositions);
-constexpr int kVectors = 2;                               // of outputs in a panel, of channels transformed at a time
-constexpr int64_t kColumns = kVectors * W;                // outputs of a panel
+constexpr int kVectors = 2;                               // registers side by side: of channels, or of outputs
 constexpr int64_t kChannels = kVectors * W;               // transformed at a time
+constexpr int64_t kStrip = kVectors * W;                  // outputs multiplied at a time
+constexpr int64_t kColumns = 32;                          // outputs of a panel: one strip, or several
 constexpr int kRows = MDNET_VECTOR_BYTES == 64 ? 12 : 6;  // tiles multiplied at a time: the sums fit into the registers
-constexpr int64_t kLine = 64;                             // bytes of a cache line
+constexpr int64_t kTiles = MDNET_VECTOR_BYTES == 64 ? 32 : 48;  // of a block: all of them use a weight that was read
+constexpr int64_t kLine = 64;                                   // bytes of a cache line
 
 #ifdef MDNET_BFLOAT16
 using Element = uint16_t;
@@ -100,8 +102,8 @@ void pack(const float* w, int64_t channels, int64_t outputs, void* panels) {
           for (int i = 0; i < kSize; ++i) u[i][j] = column[i];
         }
       }
-      Element* place = to + o / kColumns * kPositions * padded * kColumns + c / kPair * kColumns * kPair +
-                       o % kColumns * kPair + c % kPair;
+      Element* place = to + o / kColumns * kPositions * padded * kColumns + o % kColumns / kStrip * padded * kStrip +
+                       c / kPair * kStrip * kPair + o % kStrip * kPair + c % kPair;
       for (int p = 0; p < kPositions; ++p, place += padded * kColumns) {
         const float value = float(u[p / kSize][p % kSize]);
 #ifdef MDNET_BFLOAT16
@@ -251,15 +253,26 @@ inline Floats multiply_add_factor(Factor a, const Floats& b, Floats sum) {
 #endif
 }
 
-// The sums of one position for some tiles: rows of a, `factors` long and `stride` apart, by a panel at that position.
+// A strip of weights that is multiplied, and what of the next ones is asked for meanwhile: `step` bytes at each factor.
+struct Strip {
+  const Element* values;
+  const char* ahead;
+  int64_t step;
+};
+
+// Sums of one position for some tiles: rows of a, `factors` long and `stride` apart, by a strip at that position.
 template <int rows>
-void multiply(const Factor* a, int64_t stride, int64_t factors, const float* panel, float* to) {
+void multiply(const Factor* a, int64_t stride, int64_t factors, const Strip& strip, float* to) {
   Floats sums[rows][kVectors] = {};
-  const Factor* thirds[4] = {a, a + 3 * stride, a + 6 * stride, a + 9 * stride};
-  for (int64_t k = 0; k < factors; ++k, panel += kColumns) {
+  const Factor* thirds[(rows + 2) / 3];
+  for (int third = 0; third < (rows + 2) / 3; ++third) thirds[third] = a + third * 3 * stride;
+  const float* values = reinterpret_cast<const float*>(strip.values);
+  const char* ahead = strip.ahead;
+  for (int64_t k = 0; k < factors; ++k, values += kStrip, ahead += strip.step) {
+    __builtin_prefetch(ahead);
     Floats b[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) b[v] = load<Floats>(panel + v * W);
+    for (int v = 0; v < kVectors; ++v) b[v] = load<Floats>(values + v * W);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
       const Factor factor = thirds[r / 3][k + r % 3 * stride];
@@ -274,7 +287,7 @@ void multiply(const Factor* a, int64_t stride, int64_t factors, const float* pan
   }
 }
 
-using Multiply = void (*)(const Factor*, int64_t, int64_t, const float*, float*);
+using Multiply = void (*)(const Factor*, int64_t, int64_t, const Strip&, float*);
 
 template <size_t... I>
 constexpr Multiply multiply_of(size_t rows, std::index_sequence<I...>) {
@@ -284,15 +297,19 @@ constexpr Multiply multiply_of(size_t rows, std::index_sequence<I...>) {
 
 // All tiles of a block at all positions; `panel` has the weights of some outputs.
 void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, float* sums) {
-  const int64_t parts = ceil_div(tiles, kRows);
-  for (int p = 0; p < kPositions; ++p) {
+  const int64_t parts = ceil_div(tiles, kRows), size = layout.channels * kColumns;  // of the panel at a position
+  const int64_t factors = layout.channels / kPair;
+  for (int p = 0; p < kPositions; ++p, inputs += layout.input_stride, panel += size, sums += layout.sum_stride) {
+    // The weights of the next position are asked for evenly while those of this one are multiplied.
+    const int64_t step = kColumns * kPair * int64_t(sizeof(Element)) / (parts * (kColumns / kStrip));
+    const char* ahead = reinterpret_cast<const char*>(panel + size);
     for (int64_t part = 0, first = 0; part < parts; ++part) {
       const int64_t end = (part + 1) * tiles / parts;  // parts of almost the same size
       const Multiply chosen = multiply_of(size_t(end - first), std::make_index_sequence<kRows>{});
-      chosen(reinterpret_cast<const Factor*>(inputs + p * layout.input_stride + first * layout.channels),
-             layout.channels / kPair, layout.channels / kPair,
-             reinterpret_cast<const float*>(panel + p * layout.channels * kColumns),
-             sums + p * layout.sum_stride + first * kColumns);
+      const Factor* a = reinterpret_cast<const Factor*>(inputs + first * layout.channels);
+      for (int64_t column = 0; column < kColumns; column += kStrip, ahead += factors * step) {
+        chosen(a, factors, factors, {panel + column * layout.channels, ahead, step}, sums + first * kColumns + column);
+      }
       first = end;
     }
   }
@@ -368,6 +385,6 @@ void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
 }  // namespace MDNET_NAMESPACE
 
 extern const WinogradKernel MDNET_THIS_BUILD(winograd) = {
-    MDNET_NAMESPACE::kColumns,        MDNET_NAMESPACE::kChannels, MDNET_NAMESPACE::kRows,
+    MDNET_NAMESPACE::kColumns,        MDNET_NAMESPACE::kChannels, MDNET_NAMESPACE::kTiles,
     sizeof(MDNET_NAMESPACE::Element), MDNET_NAMESPACE::pack,      MDNET_NAMESPACE::run,
     MDNET_NAMESPACE::scratch_bytes};

@@ -16,10 +16,8 @@ extern const WinogradKernel mdnet_avx512_bf16_winograd;
 namespace {
 
 constexpr int64_t kTile = WinogradKernel::kTile, kPositions = WinogradKernel::kPositions;
-constexpr int64_t kCache = 512 << 10;  // bytes of transformed inputs that a block may have, beside its sums and weights
-constexpr int64_t kTiles = 48;         // of a block at most: more would not spare much of the weights' way to the core
-constexpr int64_t kTasks = 8;          // of a call at least, where its size allows
-constexpr int64_t kOutputs = 128;      // of a task at least: each task transforms its inputs anew
+constexpr int64_t kTasks = 8;      // of a call at least, where its size allows
+constexpr int64_t kOutputs = 128;  // of a task at least: each task transforms its inputs anew
 
 const WinogradKernel* kernel_for(int32_t products, int32_t isa) {
   if (products == MDNET_WINOGRAD_FLOAT32) return build_for(isa, winograd_builds);
@@ -41,11 +39,8 @@ class Blocks {
   explicit Blocks(const MdnetWinograd& call)
       : rows_(ceil_div(call.height, kTile)), columns_(ceil_div(call.width, kTile)) {
     const WinogradKernel& kernel = *call.weights->kernel;
-    const int64_t channels = round_up(call.weights->channels, kernel.channels);
-    const int64_t fit = kCache / (kPositions * channels * kernel.element_bytes);
-    const int64_t tiles = smaller(larger(fit, 2 * kernel.rows), kTiles);
-    width_ = ceil_div(columns_, ceil_div(columns_, tiles));
-    height_ = smaller(larger(tiles / width_, 1), rows_);
+    width_ = ceil_div(columns_, ceil_div(columns_, kernel.tiles));
+    height_ = smaller(kernel.tiles / width_, rows_);
     panels_ = ceil_div(call.weights->outputs, kernel.columns);
     const int64_t blocks = call.batch * blocks_per_image();
     const int64_t wanted = ceil_div(kTasks, blocks), most = larger(panels_ * kernel.columns / kOutputs, 1);
