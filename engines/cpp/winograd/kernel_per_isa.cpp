@@ -317,15 +317,58 @@ void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, 
 
 // --- y ---
 
-template <typename Y>
+// The four places of a row of a tile that are inside of the image, in a vector of outputs, `count` of which exist.
+template <typename Residual, typename Y>
+class Output {
+ public:
+  Output(const MdnetWinograd& call, int64_t output)
+      : outputs_(call.weights->outputs),
+        count_(outputs_ - output),
+        bias_(call.bias ? some(call.bias + output, count_) : Floats{}),
+        scale_(splat(call.x_is_uint8 && !call.scale ? call.x_scale : 1.0f)),
+        residual_(static_cast<const Residual*>(call.residual)),
+        y_(static_cast<Y*>(call.y)),
+        dequantise_(call.residual_scale, call.residual_zero_point),
+        quantise_(sizeof(Y) == 1 ? call.y_scale : 1.0f, call.y_zero_point) {}
+
+  void write_row(const Floats (&sums)[kTile], int64_t at, int64_t places) const {
+    for (int64_t k = 0; k < places; ++k, at += outputs_) {
+      Floats value = multiply_add<float>(sums[k], scale_, bias_);
+      if (residual_) value += dequantise(at);
+      if constexpr (sizeof(Y) != 1) {
+        write<float>(y_ + at, value, count_);
+      } else if (count_ >= W) {
+        quantise_(y_ + at, value);
+      } else {
+        uint8_t bytes[W];
+        quantise_(bytes, value);
+        memcpy(y_ + at, bytes, size_t(count_));
+      }
+    }
+  }
+
+ private:
+  Floats dequantise(int64_t at) const {
+    if (count_ >= W) return dequantise_(residual_ + at);
+    Residual values[W] = {};
+    memcpy(values, residual_ + at, size_t(count_) * sizeof(Residual));
+    return dequantise_(values);
+  }
+
+  const int64_t outputs_, count_;
+  const Floats bias_, scale_;
+  const Residual* const residual_;
+  Y* const y_;
+  const Dequantise dequantise_;
+  const Quantise quantise_;
+};
+
+template <typename Residual, typename Y>
 void finish_block(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, const float* sums,
                   int64_t first_output) {
   const int64_t outputs = call.weights->outputs, line = call.width * outputs;
-  const Quantise quantise(sizeof(Y) == 1 ? call.y_scale : 1.0f, call.y_zero_point);
-  const Floats scale = splat(call.x_is_uint8 && !call.scale ? call.x_scale : 1.0f);
   for (int64_t o = first_output; o < smaller(first_output + kColumns, outputs); o += W) {
-    const int64_t left_over = outputs - o;
-    const Floats bias = call.bias ? some(call.bias + o, left_over) : Floats{};
+    const Output<Residual, Y> output(call, o);
     const float* from = sums + (o - first_output);
     for (int64_t i = 0; i < block.rows; ++i) {
       for (int64_t j = 0; j < block.columns; ++j, from += kColumns) {
@@ -341,27 +384,19 @@ void finish_block(const MdnetWinograd& call, const WinogradBlock& block, const L
         for (int64_t r = 0; r < kTile && top + r < call.height; ++r) {
           Floats values[kTile];
           transform_output(half[r], values);
-          for (int64_t k = 0; k < kTile && left + k < call.width; ++k) {
-            const int64_t at = start + r * line + k * outputs;
-            Floats value = multiply_add<float>(values[k], scale, bias);
-            if (call.residual) value += some(call.residual + at, left_over);
-            Y* y = static_cast<Y*>(call.y) + at;
-            if constexpr (sizeof(Y) == 1) {
-              if (left_over >= W) {
-                quantise(y, value);
-              } else {
-                uint8_t bytes[16];
-                quantise(bytes, value);
-                memcpy(y, bytes, size_t(left_over));
-              }
-            } else {
-              write<float>(y, value, left_over);
-            }
-          }
+          output.write_row(values, start + r * line, smaller(call.width - left, kTile));
         }
       }
     }
   }
+}
+
+void finish_block_any(const MdnetWinograd& call, const WinogradBlock& block, const Layout& layout, const float* sums,
+                      int64_t first_output) {
+  const auto chosen = call.residual_is_uint8
+                          ? (call.y_is_uint8 ? finish_block<uint8_t, uint8_t> : finish_block<uint8_t, float>)
+                          : (call.y_is_uint8 ? finish_block<float, uint8_t> : finish_block<float, float>);
+  chosen(call, block, layout, sums, first_output);
 }
 
 // --- a block ---
@@ -377,7 +412,7 @@ void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
   (call.x_is_uint8 ? transform_block<uint8_t> : transform_block<float>)(call, block, layout, inputs);
   for (int64_t panel = block.first_panel; panel < block.first_panel + block.panels; ++panel) {
     multiply_block(layout, tiles, inputs, panels + panel * kPositions * layout.channels * kColumns, sums);
-    (call.y_is_uint8 ? finish_block<uint8_t> : finish_block<float>)(call, block, layout, sums, panel * kColumns);
+    finish_block_any(call, block, layout, sums, panel * kColumns);
   }
 }
 

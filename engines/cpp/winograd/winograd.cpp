@@ -10,6 +10,8 @@
 
 MDNET_BUILDS(WinogradKernel, winograd);
 #ifdef MDNET_X86
+#include "simd/x86_features.h"
+
 extern const WinogradKernel mdnet_avx512_bf16_winograd;
 #endif
 
@@ -90,6 +92,14 @@ MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int6
   auto* weights = reinterpret_cast<MdnetWinogradWeights*>(memory);
   *weights = {kernel, channels, outputs, memory + head};
   return weights;
+}
+
+int mdnet_winograd_products(void) {
+#ifdef MDNET_X86
+  if (mdnet_has_bfloat16()) return MDNET_WINOGRAD_BFLOAT16;
+  if (x86_has(kAvx2Fma) && !x86_has(kVnni)) return MDNET_WINOGRAD_FLOAT32;
+#endif
+  return -1;
 }
 
 int mdnet_winograd(const MdnetWinograd* call, MdnetParallelFor parallel_for, void* host) {

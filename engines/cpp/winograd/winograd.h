@@ -30,13 +30,19 @@ struct MdnetWinograd {
   const float *scale, *offset;   // batch x channels, for a float x; or both null
   const MdnetWinogradWeights* weights;
   const float* bias;       // outputs; or null
-  const float* residual;   // as y; or null
+  const void* residual;    // of y's shape, float or uint8_t; or null
   void* y;                 // batch x height x width x outputs, float or uint8_t; not the same memory as x
   float x_scale, y_scale;  // of what is uint8_t
   int32_t x_zero_point, y_zero_point;
   int32_t x_is_uint8, y_is_uint8;
   int32_t silu;  // of f; only with scale and offset
+  float residual_scale;
+  int32_t residual_zero_point, residual_is_uint8;
 };
+
+// The MdnetWinogradProducts that are faster on this processor than a direct convolution of bytes, or -1: bfloat16 where
+// it has them, float32 where it has AVX2 and no VNNI.
+int mdnet_winograd_products(void);
 
 // An image's result does not depend on the batch or the number of threads.
 int mdnet_winograd(const MdnetWinograd* call, MdnetParallelFor parallel_for, void* host);

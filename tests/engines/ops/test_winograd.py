@@ -11,6 +11,7 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 import pytest
+from convolutions import convolved
 from fences import FENCE, fenced
 from native_scan import isas
 from numpy.lib.stride_tricks import sliding_window_view
@@ -52,6 +53,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("x_scale", "y_scale")),
         *((name, ctypes.c_int32) for name in ("x_zero_point", "y_zero_point")),
         *((name, ctypes.c_int32) for name in ("x_is_uint8", "y_is_uint8", "silu")),
+        ("residual_scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("residual_zero_point", "residual_is_uint8")),
     ]
 
 
@@ -70,6 +73,8 @@ class Case:
     x_zero_point: int = 0
     y_scale: float = 0.0
     y_zero_point: int = 0
+    residual_scale: float = 1.0
+    residual_zero_point: int = 0
 
     def read(self) -> np.ndarray:
         """f(x) of the header, in float64."""
@@ -83,16 +88,14 @@ class Case:
     def finished(self, y: np.ndarray) -> np.ndarray:
         """y from the convolution's sums, before it is rounded to bytes."""
         y = y if self.bias is None else y + self.bias
-        return y if self.residual is None else y + self.residual
+        if self.residual is None:
+            return y
+        if self.residual.dtype == np.uint8:
+            return y + (self.residual.astype(np.float64) - self.residual_zero_point) * np.float32(self.residual_scale)
+        return y + self.residual
 
     def expected(self) -> np.ndarray:
-        return self.finished(convolved(self.read(), self.w))
-
-
-def convolved(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = sliding_window_view(padded, (3, 3), axis=(1, 2))
-    return np.einsum("bhwcij,ocij->bhwo", windows, w.astype(np.float64), optimize=True)
+        return self.finished(convolved(self.read(), self.w, 1))
 
 
 def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -160,11 +163,11 @@ def run(case: Case, build: str) -> np.ndarray:
     y = memory[FENCE : FENCE + size]
     pointers = {name: array.ctypes.data for name, array in kept.items()}
     with packed(case.w, build) as weights:
-        call = Call(
-            *case.x.shape[:3], weights=weights, y=y.ctypes.data, y_is_uint8=in_bytes, silu=case.silu, **pointers
-        )
+        call = Call(*case.x.shape[:3], weights=weights, y=y.ctypes.data, silu=case.silu, **pointers)
         call.x_is_uint8, call.x_scale, call.x_zero_point = case.x.dtype == np.uint8, case.x_scale, case.x_zero_point
-        call.y_scale, call.y_zero_point = case.y_scale, case.y_zero_point
+        call.y_is_uint8, call.y_scale, call.y_zero_point = in_bytes, case.y_scale, case.y_zero_point
+        call.residual_is_uint8 = case.residual is not None and case.residual.dtype == np.uint8
+        call.residual_scale, call.residual_zero_point = case.residual_scale, case.residual_zero_point
         assert loaded.mdnet_winograd(ctypes.byref(call), None, None) == 0
     beside = np.concatenate([memory[:FENCE], memory[FENCE + size :]])
     assert (beside == 171).all() if in_bytes else np.isnan(beside).all()
@@ -243,6 +246,25 @@ def test_bytes_are_rounded_and_limited(shape: tuple[int, ...], of_bytes: bool, b
     if build == "bfloat16":
         rounded = np.clip(in_bfloat16(case) / np.float32(case.y_scale) + case.y_zero_point, 0, 255)
         assert np.abs(run(case, build) - rounded).mean() < 0.3
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("of_bytes", [False, True])
+@pytest.mark.parametrize("y_in_bytes", [False, True])
+@pytest.mark.parametrize("outputs", [1, 7, 8, 33, 64])
+def test_a_residual_is_added_before_anything_is_rounded(
+    outputs: int, y_in_bytes: bool, of_bytes: bool, build: str
+) -> None:
+    shape = (2, 6, 7, outputs)
+    residual = RANDOM.integers(0, 256, shape, np.uint8) if of_bytes else 4 * normal(*shape)
+    given = {"residual_scale": 0.05, "residual_zero_point": 99} if of_bytes else {}
+    case = Case(normal(2, 6, 7, 3), normal(outputs, 3, 3, 3), normal(outputs), residual, **given)  # type: ignore[arg-type]
+    if y_in_bytes:
+        case = Case(**{**vars(case), "y_scale": 0.1, "y_zero_point": 130})
+        sums = in_bfloat16(case) if build == "bfloat16" else case.expected()
+        assert np.abs(run(case, build) - np.clip(sums / np.float32(0.1) + 130, 0, 255)).max() <= 0.51
+    else:
+        assert_close(run(case, build), case, build)
 
 
 @pytest.mark.parametrize("build", BUILDS)
