@@ -18,7 +18,7 @@ struct OrtShapeInferContext;
 constexpr uint32_t kOrtApiVersion = 20;
 
 enum OrtErrorCode { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum OrtElementType { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
+enum OrtElementType { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
 enum OrtCharacteristic { ORT_REQUIRED = 0 };
 enum OrtMemType { ORT_MEM_DEFAULT = 0 };
 

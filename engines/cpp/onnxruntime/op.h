@@ -59,14 +59,18 @@ struct Tensor {
 // What ONNX Runtime chooses an operator by: several may have one name, for different types or providers.
 struct Signature {
   const char* name;
-  const char* inputs;  // the type of each, a letter: f float, h float16, g bfloat16, b uint8
+  const char* inputs;  // the type of each, a letter: f float, h float16, g bfloat16, b uint8, c int8
   char output;
   int flags;  // what else the node needs to know
   const char* provider;
   const char* more_outputs;  // the types of those after the first
 
   static OrtElementType type_of(char letter) {
-    return letter == 'f' ? ORT_FLOAT : letter == 'h' ? ORT_FLOAT16 : letter == 'g' ? ORT_BFLOAT16 : ORT_UINT8;
+    return letter == 'f'   ? ORT_FLOAT
+           : letter == 'h' ? ORT_FLOAT16
+           : letter == 'g' ? ORT_BFLOAT16
+           : letter == 'c' ? ORT_INT8
+                           : ORT_UINT8;
   }
 };
 
@@ -205,3 +209,4 @@ OrtStatus* add_matmul(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_attention(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_quantised(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_conv(OrtCustomOpDomain* domain, const OrtApi& api);
+OrtStatus* add_winograd(OrtCustomOpDomain* domain, const OrtApi& api);
