@@ -10,8 +10,15 @@ from mdnet_calib.passes.bfloat16 import with_bfloat16_products
 from mdnet_calib.passes.fuse import fuse_between_layers
 from mdnet_calib.passes.fuse_vim import fuse_vim
 from mdnet_calib.passes.int8 import with_unsigned_activations
+from mdnet_calib.passes.winograd import with_winograd_convolutions
 
-PASSES = (with_unsigned_activations, fuse_between_layers, fuse_vim, with_bfloat16_products)
+PASSES = (
+    with_unsigned_activations,
+    fuse_between_layers,
+    with_winograd_convolutions,
+    fuse_vim,
+    with_bfloat16_products,
+)
 """Graph → graph, in this order; none changes the graph it is given."""
 
 
