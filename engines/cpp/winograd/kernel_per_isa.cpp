@@ -295,11 +295,61 @@ constexpr Multiply multiply_of(size_t rows, std::index_sequence<I...>) {
   return all[rows - 1];
 }
 
+// What finish_block will read and write of a panel, asked for while its products are made: the lines of a place lie far
+// from those of the next one, so the processor does not ask for them by itself.
+class Ahead {
+ public:
+  Ahead(const MdnetWinograd& call, const WinogradBlock& block, int64_t first_output)
+      : width_(smaller(block.columns * kTile, call.width - block.first_column * kTile)),
+        skipped_(call.width - width_),
+        places_(width_ * smaller(block.rows * kTile, call.height - block.first_row * kTile)),
+        at_((block.image * call.height + block.first_row * kTile) * call.width + block.first_column * kTile),
+        y_(static_cast<const char*>(call.y), call.y_is_uint8, first_output, call.weights->outputs),
+        residual_(static_cast<const char*>(call.residual), call.residual_is_uint8, first_output,
+                  call.weights->outputs) {}
+
+  // The share of one position.
+  void operator()(int p) {
+    for (const int64_t end = (p + 1) * places_ / kPositions; place_ < end; ++place_) {
+      y_.ask(at_);
+      if (residual_.data) residual_.ask(at_);
+      ++at_;
+      if (++column_ == width_) {
+        column_ = 0;
+        at_ += skipped_;
+      }
+    }
+  }
+
+ private:
+  struct Tensor {
+    Tensor(const char* tensor, bool of_bytes, int64_t first_output, int64_t outputs)
+        : data(tensor),
+          size(of_bytes ? 1 : int64_t(sizeof(float))),
+          first(first_output * size),
+          last(smaller(first_output + kColumns, outputs) * size - 1),
+          stride(outputs * size) {}
+    void ask(int64_t place) const {
+      const char* values = data + place * stride;
+      for (int64_t at = first; at <= last; at += kLine) __builtin_prefetch(values + at, 0, 2);
+      __builtin_prefetch(values + last, 0, 2);
+    }
+    const char* data;
+    int64_t size, first, last, stride;  // bytes
+  };
+
+  const int64_t width_, skipped_, places_;  // of an image's places, those of the block
+  int64_t at_, place_ = 0, column_ = 0;     // the next place: of the batch, of the block, of its row
+  const Tensor y_, residual_;
+};
+
 // All tiles of a block at all positions; `panel` has the weights of some outputs.
-void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, float* sums) {
+void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, float* sums,
+                    Ahead ahead_of_y) {
   const int64_t parts = ceil_div(tiles, kRows), size = layout.channels * kColumns;  // of the panel at a position
   const int64_t factors = layout.channels / kPair;
   for (int p = 0; p < kPositions; ++p, inputs += layout.input_stride, panel += size, sums += layout.sum_stride) {
+    ahead_of_y(p);
     // The weights of the next position are asked for evenly while those of this one are multiplied.
     const int64_t step = kColumns * kPair * int64_t(sizeof(Element)) / (parts * (kColumns / kStrip));
     const char* ahead = reinterpret_cast<const char*>(panel + size);
@@ -411,7 +461,8 @@ void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
   const Element* panels = reinterpret_cast<const Element*>(call.weights->panels);
   (call.x_is_uint8 ? transform_block<uint8_t> : transform_block<float>)(call, block, layout, inputs);
   for (int64_t panel = block.first_panel; panel < block.first_panel + block.panels; ++panel) {
-    multiply_block(layout, tiles, inputs, panels + panel * kPositions * layout.channels * kColumns, sums);
+    multiply_block(layout, tiles, inputs, panels + panel * kPositions * layout.channels * kColumns, sums,
+                   Ahead(call, block, panel * kColumns));
     finish_block_any(call, block, layout, sums, panel * kColumns);
   }
 }
