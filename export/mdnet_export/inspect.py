@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import onnx
+
+from mdnet_calib.sensitivity import block_of
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
@@ -10,6 +15,8 @@ from mdnet_engines.bundle.precision_facts import QuantisedFacts
 from mdnet_engines.console import show_facts
 from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.framing import describe_face
+from mdnet_engines.ops.selective_scan import DOMAIN
+from mdnet_engines.ops.winograd import NAMES, native_products
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
 
@@ -34,6 +41,7 @@ def print_bundle(bundle: Bundle) -> None:
         "score": str(manifest.score),
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
+        **_winograd(bundle),
         **_backends(bundle),
         "weights": printable(provenance.name) + digest,
         "built by": provenance.command,
@@ -81,6 +89,18 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     for graph, values in manifest.float32_values.items():
         facts[f"float32 in {graph}"] = ", ".join(values)
     return facts
+
+
+def _winograd(bundle: Bundle) -> dict[str, str]:
+    """Which convolutions ONNX Runtime's encoder has of `mdnet_engines.ops.winograd`, by block, and what runs them."""
+    if bundle.manifest.graphs["encoder"].cpu is None:
+        return {}
+    graph = onnx.load(bundle.graph_path("encoder", cpu=True), load_external_data=False).graph
+    names = [block_of(node.name) for node in graph.node if node.domain == DOMAIN and node.op_type in NAMES]
+    if not names:
+        return {}
+    blocks = ", ".join(f"{block} ({count})" if count > 1 else block for block, count in Counter(names).items())
+    return {"Winograd": f"{len(names)} convolutions of {blocks}; ONNX Runtime runs them here {native_products()}"}
 
 
 def _held_on(facts: QuantisedFacts) -> str:

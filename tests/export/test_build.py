@@ -229,6 +229,7 @@ def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     shown = "\n".join(unwrapped(result.stdout))
     for part in ("demo", bundle.manifest.precision, "down_s16 float32[batch, 48, 8, 8]", "Apache-2.0", "parity"):
         assert part in shown
+    assert ("convolutions of vae.down_blocks.3.resnets.0" in shown) is (bundle.manifest.precision == "int8")
     assert [line for line in result.stdout.splitlines() if len(line) > 100] == []
 
 

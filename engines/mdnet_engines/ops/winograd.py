@@ -27,6 +27,7 @@ from __future__ import annotations
 import onnx
 from onnx import NodeProto, helper
 
+from mdnet_engines.ops import native
 from mdnet_engines.ops.function_body import body
 
 CONV_QUANTIZE = "WinogradConvQuantize"
@@ -58,6 +59,13 @@ def function(name: str) -> onnx.FunctionProto:
         helper.make_node("QuantizeLinear" if y_in_bytes else "Identity", ["sum", *y], ["y"]),
     ]
     return body(name, [*x, "w", "w_scale", "bias", "c_scale", "c_zero_point", *a, *y], nodes)
+
+
+def native_products() -> str:
+    """How ONNX Runtime convolves here where a graph has these operators, for people."""
+    library = native.library()
+    products = -1 if library is None else library.mdnet_winograd_products()
+    return {0: "in float32", 1: "in bfloat16"}.get(products, "as its own int8 convolutions")
 
 
 def _convolution(scale: str, zero_point: str) -> list[NodeProto]:
