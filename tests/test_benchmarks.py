@@ -36,6 +36,20 @@ def test_scan_measures_every_contestant_against_every_other(only: str, least: in
         assert set(figures) == {"ms", *suite} - {name}
 
 
+@needs_library
+def test_winograd_measures_every_build_that_this_processor_has(tmp_path: Path) -> None:
+    options = ["--only", "U-Net, level 3", "--rounds", "1", "-o", "figures.json"]
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "winograd.py", *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (layer,) = json.loads((tmp_path / "figures.json").read_text())["results"].values()
+    assert len(layer["rows"]) == 9
+    missing = {name for name, row in layer["rows"].items() if "reason" in row}
+    assert missing == {line.split(": ")[1] for line in result.stdout.splitlines() if "not measured" in line}
+    assert "direct int8, ONNX Runtime" not in missing
+
+
 @pytest.mark.slow
 @needs_library
 def test_each_foreign_model_is_measured_against_its_own_slow_path(tmp_path: Path) -> None:
