@@ -4,6 +4,10 @@
 // A tile of 4 x 4 places of y is made from 6 x 6 places of x. Both and the weights are transformed by the points 0,
 // +-1/sqrt(2), +-sqrt(2) and infinity, whose error is less than half of that by the usual 0, +-1, +-2 and infinity.
 // An infinity or NaN in x may make NaN of the whole tiles that read it.
+//
+// Errors, root mean square relative to y's (tests/engines/ops/test_winograd.py holds them): float32 2.6e-6 at 512
+// channels, bfloat16 1.3e-2. At most, where products round their operands by u (2^-24, 2^-8) and sums are exact:
+// 2 u 620 channels max|x| max|w|, since the transforms' row sums, multiplied out, are 24.9 in each direction.
 #pragma once
 
 #include "common/interface.h"
