@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mdnet.model.fusion import StreamHead
 from mdnet.model.net import MDNet
 from mdnet_engines.errors import UsageError
 
@@ -39,11 +40,11 @@ def fit_stream_heads(model: MDNet, features: Features, images: Tensor, *, views:
     Raises:
         UsageError: the model's streams have no heads.
     """
-    heads = model.fusion.stream_heads
-    if not len(heads):
+    heads = _heads(model)
+    if not heads:
         raise UsageError("--linear-probe fits the heads of the streams, and this model has none (stream_heads is 0)")
     model.eval()
-    sizes = {name: head.maps.in_features * head.norm.normalized_shape[0] for name, head in heads.items()}
+    sizes = {name: head.maps.in_features * model.config.vim_dim for name, head in heads.items()}
     count = max(2, min(_ROWS, _BYTES // (4 * sum(sizes.values()))))
     image, rows, mirror = _chosen(images, len(features), views, count, torch.Generator().manual_seed(seed))
     tokens, ratings = _tokens(model, features, rows, mirror)
@@ -51,14 +52,19 @@ def fit_stream_heads(model: MDNet, features: Features, images: Tensor, *, views:
     share = ((ratings - scale.low) / (scale.high - scale.low)).clamp(_EDGE, 1 - _EDGE)
     weights, level = _ridge(tokens, torch.logit(share), held_out=image % 4 == 0)
     centre = tokens.mean(dim=0)
-    predicted = level + (tokens - centre) @ weights
-    for name, part, middle in zip(
-        heads, weights.split([*sizes.values()]), centre.split([*sizes.values()]), strict=True
-    ):
-        _write(heads[name], part, middle, float((tokens @ weights).std()))
+    spread, parts = float(((tokens - centre) @ weights).std()), [*sizes.values()]
+    kept = [
+        _write(head, part, middle, spread)
+        for head, part, middle in zip(heads.values(), weights.split(parts), centre.split(parts), strict=True)
+    ]
+    predicted = level + (tokens - centre) @ torch.cat(kept)
     model.fusion.head.out.weight.zero_()
     model.fusion.head.out.bias.fill_(level)
     return float((scale(predicted) - ratings).square().mean())
+
+
+def _heads(model: MDNet) -> dict[str, StreamHead]:
+    return {name: head for name, head in model.fusion.stream_heads.items() if isinstance(head, StreamHead)}
 
 
 def _chosen(
@@ -78,7 +84,7 @@ def _tokens(model: MDNet, features: Features, rows: Tensor, mirror: Tensor) -> t
     for chosen, mirrored in zip(rows.split(64), mirror.split(64), strict=True):
         maps, pixels, rated = features.batch(chosen, mirrored, device)
         streams = model.fusion.streams(maps, model.vim(pixels))
-        parts = [head.norm(streams[name]).flatten(1) for name, head in model.fusion.stream_heads.items()]
+        parts = [head.norm(streams[name]).flatten(1) for name, head in _heads(model).items()]
         tokens.append(torch.cat(parts, dim=1).float().cpu())
         ratings.append(rated.cpu())
     return torch.cat(tokens), torch.cat(ratings)
@@ -107,21 +113,22 @@ def _ridge(x: Tensor, y: Tensor, *, held_out: Tensor) -> tuple[Tensor, float]:
     return fit(everything, float(best), gram(everything)), float(level)
 
 
-def _write(head: torch.nn.Module, weights: Tensor, centre: Tensor, spread: float) -> None:
-    """Make a `StreamHead` give weights @ (tokens - centre), as far as its number of maps allows."""
+def _write(head: StreamHead, weights: Tensor, centre: Tensor, spread: float) -> Tensor:
+    """Make `head` give weights @ (tokens - centre), as far as its number of maps allows; return what it has of them."""
     maps, hidden, out = head.maps, head.hidden, head.out
-    dim = head.norm.normalized_shape[0]
-    left, values, right = torch.linalg.svd(weights.unflatten(0, (-1, dim)), full_matrices=False)
+    left, values, right = torch.linalg.svd(weights.unflatten(0, (maps.in_features, -1)), full_matrices=False)
     kept = min(len(maps.weight), len(values))
     left, read = left[:, :kept], (values[:kept, None] * right[:kept]).mT  # (places, kept), (dim, kept)
     # The sums are as wide as those that a fresh head makes; what reads them makes up for it.
     wide = maps.weight.norm(dim=1).mean()
     maps.weight[:kept] = left.mT * wide
-    line = torch.zeros(dim, len(maps.weight))
+    line = torch.zeros(len(read), len(maps.weight))
     line[:, :kept] = read / wide
     line = line.flatten().to(hidden.weight) / spread
     hidden.weight[0], hidden.weight[1] = line, -line
     hidden.bias[:2] = 0
     out.weight.zero_()
     out.weight[0, 0], out.weight[0, 1] = spread, -spread
-    out.bias.fill_(-float((left @ read.mT).flatten() @ centre))
+    kept_weights = (left @ read.mT).flatten()
+    out.bias.fill_(-float(kept_weights @ centre))
+    return kept_weights

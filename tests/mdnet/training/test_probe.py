@@ -71,8 +71,10 @@ def test_fewer_maps_keep_the_largest_part_of_the_weights(rated: Rated, cache: Pa
     for maps in (1, 16, 48):
         model = wide(stream_heads=maps)
         features = features_of(model, rated, cache)
-        fit_stream_heads(model, features, rows, views=1, seed=0)
+        error = fit_stream_heads(model, features, rows, views=1, seed=0)
         scores[maps] = score_features(model, features, rows, 16)
+        both = [*scores[maps], *_mirrored(model, features, rows)]
+        assert np.mean((both - np.tile(rated.ratings, 2)) ** 2) == pytest.approx(error, rel=1e-3)
     far, near = (np.abs(scores[maps] - scores[48]).mean() for maps in (1, 16))
     assert near < far
 
