@@ -196,6 +196,13 @@ def train(
 
 @click.command()
 @_training_options
+@click.option(
+    "--fusion",
+    "fusions",
+    type=click.Choice(FUSIONS),
+    multiple=True,
+    help="A kind to train; may be repeated.  [default: all]",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each kind.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Keep every run in this .json file, and continue from it."
@@ -211,6 +218,7 @@ def ablate(
     device: Device,
     cache: Path | None,
     half_features: bool,
+    fusions: tuple[str, ...],
     seeds: int,
     output: Path | None,
     **how: Any,  # fields of TrainConfig
@@ -240,6 +248,7 @@ def ablate(
             split,
             config,
             seeds=range(seeds),
+            fusions=fusions or FUSIONS,
             results=results,
             cache=cache,
             half_features=half_features,

@@ -128,6 +128,8 @@ def test_the_command_prints_the_table(faces: Path, tmp_path: Path) -> None:
     assert {run["fusion"] for run in json.loads(file.read_text())["runs"]} == set(FUSIONS)
     again = CliRunner().invoke(main, words)
     assert again.stdout == result.stdout
+    one = CliRunner().invoke(main, [*words, "--fusion", "vim-only"])
+    assert one.stdout.splitlines()[2:] == [line for line in lines if line.startswith("| vim-only")]
 
 
 @pytest.mark.parametrize(
