@@ -210,3 +210,4 @@ OrtStatus* add_attention(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_quantised(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_conv(OrtCustomOpDomain* domain, const OrtApi& api);
 OrtStatus* add_winograd(OrtCustomOpDomain* domain, const OrtApi& api);
+OrtStatus* add_resnet(OrtCustomOpDomain* domain, const OrtApi& api);

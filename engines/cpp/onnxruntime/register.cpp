@@ -15,7 +15,8 @@ pthread_mutex_t domain_mutex = PTHREAD_MUTEX_INITIALIZER;
 OrtStatus* make_domain(const OrtApi& api) {
   OrtCustomOpDomain* made = nullptr;
   MDNET_TRY(api.CreateCustomOpDomain("mdnet", &made));
-  for (const auto add : {add_selective_scan, add_matmul, add_attention, add_quantised, add_conv, add_winograd}) {
+  for (const auto add :
+       {add_selective_scan, add_matmul, add_attention, add_quantised, add_conv, add_winograd, add_resnet}) {
     MDNET_TRY(add(made, api));
   }
   domain = made;

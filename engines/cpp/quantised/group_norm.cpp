@@ -36,12 +36,20 @@ class GroupNorm {
         normalisations_(call.batch * 3 * padded_) {}
   explicit operator bool() const { return sums_ && normalisations_; }
 
-  void run(const Host& host) const {
+  void find(const Host& host) const {
     host.run(tasks(), [this](int64_t task) {
       kernel_.accumulate(call_, pixels(task), sums(task), sums(task) + call_.channels);
     });
     for (int64_t image = 0; image < call_.batch; ++image) find_normalisation(image);
+  }
+
+  void apply(const Host& host) const {
     host.run(tasks(), [this](int64_t task) { kernel_.normalise(call_, pixels(task), normalisation(task / blocks_)); });
+  }
+
+  Normalisation normalisation(int64_t image) const {
+    float* first = normalisations_.data() + image * 3 * padded_;
+    return {first, first + padded_, first + 2 * padded_};
   }
 
  private:
@@ -54,11 +62,6 @@ class GroupNorm {
 
   // A block's sums of each channel, followed by the sums of squares.
   double* sums(int64_t task) const { return sums_.data() + task * 2 * call_.channels; }
-
-  Normalisation normalisation(int64_t image) const {
-    float* first = normalisations_.data() + image * 3 * padded_;
-    return {first, first + padded_, first + 2 * padded_};
-  }
 
   // The sums of all blocks of an image are added to those of its first block, and then used up.
   void find_normalisation(int64_t image) const {
@@ -108,12 +111,45 @@ class GroupNorm {
 
 }  // namespace
 
-extern "C" int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, void* host) {
+extern "C" {
+
+int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, void* host) {
   if (!call || !sensible(*call)) return MDNET_BAD_ARGUMENT;
   const QuantisedKernel* kernel = build_for(call->isa, quantised_builds);
   if (!kernel) return MDNET_NO_ISA;
   const GroupNorm norm(*call, *kernel);
   if (!norm) return MDNET_NO_MEMORY;
-  norm.run({parallel_for, host});
+  norm.find({parallel_for, host});
+  norm.apply({parallel_for, host});
   return MDNET_OK;
 }
+
+int mdnet_group_norm_scale(const MdnetGroupNormScale* call, MdnetParallelFor parallel_for, void* host) {
+  if (!call) return MDNET_BAD_ARGUMENT;
+  MdnetGroupNorm whole = {};
+  whole.batch = call->batch;
+  whole.pixels = call->pixels;
+  whole.channels = call->channels;
+  whole.groups = call->groups;
+  whole.x = call->x;
+  whole.gamma = call->gamma;
+  whole.beta = call->beta;
+  whole.epsilon = call->epsilon;
+  if (!sensible(whole)) return MDNET_BAD_ARGUMENT;
+  const QuantisedKernel* kernel = build_for(call->isa, quantised_builds);
+  if (!kernel) return MDNET_NO_ISA;
+  const GroupNorm norm(whole, *kernel);
+  if (!norm) return MDNET_NO_MEMORY;
+  norm.find({parallel_for, host});
+  for (int64_t image = 0; image < call->batch; ++image) {
+    const Normalisation found = norm.normalisation(image);
+    float *scale = call->scale + image * call->channels, *offset = call->offset + image * call->channels;
+    for (int64_t c = 0; c < call->channels; ++c) {
+      scale[c] = found.scale[c];
+      offset[c] = float(double(found.offset[c]) - double(found.mean[c]) * double(found.scale[c]));
+    }
+  }
+  return MDNET_OK;
+}
+
+}  // extern "C"

@@ -20,6 +20,16 @@ struct MdnetGroupNorm {
   int32_t isa;  // MdnetIsa
 };
 
+// What group normalisation makes of x is x * scale + offset, with one pair for each channel of an image.
+struct MdnetGroupNormScale {
+  int64_t batch, pixels, channels;  // of x, contiguous; each at least 1
+  int64_t groups;                   // a divisor of channels
+  const float *x, *gamma, *beta;    // gamma, beta: channels
+  float *scale, *offset;            // batch x channels
+  float epsilon;
+  int32_t isa;  // MdnetIsa
+};
+
 // y = a + b. A uint8_t stands for (value - zero_point) * scale.
 struct MdnetResidualSum {
   int64_t count;  // of elements, at least 1
@@ -44,6 +54,7 @@ struct MdnetGeglu {
 };
 
 int mdnet_group_norm(const MdnetGroupNorm* call, MdnetParallelFor parallel_for, void* host);
+int mdnet_group_norm_scale(const MdnetGroupNormScale* call, MdnetParallelFor parallel_for, void* host);
 int mdnet_residual_sum(const MdnetResidualSum* call, MdnetParallelFor parallel_for, void* host);
 int mdnet_geglu(const MdnetGeglu* call, MdnetParallelFor parallel_for, void* host);
 }

@@ -35,9 +35,9 @@ from __future__ import annotations
 import math
 
 import onnx
-from onnx import AttributeProto, TensorProto, helper
+from onnx import helper
 
-from mdnet_engines.ops.function_body import body, with_attribute
+from mdnet_engines.ops.function_body import body, group_norm
 
 RESIDUAL_SUMS = {
     (False, False): "ResidualSum",
@@ -104,33 +104,10 @@ def _geglu() -> onnx.FunctionProto:
 def _group_norm(*, quantised: bool, silu: bool) -> onnx.FunctionProto:
     node = helper.make_node
     x = ("x", "x_scale", "x_zero_point") if quantised else ("x",)
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1])
     nodes = [
-        node("Constant", [], ["rest"], value_ints=[-1]),
-        node("Constant", [], ["keep"], value_ints=[0]),
-        node("Constant", [], ["column"], value_ints=[-1, 1, 1]),
-        with_attribute(node("Constant", [], ["count"]), "value_int", "groups", AttributeProto.INT),
-        node("Reshape", ["count", "rest"], ["groups_axis"]),
-        node("Concat", ["keep", "groups_axis", "rest"], ["by_group"], axis=0),
-        node("ConstantOfShape", ["groups_axis"], ["zeros"]),
-        node("ConstantOfShape", ["groups_axis"], ["ones"], value=one),
         node("DequantizeLinear", x, ["x32"]) if quantised else node("Identity", x, ["x32"]),
-        node("Transpose", ["x32"], ["channels_second"], perm=[0, 3, 1, 2]),
-        node("Shape", ["channels_second"], ["shape"]),
-        node("Reshape", ["channels_second", "by_group"], ["grouped"]),
-        with_attribute(
-            node("InstanceNormalization", ["grouped", "ones", "zeros"], ["unit"]),
-            "epsilon",
-            "epsilon",
-            AttributeProto.FLOAT,
-        ),
-        node("Reshape", ["unit", "shape"], ["restored"]),
-        node("Reshape", ["gamma", "column"], ["gamma_column"]),
-        node("Reshape", ["beta", "column"], ["beta_column"]),
-        node("Mul", ["restored", "gamma_column"], ["scaled"]),
-        node("Add", ["scaled", "beta_column"], ["normalised"]),
-        *((node("Sigmoid", ["normalised"], ["gate"]), node("Mul", ["normalised", "gate"], ["gated"])) if silu else ()),
-        node("QuantizeLinear", ["gated" if silu else "normalised", "y_scale", "y_zero_point"], ["bytes"]),
+        *(normalise := group_norm("x32", silu=silu)),
+        node("QuantizeLinear", [normalise[-1].output[0], "y_scale", "y_zero_point"], ["bytes"]),
         node("Transpose", ["bytes"], ["y"], perm=[0, 2, 3, 1]),
     ]
     inputs = [*x, "gamma", "beta", "y_scale", "y_zero_point"]

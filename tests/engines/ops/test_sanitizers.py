@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = (
     *("test_native.py", "test_native_states.py", "test_custom_op.py", "test_scan_v2.py", "test_product.py"),
     *("test_attention.py", "test_convolution.py", "test_quantised.py", "test_winograd.py", "test_winograd_ops.py"),
+    "test_resnet.py",
 )
 PROGRAM = """
 import ctypes, numpy
