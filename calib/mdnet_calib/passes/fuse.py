@@ -29,6 +29,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from mdnet_calib.passes.graph_view import GraphView, Part, attribute, copy_of, replace_parts
+from mdnet_calib.passes.group_norms import group_norm
 from mdnet_calib.passes.int8 import MIN_CHANNELS
 from mdnet_engines.ops import convolution as conv_op
 from mdnet_engines.ops.convolution import IMAGE_CONV
@@ -109,40 +110,22 @@ class _View(GraphView):
         made = _channels_last(end or node, RESIDUAL_SUMS[of_a is not None, end is not None], tensors, others)
         return Part([*([of_a] if of_a else []), of_b, node, *([end] if end else [])], made)
 
-    def chain(self, norm: NodeProto) -> Part | None:
-        """The chain around an InstanceNormalization, if it is exactly what this module describes."""
-        if norm.op_type != "InstanceNormalization":
+    def chain(self, node: NodeProto) -> Part | None:
+        """Group normalisation between bytes, around an InstanceNormalization, if this module describes it."""
+        if (norm := group_norm(self, node)) is None:
             return None
-        grouped = self.producer.get(norm.input[0])
-        restored = self.only_reader(norm, "Reshape")
-        scaled = self.only_reader(restored, "Mul")
-        shifted = self.only_reader(scaled, "Add")
-        if not (grouped and restored and scaled and shifted) or self.only_reader(grouped) is None:
-            return None
-        groups = self.groups(norm, grouped)
-        x = grouped.input[0]
-        shape = self.producer.get(restored.input[1])
-        gamma, beta = self.parameter(scaled, restored, x), self.parameter(shifted, scaled, x)
-        if not (groups and gamma and beta and shape and _is_shape_of(shape, x)):
-            return None
-        if self.constants[gamma].dims[0] % groups or restored.input[0] != norm.output[0]:
-            return None
-        gate = self.silu(shifted)
-        last = gate[-1] if gate else shifted
-        end = self.only_reader(last, "QuantizeLinear")
+        end = self.only_reader(norm.nodes[-1], "QuantizeLinear")
         if not end or not self.rounds_to_bytes(end):
             return None
-        start = self.bytes_of(x)
+        start = self.bytes_of(norm.x)
         made = _channels_last(
             end,
-            GROUP_NORMS[start is not None, bool(gate)],
-            [start.input[0] if start else x],
-            [[*(start.input[1:] if start else []), gamma, beta, *end.input[1:]]],
-            groups=groups,
-            epsilon=attribute(norm, "epsilon", 1e-5),
+            GROUP_NORMS[start is not None, norm.silu],
+            [start.input[0] if start else norm.x],
+            [[*(start.input[1:] if start else []), norm.gamma, norm.beta, *end.input[1:]]],
+            **norm.attributes(),
         )
-        between = [shape, grouped, norm, restored, scaled, shifted, *gate]
-        return Part([*([start] if start else []), *between, end], made)
+        return Part([*([start] if start else []), *norm.nodes, end], made)
 
     def geglu(self, split: NodeProto) -> Part | None:
         """What is around a Split in two, if it is GEGLU between bytes."""
@@ -213,31 +196,8 @@ class _View(GraphView):
         node = self.producer.get(name)
         return node if node and node.op_type == "DequantizeLinear" and self.rounds_to_bytes(node) else None
 
-    def groups(self, norm: NodeProto, grouped: NodeProto) -> int:
-        """How many groups are normalised; 0 if the nodes do something else too."""
-        if grouped.op_type != "Reshape" or attribute(grouped, "allowzero", 0):
-            return 0
-        target, scale, bias = (self.array(name) for name in (grouped.input[1], *norm.input[1:]))
-        if target is None or scale is None or bias is None or (scale != 1).any() or bias.any():
-            return 0
-        return scale.size if target.tolist() == [0, scale.size, -1] else 0
-
-    def parameter(self, node: NodeProto, before: NodeProto, x: str) -> str | None:
-        """The constant operand of Mul or Add, if it has one float for each channel of x."""
-        (name, *others) = [name for name in node.input if name != before.output[0]] or [""]
-        shape = self.shapes.get(x, [])
-        if others or len(shape) != 4 or not shape[1]:
-            return None
-        return name if self.floats(name) == [shape[1], 1, 1] else None
-
     def rounds_to_bytes(self, node: NodeProto) -> bool:
         """Whether a QuantizeLinear or DequantizeLinear has one constant scale and uint8 zero-point."""
         parts = [self.constants.get(name) for name in node.input[1:]]
         kinds = [part.data_type for part in parts if part is not None and not part.dims]
         return kinds == [TensorProto.FLOAT, TensorProto.UINT8]
-
-
-def _is_shape_of(node: NodeProto, x: str) -> bool:
-    """Whether `node` gives x's whole shape."""
-    whole = not any(found.name == "end" or found.i for found in node.attribute)
-    return whole and node.op_type == "Shape" and node.input[0] == x

@@ -1,4 +1,4 @@
-"""The variant of an int8 bundle's graphs that ONNX Runtime's CPU kernels, and ours, are fast for."""
+"""The variant of a bundle's graphs that ONNX Runtime's CPU kernels, and ours, are fast for."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import onnx
 
 from mdnet_calib.passes.bfloat16 import with_bfloat16_products
 from mdnet_calib.passes.fuse import fuse_between_layers
+from mdnet_calib.passes.fuse_resnet import fuse_resnets
 from mdnet_calib.passes.fuse_vim import fuse_vim
 from mdnet_calib.passes.int8 import with_unsigned_activations
 from mdnet_calib.passes.winograd import with_winograd_convolutions
 
-PASSES = (
+EXACT_PASSES = (
     with_unsigned_activations,
     fuse_between_layers,
     with_winograd_convolutions,
+    fuse_resnets,
     fuse_vim,
-    with_bfloat16_products,
 )
-"""Graph → graph, in this order; none changes the graph it is given."""
+"""Graph → graph, in this order; none changes the graph it is given, nor the precision of its arithmetic."""
 
 
-def for_onnxruntime_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The variant of a graph, int8 or float32; constants may lie outside of the file, and none of them changes."""
-    return functools.reduce(lambda graph, rewrite: rewrite(graph), PASSES, proto)
+def for_onnxruntime_cpu(proto: onnx.ModelProto, *, exact: bool = False) -> onnx.ModelProto:
+    """The variant of a graph, int8 or float32; constants may lie outside of the file, and none of them changes.
+
+    Args:
+        exact: whether float32 arithmetic stays so; else wide products become bfloat16.
+    """
+    variant = functools.reduce(lambda graph, rewrite: rewrite(graph), EXACT_PASSES, proto)
+    return variant if exact else with_bfloat16_products(variant)
