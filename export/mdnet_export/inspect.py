@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-import onnx
-
-from mdnet_calib.sensitivity import block_of
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
@@ -15,10 +10,9 @@ from mdnet_engines.bundle.precision_facts import QuantisedFacts
 from mdnet_engines.console import show_facts
 from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.framing import describe_face
-from mdnet_engines.ops.selective_scan import DOMAIN
-from mdnet_engines.ops.winograd import NAMES, native_products
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
+from mdnet_export.graphs.cpu_variant import winograd_layers
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -41,7 +35,7 @@ def print_bundle(bundle: Bundle) -> None:
         "score": str(manifest.score),
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
-        **_winograd(bundle),
+        **_for_cpus(bundle),
         **_backends(bundle),
         "weights": printable(provenance.name) + digest,
         "built by": provenance.command,
@@ -91,16 +85,13 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     return facts
 
 
-def _winograd(bundle: Bundle) -> dict[str, str]:
-    """Which convolutions ONNX Runtime's encoder has of `mdnet_engines.ops.winograd`, by block, and what runs them."""
+def _for_cpus(bundle: Bundle) -> dict[str, str]:
+    """Which layers the variant of the encoder for ONNX Runtime on the CPU has by Winograd's algorithm."""
     if bundle.manifest.graphs["encoder"].cpu is None:
         return {}
-    graph = onnx.load(bundle.graph_path("encoder", cpu=True), load_external_data=False).graph
-    names = [block_of(node.name) for node in graph.node if node.domain == DOMAIN and node.op_type in NAMES]
-    if not names:
-        return {}
-    blocks = ", ".join(f"{block} ({count})" if count > 1 else block for block, count in Counter(names).items())
-    return {"Winograd": f"{len(names)} convolutions of {blocks}; ONNX Runtime runs them here {native_products()}"}
+    layers = winograd_layers(bundle.graph_path("encoder", cpu=True))
+    blocks = dict.fromkeys(layer.rpartition(".")[0] for layer in layers)
+    return {"by Winograd on CPUs": f"{len(layers)} convolutions of {', '.join(blocks)}"} if layers else {}
 
 
 def _held_on(facts: QuantisedFacts) -> str:

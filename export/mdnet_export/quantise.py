@@ -35,7 +35,7 @@ from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.session import Session
 from mdnet_engines.system.machine import lacks_vnni
 from mdnet_export.drift import BudgetCheck, cpu_backends, open_on
-from mdnet_export.graphs.cpu_variant import write_variants
+from mdnet_export.graphs.cpu_variant import add_exact_variant, write_variants
 from mdnet_export.graphs.export import save_graph
 
 FP8_METHOD: RangeMethod = "minmax"  # a number with an exponent loses nothing to the outliers that it makes room for
@@ -191,6 +191,7 @@ def quantise_encoder(
         choice, backends = _choose("int8", nodes, write, folder, scratch, calibration, progress)
         del proto, write
         progress.step("timing int8 against float")
+        add_exact_variant(file)  # float as it would be served
         speed = _time(folder, scratch, calibration.images.pixels)
         _replace_encoder(folder, scratch)
     return Int8Result(choice, calibration.budget, backends, speed)

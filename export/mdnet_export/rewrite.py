@@ -15,6 +15,7 @@ from mdnet_engines.bundle.precision_facts import CalibrationFacts
 from mdnet_engines.parity.measure import Outputs
 from mdnet_engines.progress import SILENT, Progress
 from mdnet_engines.sessions.onnxruntime import OrtSession
+from mdnet_export.graphs.cpu_variant import add_exact_variant
 from mdnet_export.graphs.export import save_graph
 from mdnet_export.graphs.gpu_variant import write_gpu_variant
 from mdnet_export.quantise import Calibration, Fp8Result, Int8Result, quantise_encoder, quantise_encoder_fp8
@@ -56,7 +57,8 @@ def rewrite(
 ) -> PrecisionFacts:
     """Rewrite the three float32 graphs in `folder` to `precision` where they stand.
 
-    In int8, graphs for ONNX Runtime on the CPU and for GPUs come next to them.
+    In int8, graphs for ONNX Runtime on the CPU and for GPUs come next to them; in fp32, an encoder for the former, where
+    it has blocks that gain by that.
 
     Args:
         calibration: needed for int8 and fp8; for fp16, where overflow is looked for.
@@ -66,6 +68,8 @@ def rewrite(
     """
     facts = calibration.facts(precision) if calibration else None
     if precision == "fp32":
+        progress.step("rewriting encoder for ONNX Runtime on the CPU")
+        add_exact_variant(folder / "encoder.onnx")
         return PrecisionFacts(facts)
     large: dict[GraphName, list[str]] = {}
     if calibration is not None:

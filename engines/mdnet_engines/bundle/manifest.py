@@ -7,7 +7,8 @@ A bundle is the only thing that passes from export to runtime:
       encoder.onnx       (+ encoder.onnx.data when the weights are large)
       vim.onnx
       fusion.onnx
-      encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU
+      encoder.cpu.onnx, vim.cpu.onnx, fusion.cpu.onnx    of an int8 bundle: the same graphs for ONNX Runtime on the CPU;
+                                                         of an fp32 bundle the encoder, where it gains by that
       encoder.gpu.onnx, vim.gpu.onnx, fusion.gpu.onnx    of an int8 bundle: the same graphs for GPUs, float16 where they
                                                          are not int8 (+ encoder.gpu.onnx.data … for what is float16)
       probes.npz         drawn faces, and PyTorch fp32's outputs for them: `mdnet_engines.parity.probes`
@@ -95,7 +96,7 @@ class GraphEntry(Part):
     file: FileEntry
     data: list[FileEntry] = Field(default=[])
     cpu: FileEntry | None = None
-    """The same graph, on the same `data`, in the variant that ONNX Runtime's CPU kernels are fast for (int8 only)."""
+    """The same graph, on the same `data`, in the variant that ONNX Runtime's CPU kernels, and ours, are fast for."""
     gpu: GpuGraph | None = None
     """The same graph for GPUs, with float16 in the place of float32, on the same int8 weights (int8 only)."""
     precision: Precision

@@ -11,6 +11,7 @@ import onnx
 
 from mdnet_calib.passes.onnxruntime_cpu import for_onnxruntime_cpu
 from mdnet_engines.bundle.manifest import GraphName
+from mdnet_engines.ops import resnet
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
@@ -20,13 +21,30 @@ def cpu_variant(file: Path) -> Path:
     return file.with_name(f"{file.stem}.cpu.onnx")
 
 
-def write_variants(proto: onnx.ModelProto, file: Path) -> None:
-    """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels next to it."""
+def winograd_layers(file: Path) -> list[str]:
+    """The convolutions of a variant that our kernel runs by Winograd's algorithm, by the names of their modules."""
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return [node.name.partition("/")[0] for node in nodes if node.op_type in resnet.CONVOLUTIONS.values()]
+
+
+def add_exact_variant(file: Path) -> None:
+    """Write the variant of a float32 graph, in float32 too, next to it, where it has blocks that gain by that."""
+    variant = for_onnxruntime_cpu(onnx.load(file, load_external_data=False), exact=True)
+    if any(node.op_type in resnet.CONVOLUTIONS.values() for node in variant.graph.node):
+        write_variants(onnx.load(file), file, exact=True)
+
+
+def write_variants(proto: onnx.ModelProto, file: Path, *, exact: bool = False) -> None:
+    """Write a graph, int8 or float32, to `file`, and its variant for ONNX Runtime's CPU kernels next to it.
+
+    Args:
+        exact: whether what is float32 stays so in the variant; else wide products become bfloat16.
+    """
     data = file.with_name(f"{file.name}.data")
     data.unlink(missing_ok=True)  # onnx appends to an existing file
     onnx.save(proto, file, save_as_external_data=True, location=data.name, size_threshold=1024)
     light = onnx.load(file, load_external_data=False)
-    onnx.save(for_onnxruntime_cpu(light), cpu_variant(file))
+    onnx.save(for_onnxruntime_cpu(light, exact=exact), cpu_variant(file))
     scan_op.register_schemas()
     for variant in (file, cpu_variant(file)):
         onnx.checker.check_model(variant, full_check=True)

@@ -21,6 +21,7 @@ from mdnet_engines.backends.choice import choose, open_graphs
 from mdnet_engines.bundle.files import Bundle, file_entry
 from mdnet_engines.bundle.manifest import BatchRange, GpuGraph, PlanEntry, PlanSet
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.ops import native
 from mdnet_engines.sessions import onnxruntime as session
 from mdnet_engines.sessions import openvino as openvino_session
 from mdnet_engines.sessions.onnxruntime import OrtSession
@@ -213,6 +214,19 @@ def with_variants(folder: Path) -> Bundle:
         ),
     }
     return Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs}))
+
+
+@pytest.mark.parametrize("library", [Path("a library"), None])
+def test_an_encoder_with_a_form_for_the_cpu_runs_on_onnxruntime_first_where_our_operators_are(
+    library: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the library that form has no advantage."""
+    monkeypatch.setattr(session, "has_cuda", lambda: False)
+    monkeypatch.setattr(openvino_session, "is_installed", lambda: True)
+    monkeypatch.setattr(native, "custom_op_library", lambda: library)
+    bundle = with_variants(tmp_path / "bundle")
+    bundle = Bundle(bundle.path, bundle.manifest.model_copy(update={"precision": "fp32"}))
+    assert [choice.graphs for choice in candidates(bundle)] == ([ORT, OPENVINO] if library else [OPENVINO, ORT])
 
 
 @pytest.mark.usefixtures("opened")
