@@ -26,7 +26,7 @@ from mdnet_export.graphs.fold import fold_diffusion, fold_vim, with_shared_weigh
 from mdnet_export.scan import attach_functions, translation_table
 from mdnet_export.scan.translate import quiet_exporter
 
-EXTERNAL_DATA_BYTES = 256 * 2**20  # above this the weights go into a file of their own; protobuf itself ends at 2 GiB
+EXTERNAL_DATA_BYTES = 16 * 2**20  # above this the weights go into a file of their own, which sessions map into memory
 
 
 class EncoderGraph(nn.Module):
