@@ -57,7 +57,7 @@ def rewrite(
 ) -> PrecisionFacts:
     """Rewrite the three float32 graphs in `folder` to `precision` where they stand.
 
-    In int8, graphs for ONNX Runtime on the CPU and for GPUs come next to them; in fp32, an encoder for the former, where
+    In int8, graphs for ONNX Runtime on the CPU and for GPUs come next to them; in fp32, an encoder for the former if
     it has blocks that gain by that.
 
     Args:

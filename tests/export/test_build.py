@@ -36,6 +36,7 @@ from mdnet_export import build as build_module
 from mdnet_export.build import ParityError, build_bundle
 from mdnet_export.cli.main import main
 from mdnet_export.graphs.export import export_graph
+from mdnet_export.inspect import print_bundle
 from mdnet_export.model_source import choose_weights
 from mdnet_export.parity_images import parity_images
 from mdnet_export.verify import verify_bundle
@@ -231,6 +232,20 @@ def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
         assert part in shown
     assert ("convolutions of vae.down_blocks.3.resnets.0" in shown) is (bundle.manifest.precision == "int8")
     assert [line for line in result.stdout.splitlines() if len(line) > 100] == []
+
+
+def test_inspect_says_which_blocks_run_by_winograd(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the encoder's form for the CPU alone."""
+    layers = ["vae.a.conv1", "vae.a.conv2", "unet.b.conv1"]
+    monkeypatch.setattr("mdnet_export.inspect.winograd_layers", lambda file: layers)
+    encoder = bundle.manifest.graphs["encoder"]
+    for cpu in (None, encoder.file):
+        graphs = {**bundle.manifest.graphs, "encoder": encoder.model_copy(update={"cpu": cpu})}
+        print_bundle(Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs})))
+        shown = "\n".join(unwrapped(capsys.readouterr().out))
+        assert ("3 convolutions of vae.a, unet.b" in shown) == (cpu is not None)
 
 
 @pytest.mark.usefixtures("exported_before", "without_openvino")
