@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from mdnet_calib.sensitivity import block_of
 from mdnet_engines.backends.candidates import Choice
 from mdnet_engines.backends.choice import choose, tuned
 from mdnet_engines.bundle.files import Bundle
@@ -10,9 +13,10 @@ from mdnet_engines.bundle.precision_facts import QuantisedFacts
 from mdnet_engines.console import show_facts
 from mdnet_engines.errors import BundleError, printable
 from mdnet_engines.framing import describe_face
+from mdnet_engines.ops.winograd import NAMES, native_products
 from mdnet_engines.tensorrt.plan_process import probe
 from mdnet_engines.tensorrt.plans import FOR_FP8, Host, check_plans, explain_incompatible, summary
-from mdnet_export.graphs.cpu_variant import winograd_layers
+from mdnet_export.graphs.cpu_variant import winograd_convolutions
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -35,7 +39,7 @@ def print_bundle(bundle: Bundle) -> None:
         "score": str(manifest.score),
         "parity": f"{verdict}: {parity}",
         **_precision(manifest),
-        **_for_cpus(bundle),
+        **_winograd(bundle),
         **_backends(bundle),
         "weights": printable(provenance.name) + digest,
         "built by": provenance.command,
@@ -85,13 +89,17 @@ def _precision(manifest: Manifest) -> dict[str, str]:
     return facts
 
 
-def _for_cpus(bundle: Bundle) -> dict[str, str]:
-    """Which layers the variant of the encoder for ONNX Runtime on the CPU has by Winograd's algorithm."""
+def _winograd(bundle: Bundle) -> dict[str, str]:
+    """Which convolutions ONNX Runtime's encoder has by Winograd's algorithm, by block, and what runs them here."""
     if bundle.manifest.graphs["encoder"].cpu is None:
         return {}
-    layers = winograd_layers(bundle.graph_path("encoder", cpu=True))
-    blocks = dict.fromkeys(layer.rpartition(".")[0] for layer in layers)
-    return {"by Winograd on CPUs": f"{len(layers)} convolutions of {', '.join(blocks)}"} if layers else {}
+    found = winograd_convolutions(bundle.graph_path("encoder", cpu=True))
+    if not found:
+        return {}
+    blocks = Counter(block_of(node.name) for node in found)
+    listed = ", ".join(f"{block} ({count})" if count > 1 else block for block, count in blocks.items())
+    products = native_products() if any(node.op_type in NAMES for node in found) else "in float32"
+    return {"Winograd": f"{len(found)} convolutions of {listed}; ONNX Runtime runs them here {products}"}
 
 
 def _held_on(facts: QuantisedFacts) -> str:

@@ -238,14 +238,15 @@ def test_inspect_says_which_blocks_run_by_winograd(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the encoder's form for the CPU alone."""
-    layers = ["vae.a.conv1", "vae.a.conv2", "unet.b.conv1"]
-    monkeypatch.setattr("mdnet_export.inspect.winograd_layers", lambda file: layers)
+    names = ("vae.encoder.a.conv1/Conv", "vae.encoder.a.conv2/Conv", "unet.b.conv1/Conv")
+    nodes = [onnx.helper.make_node("GroupNormSiluConv", ["x"], ["y"], name=name) for name in names]
+    monkeypatch.setattr("mdnet_export.inspect.winograd_convolutions", lambda file: nodes)
     encoder = bundle.manifest.graphs["encoder"]
     for cpu in (None, encoder.file):
         graphs = {**bundle.manifest.graphs, "encoder": encoder.model_copy(update={"cpu": cpu})}
         print_bundle(Bundle(bundle.path, bundle.manifest.model_copy(update={"graphs": graphs})))
         shown = "\n".join(unwrapped(capsys.readouterr().out))
-        assert ("3 convolutions of vae.a, unet.b" in shown) == (cpu is not None)
+        assert ("3 convolutions of " in shown and "runs them here in float32" in shown) == (cpu is not None)
 
 
 @pytest.mark.usefixtures("exported_before", "without_openvino")

@@ -11,7 +11,7 @@ import onnx
 
 from mdnet_calib.passes.onnxruntime_cpu import for_onnxruntime_cpu
 from mdnet_engines.bundle.manifest import GraphName
-from mdnet_engines.ops import resnet
+from mdnet_engines.ops import resnet, winograd
 from mdnet_engines.ops import selective_scan as scan_op
 from mdnet_engines.sessions.onnxruntime import OrtSession
 
@@ -21,10 +21,10 @@ def cpu_variant(file: Path) -> Path:
     return file.with_name(f"{file.stem}.cpu.onnx")
 
 
-def winograd_layers(file: Path) -> list[str]:
-    """The convolutions of a variant that our kernel runs by Winograd's algorithm, by the names of their modules."""
+def winograd_convolutions(file: Path) -> list[onnx.NodeProto]:
+    """The convolutions of a variant that our kernel runs by Winograd's algorithm."""
     nodes = onnx.load(file, load_external_data=False).graph.node
-    return [node.name.partition("/")[0] for node in nodes if node.op_type in resnet.CONVOLUTIONS.values()]
+    return [node for node in nodes if node.op_type in (*resnet.CONVOLUTIONS.values(), *winograd.NAMES)]
 
 
 def add_exact_variant(file: Path) -> None:
