@@ -24,6 +24,7 @@ from mdnet_calib.sensitivity import Budget, block_of
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GRAPH_NAMES, GraphName, Precision
 from mdnet_engines.errors import MDNetError, UsageError
+from mdnet_engines.ops import winograd
 from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.sessions.onnxruntime import OrtSession
 from mdnet_engines.sessions.openvino import OpenVINOSession
@@ -90,7 +91,8 @@ def weights_in_int8(file: Path) -> set[str]:
     graph = onnx.load(file, load_external_data=False).graph
     dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     products = [node for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {node.name for node in products if node.input[1] in dequantised}
+    by_winograd = {node.name for node in graph.node if node.op_type in winograd.NAMES}  # they read the bytes themselves
+    return by_winograd | {node.name for node in products if node.input[1] in dequantised}
 
 
 # --- a bundle ---
