@@ -7,6 +7,7 @@ does not expand the operator's function body: Vim stays with ONNX Runtime.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -63,8 +64,7 @@ class OpenVINOSession:
             self._open(path, threads or available_cores(), arithmetic, cached)
 
     def _open(self, path: str | os.PathLike[str], threads: int, arithmetic: Arithmetic, cached: bool) -> None:
-        openvino = _import_openvino()
-        core = openvino.Core()
+        core = _core(_import_openvino())
         if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise MDNetError("this CPU has no native bf16, which openvino-bf16 needs; use the backend openvino")
         options = {
@@ -111,6 +111,16 @@ class OpenVINOSession:
             raise MDNetError(f"OpenVINO failed: {_reason(error)}") from error
         self._idle.append(request)
         return {name: values[i] for i, name in enumerate(self.outputs)}
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """The process's one Core, kept to its end.
+
+    Each Core gives the thread that opens it another stack for signals. Two that are released in the order they were
+    opened leave the first one's, unmapped by then, and the next Ctrl-C is a segmentation fault.
+    """
+    return openvino.Core()
 
 
 def _refuse_after_fork() -> None:

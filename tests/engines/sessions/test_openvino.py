@@ -445,3 +445,21 @@ print(started, "openvino_telemetry" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "[] False\n", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of stacks for signals on Linux")
+def test_signals_are_handled_after_sessions_have_gone(file: Path) -> None:
+    """A Core for each session left the main thread a stack for signals that was unmapped: SIGSEGV at Ctrl-C."""
+    program = f"""
+import faulthandler, signal, sys
+faulthandler.enable()  # as pytest does
+sys.path[:0] = {sys.path!r}
+from mdnet_engines.sessions.openvino import OpenVINOSession
+first, second = OpenVINOSession({os.fspath(file)!r}), OpenVINOSession({os.fspath(file)!r})
+del first
+del second
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("handled\n", 0), done.stderr
