@@ -9,8 +9,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs all in one.
-IN_PARALLEL := -n 2 --no-loadscope-reorder
+# Two processes; tests/conftest.py says which tests stay together. PYTEST_ARGS='-n 0' runs all in one. One that dies ends
+# the run: pytest-xdist 3.8 starts another, and may then wait forever (its issue 1378).
+IN_PARALLEL := -n 2 --no-loadscope-reorder --max-worker-restart=0
 NATIVE := $(wildcard engines/cpp/*.* engines/cpp/*/* engines/mdnet_engines/cuda/*)
 C_FILES := $(filter %.c %.cpp %.h %.cu,$(NATIVE) $(wildcard tests/support/*/*))
 
