@@ -13,7 +13,7 @@ from mdnet_engines.parity.gates import LIMITS
 from mdnet_engines.parity.measure import first_diverging
 from mdnet_engines.parity.report import Gate, ParityReport
 from mdnet_engines.report.charts import Point, histogram, scatter, thin, worst_first
-from mdnet_engines.report.numbers import number, number_beside, score_text
+from mdnet_engines.report.numbers import correlation_text, number, number_beside, score_text
 from mdnet_engines.report.page import render
 from mdnet_engines.report.thumbnails import thumbnail
 
@@ -48,9 +48,9 @@ def render_html(
             (
                 part.group,
                 str(part.images),
-                number(part.reference, 4),
-                number(part.bundle, 4),
-                number(part.lost, 3, "+"),
+                correlation_text(part.reference),
+                correlation_text(part.bundle),
+                correlation_text(part.lost, "+"),
                 number(part.mean_abs, 3),
                 f"{100 * part.of_width:.2f} %",
             )

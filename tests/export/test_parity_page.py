@@ -257,7 +257,7 @@ def test_ratings_are_a_table_by_group_where_there_are_any() -> None:
     rows = Page(render(replace(make_report(), ratings=parts))).tables["ratings"]
     assert rows[1:] == [
         ["all", "300", "0.5432", "0.5419", "+0.0013", "0.012", "0.30 %"],
-        ["<b>", "120", "NaN", "0.5", "NaN", "0.01", "10.00 %"],
+        ["<b>", "120", "–", "0.5000", "–", "0.01", "10.00 %"],
     ]
 
 

@@ -24,5 +24,10 @@ def number_beside(value: float, limit: float) -> str:
     return next((text for digits in range(6, 17) if (text := number(value, digits)) not in misread), number(value, 17))
 
 
+def correlation_text(value: float, sign: str = "") -> str:
+    """Four decimals; a dash where there is none: of one image, or of scores that are all equal."""
+    return "–" if math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
+
+
 def score_text(value: float) -> str:
     return f"{value:.5f}".replace("-", "−") if abs(value) < 1e6 else number(value)

@@ -16,6 +16,7 @@ from mdnet_engines.console import Command, say, show, show_progress, warn_loudly
 from mdnet_engines.errors import MDNetError, printable, require
 from mdnet_engines.parity.gates import RATED_IMAGES
 from mdnet_engines.parity.probes import PROBES
+from mdnet_engines.report.numbers import correlation_text
 from mdnet_engines.tensorrt.plans import FOR_FP8
 from mdnet_export.cli.calibration import calibration_options, choose_images
 from mdnet_export.cli.engines import build_unasked, engines
@@ -234,7 +235,7 @@ def _ratings(report: ParityReport) -> Table:
     for column in ("images", "reference", "bundle", "lost", "mean |Δ|", "of the scale"):
         table.add_column(column, justify="right")
     for part in report.ratings:
-        correlations = (f"{part.reference:.4f}", f"{part.bundle:.4f}", f"{part.lost:+.4f}")
+        correlations = (*map(correlation_text, (part.reference, part.bundle)), correlation_text(part.lost, "+"))
         moved = (f"{part.mean_abs:.3g}", f"{part.of_width:.2%}")
         table.add_row(escape(printable(part.group)), str(part.images), *correlations, *moved)
     return table
