@@ -57,7 +57,13 @@ _TRAINING_OPTIONS = (
     protocol_option,
     fold_option,
     scale_option,
-    click.option("--epochs", type=click.IntRange(min=1), default=16, show_default=True),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=0),
+        default=16,
+        show_default=True,
+        help="With --linear-probe, 0 is for the probe alone, fitted to all pictures.",
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, show_default=True),
     views_option,
@@ -169,6 +175,8 @@ def train(
                 progress=laps,
                 on_epoch=on_epoch,
             )
+            if not config.epochs:
+                say(f"linear probe of {len(split.train)} pictures: training MSE {best.loss:.4f}, {laps.lap():.1f} s")
             scores, baselines = score_beside_baselines(
                 model, split, cache=features, half_features=half_features, progress=progress
             )

@@ -179,9 +179,14 @@ class MDNetConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Rates are per step at `batch_size`."""
+    """How to train. Rates are per step at `batch_size`.
+
+    Raises:
+        UsageError: no epochs, and no linear probe.
+    """
 
     epochs: int = 16
+    """0: the linear probe alone."""
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -203,6 +208,10 @@ class TrainConfig:
     amp: bool = False
     """Vim and fusion in bfloat16 where PyTorch's autocast allows; weights, scan states and validation stay float32."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.epochs or self.linear_probe):
+            raise UsageError("--epochs 0 trains nothing but the linear probe: add --linear-probe")
 
 
 # The same code at widths that train on two cores in minutes.

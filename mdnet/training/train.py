@@ -69,7 +69,8 @@ def train(
         on_epoch: called after each epoch of this process.
 
     Returns:
-        The best epoch, by Pearson on the validation slice. The model is in evaluation mode.
+        The best epoch, by Pearson on the validation slice. The model is in evaluation mode. Of no epochs it is the
+        linear probe, fitted to all of `data`: nothing is chosen, so nothing is held out, and the correlation is NaN.
 
     Raises:
         UsageError: `state` belongs to another run.
@@ -87,6 +88,10 @@ def train(
         known = fingerprint(model, data, config, half_features=half_features) if state is not None else {}
         if config.linear_probe:
             progress.step("fitting the streams' heads")
+        if not config.epochs:
+            images = torch.arange(len(features))
+            error = fit_stream_heads(model, features, images, views=config.views, seed=config.seed)
+            return Epoch(0, 0, error, math.nan)
         run = _Run(model, features, config)
         if state is not None:
             state.open(known, run)

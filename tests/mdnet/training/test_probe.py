@@ -120,3 +120,18 @@ def test_training_begins_at_the_probe_and_keeps_it_where_nothing_is_better(rated
     assert [epoch.number for epoch in epochs] == [0, 1, 2]
     assert epochs[1].validation_pearson == pytest.approx(epochs[0].validation_pearson, abs=1e-3)
     assert best.validation_pearson == max(epoch.validation_pearson for epoch in epochs)
+
+
+def test_no_epochs_leave_the_probe_of_all_pictures(rated: Rated, cache: Path) -> None:
+    probed, trained = wide(), wide()
+    rows = torch.arange(len(rated.images))
+    error = fit_stream_heads(probed, features_of(probed, rated, cache), rows, views=1, seed=3)
+    best = train(trained, rated, TrainConfig(epochs=0, linear_probe=True, seed=3), cache=cache)
+    assert (best.number, best.loss) == (0, error)
+    features = features_of(trained, rated, cache)
+    np.testing.assert_array_equal(*(score_features(model, features, rows, 16) for model in (probed, trained)))
+
+
+def test_no_epochs_and_no_probe_train_nothing() -> None:
+    with pytest.raises(UsageError, match="add --linear-probe"):
+        TrainConfig(epochs=0)

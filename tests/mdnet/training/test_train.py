@@ -71,6 +71,22 @@ def test_train_and_evaluate_commands_agree(faces: Path, tmp_path: Path) -> None:
     assert notes["test"]["mae"] == pytest.approx(evaluate(load_checkpoint(file), split.test).mae, abs=1e-6)
 
 
+def test_the_probe_alone_is_a_training_and_needs_its_option(faces: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    command = ["train", "--preset", "demo", "--data", str(faces), "--epochs", "0", "-o", str(file)]
+    refused = CliRunner().invoke(main, command)
+    assert (refused.exit_code, file.exists()) == (2, False)
+    assert refused.stderr.endswith("--epochs 0 trains nothing but the linear probe: add --linear-probe\n")
+    trained = CliRunner().invoke(main, [*command, "--linear-probe"])
+    assert trained.exit_code == 0, trained.stderr
+    assert "linear probe of " in trained.stderr
+    evaluated = CliRunner().invoke(
+        main, ["evaluate", str(file), "--data", str(faces), "--cache", str(tmp_path / "cache")]
+    )
+    assert evaluated.stdout == trained.stdout
+    assert read_metadata(file)[1]["epochs"] == []
+
+
 def test_pictures_that_the_encoder_never_saw_the_like_of_are_noted_and_drawn_faces_are_not(
     faces: Path, tmp_path: Path
 ) -> None:
