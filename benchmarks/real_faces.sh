@@ -18,7 +18,7 @@ step() {
 step mdnet pretrain --preset demo --data "$data" --views 8 --epochs 30 --seed 0 -o "$out/start.safetensors"
 # shellcheck disable=SC2086 # the scale is two words
 step mdnet train --init "$out/start.safetensors" --data "$data" --scale $scale --views 8 --linear-probe \
-    --batch-size 64 --learning-rate 5e-4 --epochs 8 --seed 0 --cache "$out/features" -o "$out/face.safetensors"
+    --epochs 0 --seed 0 --cache "$out/features" -o "$out/face.safetensors"
 step mdnet evaluate "$out/face.safetensors" --data "$data" --cache "$out/features" --json "$out/checkpoint.json"
 step mdnet-export build --checkpoint "$out/face.safetensors" -o "$out/fp32"
 step mdnet-export build --checkpoint "$out/face.safetensors" --precision int8 --calib "$data" -o "$out/int8"

@@ -22,7 +22,7 @@ from mdnet_engines.errors import UsageError
 if TYPE_CHECKING:
     from mdnet.training.features import Features
 
-_ROWS, _BYTES = 12_288, 2**31
+_ROWS, _BYTES = 2**15, 2**31
 """Most views that the regression is fitted to, and most memory for their tokens."""
 _PENALTIES = torch.logspace(-1, 3, 9)
 """Tried on a quarter of the images; in units of the mean square of a view's tokens."""
