@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -144,18 +145,28 @@ def batch_gates(
 
 
 def rating_gates(limits: Limits, compared: Sequence[RatingParity]) -> list[Gate]:
-    """What a bundle may lose of the correlation with ratings: over all images, which come first, and in each group."""
-    gates = []
-    for i, part in enumerate(compared):
-        every = i == 0
-        name = RATING_GATE if every else f"{RATING_GATE} in {part.group}"
-        limit = limits.rating_loss if every else limits.group_rating_loss
-        if part.images < RATED_IMAGES:
-            gates.append(Gate(name, None, True, limit, f"fewer than {RATED_IMAGES} rated images"))
-        elif math.isnan(part.lost):  # a model that gives every image the same score has no correlation to lose
-            gates.append(
-                Gate(name, None, True, limit, "no correlation: equal scores or ratings, or scores that are not finite")
-            )
-        else:
-            gates.append(Gate(name, part.lost, True, limit))
-    return gates
+    """What a bundle may lose of the correlation with ratings: over all images, which come first, and in each group.
+
+    Groups that can't be judged share a gate for each reason.
+    """
+    every, *groups = compared
+    limit, why = limits.group_rating_loss, _unjudged(every)
+    judged = [part for part in groups if not _unjudged(part)]
+    unjudged = Counter(reason for part in groups if (reason := _unjudged(part)))
+    return [
+        Gate(RATING_GATE, None if why else every.lost, True, limits.rating_loss, why),
+        *(Gate(f"{RATING_GATE} in {part.group}", part.lost, True, limit) for part in judged),
+        *(
+            Gate(f"{RATING_GATE} in {count} of {len(groups)} groups", None, True, limit, reason)
+            for reason, count in unjudged.items()
+        ),
+    ]
+
+
+def _unjudged(part: RatingParity) -> str:
+    """Why nothing can be said of what is lost; empty where it can."""
+    if part.images < RATED_IMAGES:
+        return f"fewer than {RATED_IMAGES} rated images"
+    if math.isnan(part.lost):  # a model that gives every image the same score has no correlation to lose
+        return "no correlation: equal scores or ratings, or scores that are not finite"
+    return ""

@@ -90,9 +90,6 @@ class LayerParity:
     parity: TensorParity
 
 
-_NAMED = 3  # gates of one reason in a line: with ratings there is one for every group
-
-
 @dataclass(frozen=True)
 class ParityReport:
     """Everything `parity.json` holds and `parity.html` shows.
@@ -124,16 +121,12 @@ class ParityReport:
         )
 
     def not_evaluated(self) -> str:
-        """The gates that could not be evaluated, by reason, on one line; empty where all were. The table has each."""
+        """The gates that could not be evaluated, by reason, on one line; empty where all were."""
         names: dict[str, list[str]] = {}
         for gate in self.gates:
             if gate.verdict == "not evaluated":
                 names.setdefault(gate.note, []).append(gate.name)
-        lines = []
-        for reason, gates in names.items():
-            more = f" and {len(gates) - _NAMED} more" if len(gates) > _NAMED else ""
-            lines.append(f"{', '.join(gates[:_NAMED])}{more} ({reason})")
-        return "; ".join(lines)
+        return "; ".join(f"{', '.join(gates)} ({reason})" for reason, gates in names.items())
 
     def with_gates_of_gpu_graphs(self, other: ParityReport) -> ParityReport:
         """This report, held to the gates of `other` as well, which measured the graphs that GPUs get."""
