@@ -176,7 +176,10 @@ def open_streams(bundle: Bundle, backend: Backend, threads: int, *, hinted: bool
     def infer(name: GraphName, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         model = models[name]
         values = model.create_infer_request().infer(feeds)
-        return {port.get_any_name(): values[port] for port in model.outputs}
+        # Of several names that OpenVINO has for an output, the node's is ONNX's.
+        return {
+            port.get_node().get_friendly_name().removesuffix("/sink_port_0"): values[port] for port in model.outputs
+        }
 
     def score(images: np.ndarray) -> np.ndarray:
         features = infer("encoder", {"image": images})
