@@ -71,13 +71,10 @@ def test_train_and_evaluate_commands_agree(faces: Path, tmp_path: Path) -> None:
     assert notes["test"]["mae"] == pytest.approx(evaluate(load_checkpoint(file), split.test).mae, abs=1e-6)
 
 
-def test_the_probe_alone_is_a_training_and_needs_its_option(faces: Path, tmp_path: Path) -> None:
+def test_the_probe_alone_is_a_training(faces: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    command = ["train", "--preset", "demo", "--data", str(faces), "--epochs", "0", "-o", str(file)]
-    refused = CliRunner().invoke(main, command)
-    assert (refused.exit_code, file.exists()) == (2, False)
-    assert refused.stderr.endswith("--epochs 0 trains nothing but the linear probe: add --linear-probe\n")
-    trained = CliRunner().invoke(main, [*command, "--linear-probe"])
+    command = ["train", "--preset", "demo", "--data", str(faces), "--linear-probe", "--epochs", "0", "-o", str(file)]
+    trained = CliRunner().invoke(main, command)
     assert trained.exit_code == 0, trained.stderr
     assert "linear probe of " in trained.stderr
     evaluated = CliRunner().invoke(
@@ -259,7 +256,11 @@ def test_the_train_command_resumes_logs_and_notes_its_fold(
         (["train", "--preset", "demo", "-o", "/dev/null"], "-o takes the name of a regular file"),
         (["train", "--preset", "demo", "-o", "missing/model.safetensors"], "-o takes a file in a folder that exists"),
         (["train", "--preset", "demo", "--data", "missing"], "no folder Images"),
-        (["train", "--preset", "demo", "--epochs", "0"], "0 is not in the range"),
+        (["train", "--preset", "demo", "--epochs", "-1"], "-1 is not in the range"),
+        (
+            ["train", "--preset", "demo", "--epochs", "0"],
+            "--epochs 0 trains nothing but the linear probe: add --linear-probe",
+        ),
         (["train", "--preset", "demo", "--protocol", "cv5"], "--protocol cv5 needs --fold 1 to 5"),
         (["train", "--preset", "demo", "--fold", "1"], "--fold needs --protocol cv5, folds or kfold:K; this is 60-40"),
         (
