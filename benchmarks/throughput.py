@@ -30,6 +30,7 @@ from mdnet_engines.backends.choice import open_graphs
 from mdnet_engines.bundle.files import Bundle
 from mdnet_engines.bundle.manifest import GraphName
 from mdnet_engines.errors import MDNetError
+from mdnet_engines.sessions.openvino import output_name
 from mdnet_rt.bench.facts import describe_host
 from mdnet_rt.bench.process import Worker
 from mdnet_rt.bench.worker import answer
@@ -176,10 +177,7 @@ def open_streams(bundle: Bundle, backend: Backend, threads: int, *, hinted: bool
     def infer(name: GraphName, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         model = models[name]
         values = model.create_infer_request().infer(feeds)
-        # Of several names that OpenVINO has for an output, the node's is ONNX's.
-        return {
-            port.get_node().get_friendly_name().removesuffix("/sink_port_0"): values[port] for port in model.outputs
-        }
+        return {output_name(port): values[port] for port in model.outputs}
 
     def score(images: np.ndarray) -> np.ndarray:
         features = infer("encoder", {"image": images})

@@ -90,9 +90,7 @@ class OpenVINOSession:
         self._specs = [_Spec.of(port) for port in self._model.inputs]
         self._idle: deque[Any] = deque()  # requests that no thread is using; each holds its own buffers
         self.inputs: tuple[str, ...] = tuple(spec.name for spec in self._specs)
-        self.outputs: tuple[str, ...] = tuple(
-            port.get_node().get_friendly_name().removesuffix(_SINK) for port in self._model.outputs
-        )
+        self.outputs: tuple[str, ...] = tuple(output_name(port) for port in self._model.outputs)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph on `feeds` (input name → array, batch first); give its outputs by name.
@@ -111,6 +109,12 @@ class OpenVINOSession:
             raise MDNetError(f"OpenVINO failed: {_reason(error)}") from error
         self._idle.append(request)
         return {name: values[i] for i, name in enumerate(self.outputs)}
+
+
+def output_name(port: Any) -> str:
+    """The ONNX name of a graph's output. OpenVINO may have others for it too."""
+    name: str = port.get_node().get_friendly_name().removesuffix(_SINK)
+    return name
 
 
 @functools.cache
