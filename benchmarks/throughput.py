@@ -130,6 +130,7 @@ def open_contestant(options: argparse.Namespace) -> tuple[dict[str, Callable[[],
     else:
         score = open_graphs(bundle, backend=backend, threads=options.threads // streams, check=False).score
     size = bundle.manifest.preprocessing.image_size
+    score(np.zeros((1, size, size, 3), np.uint8))  # OpenVINO's first run in two threads at once may never end
     pool = ThreadPoolExecutor(streams)
 
     def run_of(n: int) -> Callable[[], object]:

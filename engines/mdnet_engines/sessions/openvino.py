@@ -25,9 +25,9 @@ from mdnet_engines.system.machine import cache_folder
 
 Arithmetic = Literal["f32", "bf16"]
 _SINK = "/sink_port_0"  # OpenVINO's name of a graph's result is the ONNX output's name and this
-_OPENING = threading.Lock()
-"""One session is opened at a time: OpenVINO's binding, first asked for a type by two threads, lets them wait for each
-other (one has the GIL, the other the lock of a table that both need)."""
+_ALONE = threading.Lock()
+"""Held while a session opens and while it first runs. OpenVINO's binding, first asked for a type by two threads, lets
+them wait for each other: one has the GIL, the other the lock of a table that both need."""
 _processes: set[int] = set()
 """Those that opened a session: this one and, after a fork, those before it."""
 _MAX_CACHED_BYTES = 64 * 2**20
@@ -60,7 +60,7 @@ class OpenVINOSession:
         cached: bool = True,
     ):
         _refuse_after_fork()
-        with _OPENING:
+        with _ALONE:
             self._open(path, threads or available_cores(), arithmetic, cached)
 
     def _open(self, path: str | os.PathLike[str], threads: int, arithmetic: Arithmetic, cached: bool) -> None:
@@ -89,6 +89,7 @@ class OpenVINOSession:
             raise MDNetError(f"OpenVINO can't load {Path(path).name}: no graph in it")
         self._specs = [_Spec.of(port) for port in self._model.inputs]
         self._idle: deque[Any] = deque()  # requests that no thread is using; each holds its own buffers
+        self._has_run = False
         self.inputs: tuple[str, ...] = tuple(spec.name for spec in self._specs)
         self.outputs: tuple[str, ...] = tuple(output_name(port) for port in self._model.outputs)
 
@@ -99,6 +100,12 @@ class OpenVINOSession:
             MDNetError: a feed is missing, or has a shape or type that the graph does not take.
         """
         arrays = [spec.taken_from(feeds) for spec in self._specs]
+        with contextlib.nullcontext() if self._has_run else _ALONE:
+            results = self._infer(arrays)
+        self._has_run = True
+        return results
+
+    def _infer(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         try:
             request = self._idle.pop()
         except IndexError:

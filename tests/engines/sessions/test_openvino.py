@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -368,6 +369,30 @@ def test_one_session_serves_several_threads(file: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(run, range(400)))
+
+
+def test_first_runs_are_one_at_a_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    running: list[int] = []
+    most: list[int] = []
+    make = openvino.CompiledModel.create_infer_request
+
+    def slowly(model: Any) -> Any:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return make(model)
+
+    monkeypatch.setattr(openvino.CompiledModel, "create_infer_request", slowly)
+    sessions = [OpenVINOSession(file, threads=1) for _ in range(2)]
+    given = feeds()
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda session: session.run(given), sessions))
+    assert most == [1, 1]
+    for got in results:
+        assert_right(got, given)
 
 
 def test_nothing_of_the_export_is_imported(file: Path, tmp_path: Path) -> None:
