@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpu_scripts import module
 
 from mdnet.model.config import preset
 from mdnet_engines.sessions.placement import Placement
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
-sys.path.append(BENCHMARKS)  # at the end: it has modules of common names
-served, context_module = importlib.import_module("gpu.served"), importlib.import_module("gpu.context")
-sys.path.remove(BENCHMARKS)
+served, context_module = module("served"), module("context")
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 SCANS = preset("demo").vim_depth  # of each direction

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
 import json
 import lzma
 import subprocess
@@ -12,14 +11,11 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from gpu_scripts import SCRIPT, module
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-kit = importlib.import_module("gpu.kit")
-sys.path.remove(str(BENCHMARKS))
+kit = module("kit")
 PYTHON = "{}.{}".format(*sys.version_info[:2])
 PIECE = 5000
 
@@ -156,7 +152,7 @@ def test_a_folder_with_files_is_not_written_into(made: Path, tmp_path: Path) -> 
 
 
 def test_a_kit_without_bundles_names_the_command_that_builds_them(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "gpu_check.py", "kit", tmp_path / "kit", "--bundles", tmp_path / "none"]
+    command = [sys.executable, SCRIPT, "kit", tmp_path / "kit", "--bundles", tmp_path / "none"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"error: there are no bundles in {tmp_path / 'none'}; before this: make gpu-bundles\n"
@@ -202,12 +198,7 @@ def test_the_models_random_weights_are_one_table_and_no_two_layers_alike() -> No
     from mdnet.model.config import preset
     from mdnet.model.net import random_mdnet
 
-    sys.path.append(str(BENCHMARKS))
-    try:
-        model: Any = importlib.import_module("gpu.model")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    config = preset("demo")
+    model, config = module("model"), preset("demo")
     made, again, plain = model.random_model(config), model.random_model(config), random_mdnet(config, model.SEED)
     large = []
     states = (made.state_dict().items(), again.state_dict().values(), plain.state_dict().values())
