@@ -29,5 +29,5 @@ DAY = "2026-11-25"  # of runs that are made up
 
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=1500, **options
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=1200, **options
     )
