@@ -1,8 +1,8 @@
 """3x3 convolutions of the encoder by Winograd's algorithm and directly, layer by layer: python benchmarks/winograd.py
 
-The layers are those of Stable Diffusion 1.x at 256 px. Winograd: our kernel in each of its builds, on floats and from
-bytes to bytes. Direct: ONNX Runtime's convolution between bytes, channels last as in an int8 bundle; its float32
-convolution; OpenVINO's, if it is installed.
+The layers are those of Stable Diffusion 1.x at 256 px. Winograd: our kernel in each of its builds, on floats, from
+bytes to bytes, and with weights that stay bytes too, which each call transforms anew. Direct: ONNX Runtime's
+convolution between bytes, channels last as in an int8 bundle; its float32 convolution; OpenVINO's, if it is installed.
 
 One thread. A time is CPU time, so that other work on the machine counts little; contestants take turns; a time is the
 median of the rounds, a ratio the median of the rounds' ratios. What can't run here has the reason in place of figures.
@@ -42,6 +42,7 @@ LAYERS = {  # height and width, channels, outputs; how many of them the encoder 
     "U-Net, level 3": (8, 1280, 1280, 3),
 }
 INT8, FLOAT32 = "direct int8, ONNX Runtime", "direct float32, ONNX Runtime"
+KINDS = ("", ", bytes", ", bytes, also weights")
 BUILDS = {"float32, AVX2": (0, 2), "float32, AVX-512": (0, 3), "bfloat16, AVX-512 BF16": (1, 0)}
 Run = Callable[[], object]
 
@@ -74,13 +75,16 @@ class Layer:
         self.bias = random.normal(size=outputs).astype(np.float32)
         self.multiplications = size * size * channels * outputs * 9
 
-    def winograd(self, products: int, isa: int, *, of_bytes: bool) -> Run | str:
+    def winograd(self, products: int, isa: int, kind: str) -> Run | str:
         library = native.library()
         assert library is not None
-        library.mdnet_winograd_pack.restype = ctypes.c_void_p
-        library.mdnet_winograd_pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_int32] * 2]
-        channels = self.shape[3]
-        weights = library.mdnet_winograd_pack(self.w_float.ctypes.data, channels, self.outputs, products, isa)
+        of_bytes, keep_bytes = kind != "", kind == KINDS[2]
+        pack = library.mdnet_winograd_pack_bytes if keep_bytes else library.mdnet_winograd_pack
+        given = [self.w, self.w_scale] if keep_bytes else [self.w_float]
+        pack.restype = ctypes.c_void_p
+        pack.argtypes = [*[ctypes.c_void_p] * len(given), *[ctypes.c_int64] * 2, *[ctypes.c_int32] * 2]
+        pointers = [array.ctypes.data for array in given]
+        weights = pack(*pointers, self.shape[3], self.outputs, products, isa)
         if not weights:
             return "this processor lacks the instructions"
         x = self.bytes if of_bytes else self.x
@@ -103,7 +107,7 @@ class Layer:
             **{"w": self.w, "w_scale": self.w_scale, "bias": self.bias},
             **{"y_scale": np.float32(0.05), "y_zero_point": np.uint8(121)},
         }
-        return self.session(CONV_QUANTIZE, given, TensorProto.UINT8, DOMAIN)
+        return self.opened(self.model(CONV_QUANTIZE, given, TensorProto.UINT8, DOMAIN, keep_bytes=0), given["x"])
 
     def direct_float(self) -> ModelProto:
         x = np.ascontiguousarray(self.x.transpose(0, 3, 1, 2))
@@ -132,9 +136,6 @@ class Layer:
         graph = helper.make_graph([node], operator, [x], [y], constants)
         return helper.make_model(graph, opset_imports=opsets, functions=bodies, ir_version=10)
 
-    def session(self, operator: str, given: dict[str, np.ndarray], kind: int, domain: str = "") -> Run:
-        return self.opened(self.model(operator, given, kind, domain), given["x"])
-
     def opened(self, model: ModelProto, x: np.ndarray) -> Run:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -148,8 +149,7 @@ class Layer:
             INT8: self.direct_int8(),
             FLOAT32: self.opened(direct, np.ascontiguousarray(self.x.transpose(0, 3, 1, 2))),
             "direct float32, OpenVINO": self.openvino(),
-            **{name: self.winograd(*build, of_bytes=False) for name, build in BUILDS.items()},
-            **{f"{name}, bytes": self.winograd(*build, of_bytes=True) for name, build in BUILDS.items()},
+            **{name + kind: self.winograd(*build, kind) for kind in KINDS for name, build in BUILDS.items()},
         }
 
 

@@ -44,7 +44,7 @@ def test_winograd_measures_every_build_that_this_processor_has(tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     (layer,) = json.loads((tmp_path / "figures.json").read_text())["results"].values()
-    assert len(layer["rows"]) == 9
+    assert len(layer["rows"]) == 12
     missing = {name for name, row in layer["rows"].items() if "reason" in row}
     assert missing == {line.split(": ")[1] for line in result.stdout.splitlines() if "not measured" in line}
     assert "direct int8, ONNX Runtime" not in missing

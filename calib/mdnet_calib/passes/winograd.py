@@ -1,12 +1,13 @@
 """Convolutions of a uint8 graph by Winograd's algorithm, for ONNX Runtime on CPUs where that is faster.
 
 What is looked for, behind `mdnet_calib.passes.fuse`: a convolution between bytes, 3 by 3 with int8 weights, steps,
-dilations and groups 1 and one zero padded on each side, with at most `WEIGHTS_PER_PLACE` weights for a place of y:
+dilations and groups 1 and one zero padded on each side, with at most `MOST_WEIGHTS` weights for a place of y:
 
     DequantizeLinear → Conv → QuantizeLinear ( → Transpose to channels last → residual sum )
 
-Each becomes one operator of `mdnet_engines.ops.winograd`, with the residual sum if only that reads it. A weight takes
-eight bytes then where it took one or two, and spares time at each place: so wide layers of few places stay.
+Each becomes one operator of `mdnet_engines.ops.winograd`, with the residual sum if only that reads it. A transformed
+weight takes eight bytes or more, and spares time at each place: with more than `MOST_TRANSFORMED` for a place they stay
+bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mdnet_engines.ops.quantised import RESIDUAL_SUMS
 from mdnet_engines.ops.selective_scan import DOMAIN
 from mdnet_engines.ops.winograd import CONV_QUANTIZE, CONV_SUMS, function
 
-WEIGHTS_PER_PLACE = 1000
+MOST_WEIGHTS, MOST_TRANSFORMED = 5000, 1000
 _LAST, _SECOND = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
@@ -50,8 +51,12 @@ class _View(GraphView):
         end = self.only_reader(conv, "QuantizeLinear")
         if end is None or not x or not w or not self.is_of_bytes(x) or not self.is_of_bytes(end):
             return None
-        if not self.has_symmetric_weights(w) or not self.has_places_enough(conv, self.constants[w.input[0]]):
+        if not self.has_symmetric_weights(w):
             return None
+        weights = self.weights_per_place(conv, self.constants[w.input[0]])
+        if weights is None or weights > MOST_WEIGHTS:
+            return None
+        keep_bytes = int(weights > MOST_TRANSFORMED)
         name = conv.name or conv.output[0]
         last = f"{x.input[0]}_of_{name}"
         to_last = helper.make_node("Transpose", [x.input[0]], [last], name=f"{name}_in", perm=_LAST)
@@ -59,14 +64,18 @@ class _View(GraphView):
         summed = self.residual_sum(end)
         if summed is None:
             made = f"{end.output[0]}_last"
-            node = helper.make_node(CONV_QUANTIZE, inputs, [made], name=f"{name}_winograd", domain=DOMAIN)
+            node = helper.make_node(
+                CONV_QUANTIZE, inputs, [made], name=f"{name}_winograd", domain=DOMAIN, keep_bytes=keep_bytes
+            )
             to_second = helper.make_node("Transpose", [made], end.output, name=f"{name}_out", perm=_SECOND)
             return Part([x, w, conv, end], [to_last, node, to_second])
         turned, total = summed
         kind = next(kind for kind, known in RESIDUAL_SUMS.items() if known == total.op_type)
         b = list(total.input).index(turned.output[0])
         inputs += [*total.input[:b], *total.input[b + 3 :]]
-        node = helper.make_node(CONV_SUMS[kind], inputs, total.output, name=f"{name}_winograd", domain=DOMAIN)
+        node = helper.make_node(
+            CONV_SUMS[kind], inputs, total.output, name=f"{name}_winograd", domain=DOMAIN, keep_bytes=keep_bytes
+        )
         return Part([x, w, conv, end, turned, total], [to_last, node])
 
     def residual_sum(self, end: NodeProto) -> tuple[NodeProto, NodeProto] | None:
@@ -86,10 +95,11 @@ class _View(GraphView):
         explicit = attribute(conv, "auto_pad", b"NOTSET") == b"NOTSET" and attribute(conv, "pads", [0] * 4) == [1] * 4
         return ones and explicit and self.floats(conv.input[2]) is not None
 
-    def has_places_enough(self, conv: NodeProto, w: TensorProto) -> bool:
+    def weights_per_place(self, conv: NodeProto, w: TensorProto) -> float | None:
+        """Of an image's places of y; None where their number is not known."""
         height, width = (self.shapes.get(conv.output[0]) or [0] * 4)[2:]
-        known = isinstance(height, int) and isinstance(width, int)
-        return known and math.prod(w.dims) <= WEIGHTS_PER_PLACE * height * width
+        known = isinstance(height, int) and isinstance(width, int) and height and width
+        return math.prod(w.dims) / (height * width) if known else None
 
     def has_symmetric_weights(self, w: NodeProto) -> bool:
         """Whether a node gives 3 by 3 weights of int8 with a scale for each output and zero-points that are 0."""

@@ -34,11 +34,19 @@ struct WinogradConv : Node {
     outputs = sizes[0];
     channels = sizes[1];
     if (!w.shape.elements()) return refuse("w has an empty axis");
+    const int32_t products = mdnet_winograd_products();
+    int64_t keep_bytes = 0;
+    MDNET_TRY(api.KernelInfoGetAttribute_int64(info, "keep_bytes", &keep_bytes));
+    if (keep_bytes) {
+      weights = mdnet_winograd_pack_bytes(static_cast<const int8_t*>(w.data), scale.floats(), channels, outputs,
+                                          products, MDNET_BEST);
+      return weights ? nullptr : refuse("no memory");
+    }
     float* floats = static_cast<float*>(malloc(size_t(w.shape.elements()) * sizeof(float)));
     if (!floats) return refuse("no memory");
     const int8_t* values = static_cast<const int8_t*>(w.data);
     for (int64_t i = 0; i < w.shape.elements(); ++i) floats[i] = values[i] * scale.floats()[i / (channels * 9)];
-    weights = mdnet_winograd_pack(floats, channels, outputs, mdnet_winograd_products(), MDNET_BEST);
+    weights = mdnet_winograd_pack(floats, channels, outputs, products, MDNET_BEST);
     free(floats);
     return weights ? nullptr : refuse("no memory");
   }

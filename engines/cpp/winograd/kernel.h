@@ -6,6 +6,8 @@
 //   as
 //            a build multiplies at a time; in a strip channel after channel (in bfloat16 pair after pair), the outputs
 //            side by side. Missing channels and outputs are 0.
+//   weights that stay bytes: likewise, but that a panel is strip after strip, and that each row of a strip (a channel
+//            or pair by all its outputs) is there nine times, for the nine places of the kernel. kZero stands for 0.
 #pragma once
 
 #include "winograd/winograd.h"
@@ -17,22 +19,25 @@ struct WinogradBlock {
 };
 
 struct WinogradKernel {
-  static constexpr int64_t kTile = 4, kPositions = 36;
+  static constexpr int64_t kTile = 4, kPositions = 36, kTaps = 9;
+  static constexpr int kZero = 128;
 
   int64_t columns;        // outputs of a panel
   int64_t channels;       // that are processed at a time: their number is rounded up to a multiple
-  int64_t tiles;          // of a block at most
+  int64_t tiles;          // of a block at most; twice as many where weights are transformed for each block
   int64_t element_bytes;  // of a transformed value
 
   // The panels of all weights.
   void (*pack)(const float* w, int64_t channels, int64_t outputs, void* panels);
+  void (*pack_bytes)(const int8_t* w, int64_t channels, int64_t outputs, uint8_t* panels);
   // y in a block. `scratch` has the bytes that scratch_bytes() says.
   void (*run)(const MdnetWinograd& call, const WinogradBlock& block, char* scratch);
-  int64_t (*scratch_bytes)(int64_t channels, int64_t tiles);
+  int64_t (*scratch_bytes)(const MdnetWinogradWeights& weights, int64_t tiles);
 };
 
 struct MdnetWinogradWeights {
   const WinogradKernel* kernel;
   int64_t channels, outputs;
-  const char* panels;  // behind this structure, in the same allocation
+  const char* panels;   // behind this structure, in the same allocation
+  const float* scales;  // likewise, of each output, where weights stay bytes; or null
 };

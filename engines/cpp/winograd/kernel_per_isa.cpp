@@ -2,6 +2,7 @@
 // more for products in bfloat16 with AVX-512.
 //
 // Channels lie side by side and are the lanes of a vector, so that the transforms need no step across lanes.
+#include <type_traits>
 #include <utility>
 
 #include "common/arithmetic.h"
@@ -14,6 +15,7 @@ namespace MDNET_NAMESPACE {
 namespace {
 
 constexpr int kTile = int(WinogradKernel::kTile), kSize = 6, kPositions = int(WinogradKernel::kPositions);
+constexpr int kTaps = int(WinogradKernel::kTaps);
 constexpr int kVectors = 2;                               // registers side by side: of channels, or of outputs
 constexpr int64_t kChannels = kVectors * W;               // transformed at a time
 constexpr int64_t kStrip = kVectors * W;                  // outputs multiplied at a time
@@ -73,46 +75,66 @@ inline void transform_output(const Floats (&m)[kSize], Floats (&y)[kTile]) {
 }
 
 // Three weights to six.
-inline void transform_weights(const double (&g)[3], double (&u)[kSize]) {
+template <typename T>
+inline void transform_weights(const T (&g)[3], T (&u)[kSize]) {
+  using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
   constexpr double kRoot = 1.41421356237309504880;
-  const double near = (g[0] + 0.5 * g[2]) * (-2.0 / 3), far = (g[0] + 2 * g[2]) / 6;
+  const T near = g[0] * Scalar(-2.0 / 3) + g[2] * Scalar(-1.0 / 3),
+          far = g[0] * Scalar(1.0 / 6) + g[2] * Scalar(1.0 / 3);
+  const T near_odd = g[1] * Scalar(kRoot / 3), far_odd = g[1] * Scalar(kRoot / 6);
   u[0] = g[0];
-  u[1] = near - g[1] * (kRoot / 3);
-  u[2] = near + g[1] * (kRoot / 3);
-  u[3] = far + g[1] * (kRoot / 6);
-  u[4] = far - g[1] * (kRoot / 6);
+  u[1] = near - near_odd;
+  u[2] = near + near_odd;
+  u[3] = far + far_odd;
+  u[4] = far - far_odd;
   u[5] = g[2];
 }
 
 // --- weights ---
+
+// Where a weight lies in a strip: the row of its channel or pair, and the place in that row.
+constexpr int64_t kRow = kStrip * kPair;
+inline int64_t row_of(int64_t channel) { return channel / kPair; }
+inline int64_t place_in_row(int64_t output, int64_t channel) { return output % kStrip * kPair + channel % kPair; }
 
 void pack(const float* w, int64_t channels, int64_t outputs, void* panels) {
   const int64_t padded = round_up(channels, kChannels);
   Element* to = static_cast<Element*>(panels);
   for (int64_t o = 0; o < round_up(outputs, kColumns); ++o) {
     for (int64_t c = 0; c < padded; ++c) {
-      double u[kSize][kSize] = {};
-      if (o < outputs && c < channels) {
-        const float* g = w + (o * channels + c) * 9;
-        double half[3][kSize];
-        for (int i = 0; i < 3; ++i) transform_weights({g[3 * i], g[3 * i + 1], g[3 * i + 2]}, half[i]);
-        for (int j = 0; j < kSize; ++j) {
-          double column[kSize];
-          transform_weights({half[0][j], half[1][j], half[2][j]}, column);
-          for (int i = 0; i < kSize; ++i) u[i][j] = column[i];
+      double g[kTaps] = {};
+      for (int i = 0; i < kTaps && o < outputs && c < channels; ++i) g[i] = double(w[(o * channels + c) * kTaps + i]);
+      Element* place = to + o / kColumns * kPositions * padded * kColumns + o % kColumns / kStrip * padded * kStrip +
+                       row_of(c) * kRow + place_in_row(o, c);
+      double half[3][kSize];
+      for (int i = 0; i < 3; ++i) transform_weights({g[3 * i], g[3 * i + 1], g[3 * i + 2]}, half[i]);
+      for (int j = 0; j < kSize; ++j) {
+        double column[kSize];
+        transform_weights({half[0][j], half[1][j], half[2][j]}, column);
+        for (int i = 0; i < kSize; ++i) {
+          const float value = float(column[i]);
+          Element* element = place + (i * kSize + j) * padded * kColumns;
+#ifdef MDNET_BFLOAT16
+          Bfloat rounded;
+          narrow(value, &rounded);
+          *element = rounded.bits;
+#else
+          *element = value;
+#endif
         }
       }
-      Element* place = to + o / kColumns * kPositions * padded * kColumns + o % kColumns / kStrip * padded * kStrip +
-                       c / kPair * kStrip * kPair + o % kStrip * kPair + c % kPair;
-      for (int p = 0; p < kPositions; ++p, place += padded * kColumns) {
-        const float value = float(u[p / kSize][p % kSize]);
-#ifdef MDNET_BFLOAT16
-        Bfloat rounded;
-        narrow(value, &rounded);
-        *place = rounded.bits;
-#else
-        *place = value;
-#endif
+    }
+  }
+}
+
+void pack_bytes(const int8_t* w, int64_t channels, int64_t outputs, uint8_t* panels) {
+  const int64_t padded = round_up(channels, kChannels);
+  for (int64_t o = 0; o < round_up(outputs, kColumns); ++o) {
+    for (int64_t c = 0; c < padded; ++c) {
+      uint8_t* place = panels + (o / kStrip * padded / kPair + row_of(c)) * kTaps * kRow + place_in_row(o, c);
+      for (int i = 0; i < kTaps; ++i) {
+        const int value = o < outputs && c < channels ? w[(o * channels + c) * kTaps + i] : 0;
+        place[i * kRow] = uint8_t(value + WinogradKernel::kZero);
       }
     }
   }
@@ -175,6 +197,33 @@ inline void put(Element* to, const Floats (&values)[kVectors]) {
 #else
   for (int v = 0; v < kVectors; ++v) store(to + v * W, values[v]);
 #endif
+}
+
+// A panel of weights that are bytes: as `pack` would make it.
+void transform_panel(const uint8_t* bytes, int64_t padded, int64_t stride, Element* to) {
+  for (int64_t strip = 0; strip < kColumns / kStrip; ++strip) {
+    for (int64_t row = 0; row < padded / kPair; ++row, bytes += kTaps * kRow) {
+      for (int64_t at = 0; at < kRow; at += kVectors * W, to += kVectors * W) {
+        Floats half[kVectors][3][kSize];
+        for (int v = 0; v < kVectors; ++v) {
+          for (int i = 0; i < 3; ++i) {
+            Floats g[3];
+            for (int j = 0; j < 3; ++j) {
+              g[j] = widened(bytes + (3 * i + j) * kRow + at + v * W) - splat(float(WinogradKernel::kZero));
+            }
+            transform_weights(g, half[v][i]);
+          }
+        }
+        for (int j = 0; j < kSize; ++j) {
+          Floats columns[kVectors][kSize];
+          for (int v = 0; v < kVectors; ++v) {
+            transform_weights({half[v][0][j], half[v][1][j], half[v][2][j]}, columns[v]);
+          }
+          for (int i = 0; i < kSize; ++i) put(to + (i * kSize + j) * stride, {columns[0][i], columns[1][i]});
+        }
+      }
+    }
+  }
 }
 
 // Some channels of all tiles of a block, `to` the first of them.
@@ -343,10 +392,10 @@ class Ahead {
   const Tensor y_, residual_;
 };
 
-// All tiles of a block at all positions; `panel` has the weights of some outputs.
-void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, float* sums,
-                    Ahead ahead_of_y) {
-  const int64_t parts = ceil_div(tiles, kRows), size = layout.channels * kColumns;  // of the panel at a position
+// All tiles of a block at all positions; `panel` has the weights of some outputs, positions `size` apart.
+void multiply_block(const Layout& layout, int64_t tiles, const Element* inputs, const Element* panel, int64_t size,
+                    float* sums, Ahead ahead_of_y) {
+  const int64_t parts = ceil_div(tiles, kRows);
   const int64_t factors = layout.channels / kPair;
   for (int p = 0; p < kPositions; ++p, inputs += layout.input_stride, panel += size, sums += layout.sum_stride) {
     ahead_of_y(p);
@@ -375,7 +424,8 @@ class Output {
       : outputs_(call.weights->outputs),
         count_(outputs_ - output),
         bias_(call.bias ? some(call.bias + output, count_) : Floats{}),
-        scale_(splat(call.x_is_uint8 && !call.scale ? call.x_scale : 1.0f)),
+        scale_(splat(call.x_is_uint8 && !call.scale ? call.x_scale : 1.0f) *
+               (call.weights->scales ? some(call.weights->scales + output, count_) : splat(1.0f))),
         residual_(static_cast<const Residual*>(call.residual)),
         y_(static_cast<Y*>(call.y)),
         dequantise_(call.residual_scale, call.residual_zero_point),
@@ -451,18 +501,34 @@ void finish_block_any(const MdnetWinograd& call, const WinogradBlock& block, con
 
 // --- a block ---
 
-int64_t scratch_bytes(int64_t channels, int64_t tiles) { return Layout(channels, tiles).bytes(); }
+// Of a panel of transformed weights: from a position to the next.
+int64_t weights_stride(const Layout& layout, bool own) {
+  return layout.channels * kColumns + (own ? kLine / int64_t(sizeof(Element)) : 0);
+}
+
+int64_t scratch_bytes(const MdnetWinogradWeights& weights, int64_t tiles) {
+  const Layout layout(weights.channels, tiles);
+  const int64_t own = weights.scales ? kPositions * weights_stride(layout, true) : 0;
+  return layout.bytes() + own * int64_t(sizeof(Element));
+}
 
 void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
   const int64_t tiles = block.rows * block.columns;
   const Layout layout(call.weights->channels, tiles);
   Element* inputs = reinterpret_cast<Element*>(scratch);
   float* sums = reinterpret_cast<float*>(scratch + layout.input_bytes());
-  const Element* panels = reinterpret_cast<const Element*>(call.weights->panels);
+  Element* own = reinterpret_cast<Element*>(scratch + layout.bytes());
+  const int64_t stride = weights_stride(layout, call.weights->scales);
   (call.x_is_uint8 ? transform_block<uint8_t> : transform_block<float>)(call, block, layout, inputs);
   for (int64_t panel = block.first_panel; panel < block.first_panel + block.panels; ++panel) {
-    multiply_block(layout, tiles, inputs, panels + panel * kPositions * layout.channels * kColumns, sums,
-                   Ahead(call, block, panel * kColumns));
+    const Element* weights = own;
+    if (call.weights->scales) {
+      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(call.weights->panels);
+      transform_panel(bytes + panel * kTaps * layout.channels * kColumns, layout.channels, stride, own);
+    } else {
+      weights = reinterpret_cast<const Element*>(call.weights->panels) + panel * kPositions * stride;
+    }
+    multiply_block(layout, tiles, inputs, weights, stride, sums, Ahead(call, block, panel * kColumns));
     finish_block_any(call, block, layout, sums, panel * kColumns);
   }
 }
@@ -471,6 +537,5 @@ void run(const MdnetWinograd& call, const WinogradBlock& block, char* scratch) {
 }  // namespace MDNET_NAMESPACE
 
 extern const WinogradKernel MDNET_THIS_BUILD(winograd) = {
-    MDNET_NAMESPACE::kColumns,        MDNET_NAMESPACE::kChannels, MDNET_NAMESPACE::kTiles,
-    sizeof(MDNET_NAMESPACE::Element), MDNET_NAMESPACE::pack,      MDNET_NAMESPACE::run,
-    MDNET_NAMESPACE::scratch_bytes};
+    MDNET_NAMESPACE::kColumns, MDNET_NAMESPACE::kChannels,  MDNET_NAMESPACE::kTiles, sizeof(MDNET_NAMESPACE::Element),
+    MDNET_NAMESPACE::pack,     MDNET_NAMESPACE::pack_bytes, MDNET_NAMESPACE::run,    MDNET_NAMESPACE::scratch_bytes};

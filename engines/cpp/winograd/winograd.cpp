@@ -1,6 +1,8 @@
 // Winograd convolutions on the host's threads. A task has a block of tiles and some of its outputs.
 #include "winograd/winograd.h"
 
+#include <string.h>
+
 #include "common/arena.h"
 #include "common/arithmetic.h"
 #include "common/parallel.h"
@@ -41,8 +43,9 @@ class Blocks {
   explicit Blocks(const MdnetWinograd& call)
       : rows_(ceil_div(call.height, kTile)), columns_(ceil_div(call.width, kTile)) {
     const WinogradKernel& kernel = *call.weights->kernel;
-    width_ = ceil_div(columns_, ceil_div(columns_, kernel.tiles));
-    height_ = smaller(kernel.tiles / width_, rows_);
+    const int64_t tiles = kernel.tiles * (call.weights->scales ? 2 : 1);
+    width_ = ceil_div(columns_, ceil_div(columns_, tiles));
+    height_ = smaller(tiles / width_, rows_);
     panels_ = ceil_div(call.weights->outputs, kernel.columns);
     const int64_t blocks = call.batch * blocks_per_image();
     const int64_t wanted = ceil_div(kTasks, blocks), most = larger(panels_ * kernel.columns / kOutputs, 1);
@@ -76,6 +79,23 @@ class Blocks {
   int64_t panels_, panels_per_task_, tasks_;
 };
 
+// The structure, and behind it `each` bytes for each pair of a channel and an output, padded, and scales if there are.
+// Null where memory ran out.
+MdnetWinogradWeights* allocated(const WinogradKernel* kernel, int64_t channels, int64_t outputs, int64_t each,
+                                const float* scales) {
+  const size_t head = aligned(sizeof(MdnetWinogradWeights));
+  const size_t size = aligned(size_t(each * round_up(channels, kernel->channels) * round_up(outputs, kernel->columns)));
+  char* memory = allocate<char>(head + size + (scales ? size_t(outputs) * sizeof *scales : 0));
+  if (!memory) return nullptr;
+  auto* weights = reinterpret_cast<MdnetWinogradWeights*>(memory);
+  *weights = {kernel, channels, outputs, memory + head, nullptr};
+  if (scales) {
+    memcpy(memory + head + size, scales, size_t(outputs) * sizeof *scales);
+    weights->scales = reinterpret_cast<float*>(memory + head + size);
+  }
+  return weights;
+}
+
 }  // namespace
 
 extern "C" {
@@ -84,13 +104,19 @@ MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int6
                                           int32_t isa) {
   const WinogradKernel* kernel = kernel_for(products, isa);
   if (!kernel || !w || channels < 1 || outputs < 1) return nullptr;
-  const int64_t values = kPositions * round_up(channels, kernel->channels) * round_up(outputs, kernel->columns);
-  const size_t head = aligned(sizeof(MdnetWinogradWeights));
-  char* memory = allocate<char>(head + size_t(values * kernel->element_bytes));
-  if (!memory) return nullptr;
-  kernel->pack(w, channels, outputs, memory + head);
-  auto* weights = reinterpret_cast<MdnetWinogradWeights*>(memory);
-  *weights = {kernel, channels, outputs, memory + head};
+  MdnetWinogradWeights* weights = allocated(kernel, channels, outputs, kPositions * kernel->element_bytes, nullptr);
+  if (weights) kernel->pack(w, channels, outputs, const_cast<char*>(weights->panels));
+  return weights;
+}
+
+MdnetWinogradWeights* mdnet_winograd_pack_bytes(const int8_t* w, const float* scale, int64_t channels, int64_t outputs,
+                                                int32_t products, int32_t isa) {
+  const WinogradKernel* kernel = kernel_for(products, isa);
+  if (!kernel || !w || !scale || channels < 1 || outputs < 1) return nullptr;
+  MdnetWinogradWeights* weights = allocated(kernel, channels, outputs, WinogradKernel::kTaps, scale);
+  if (weights) {
+    kernel->pack_bytes(w, channels, outputs, reinterpret_cast<uint8_t*>(const_cast<char*>(weights->panels)));
+  }
   return weights;
 }
 
@@ -107,7 +133,7 @@ int mdnet_winograd(const MdnetWinograd* call, MdnetParallelFor parallel_for, voi
   const WinogradKernel& kernel = *call->weights->kernel;
   const Blocks blocks(*call);
   return Host{parallel_for, host}.run_and_check(blocks.tasks(), [&](int64_t task) -> int {
-    const Buffer<char> scratch(kernel.scratch_bytes(call->weights->channels, blocks.tiles()));
+    const Buffer<char> scratch(kernel.scratch_bytes(*call->weights, blocks.tiles()));
     if (!scratch) return MDNET_NO_MEMORY;
     kernel.run(*call, blocks[task], scratch.data());
     return MDNET_OK;

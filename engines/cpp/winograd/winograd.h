@@ -17,14 +17,19 @@ extern "C" {
 // In what the transformed values are multiplied; everything else, sums included, is float32.
 enum MdnetWinogradProducts { MDNET_WINOGRAD_FLOAT32 = 0, MDNET_WINOGRAD_BFLOAT16 = 1 };
 
-// Weights as a kernel reads them; the layout is that of one build. Four times as many values as w has.
+// Weights as a kernel reads them; the layout is that of one build.
 struct MdnetWinogradWeights;
 
-// w: outputs x channels x 3 x 3. The result is for the caller to free(). Null where a size is below 1, where memory ran
-// out, or where this processor lacks the instruction set or products in bfloat16 (which `isa` MDNET_AVX512 and
-// MDNET_BEST have, where mdnet_has_bfloat16()).
+// w: outputs x channels x 3 x 3. They are transformed here, once: four times as many values. The result is for the
+// caller to free(). Null where a size is below 1, where memory ran out, or where this processor lacks the instruction
+// set or products in bfloat16 (which `isa` MDNET_AVX512 and MDNET_BEST have, where mdnet_has_bfloat16()).
 MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int64_t outputs, int32_t products,
                                           int32_t isa);
+
+// The same for weights w * scale[output], which stay bytes: each call transforms them anew for every block of tiles.
+// That takes some time, and an eighth of the memory (bfloat16) or a sixteenth (float32).
+MdnetWinogradWeights* mdnet_winograd_pack_bytes(const int8_t* w, const float* scale, int64_t channels, int64_t outputs,
+                                                int32_t products, int32_t isa);
 
 // y = convolution of f(x), + bias, + residual; f(x) = x, or x * scale + offset, or SiLU of that. Outside of the image
 // f(x) is 0. A uint8_t stands for (value - zero_point) * scale.

@@ -66,8 +66,11 @@ class OrtSession:
         options.intra_op_num_threads = threads or available_cores()
         # Threads that spin take the cores from those that decode, or run the next graph: none between runs. Within a
         # run of a large graph they save time, since to wake one takes as long as some of its nodes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(_is_large(Path(path)))))
+        is_large = _is_large(Path(path))
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(is_large)))
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # From the second run on it would keep all values in one block, next to the memory that the first run took.
+        options.enable_mem_pattern = on_gpu or not is_large
         providers: list[Any] = [PROVIDERS["onnxruntime-cpu"]]
         if on_gpu:
             providers.insert(0, (provider, cuda_provider.options(tf32=tf32)))

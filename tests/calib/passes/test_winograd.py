@@ -152,10 +152,21 @@ def test_a_convolution_in_float_stays() -> None:
 def test_wide_layers_of_few_places_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     proto = net([conv("x", "first"), conv("first", "y")], ["y"])
     weights = CHANNELS * CHANNELS * 9 / SIZE**2
-    monkeypatch.setattr(winograd, "WEIGHTS_PER_PLACE", weights)
+    monkeypatch.setattr(winograd, "MOST_WEIGHTS", weights)
     assert len(rewritten(proto)) == 2
-    monkeypatch.setattr(winograd, "WEIGHTS_PER_PLACE", weights - 0.1)
+    monkeypatch.setattr(winograd, "MOST_WEIGHTS", weights - 0.1)
     assert rewritten(proto) == []
+
+
+def test_weights_stay_bytes_where_they_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = net([conv("x", "y")], ["y"])
+    weights = CHANNELS * CHANNELS * 9 / SIZE**2
+    kept = []
+    for most in (weights, weights - 0.1):
+        monkeypatch.setattr(winograd, "MOST_TRANSFORMED", most)
+        nodes = with_winograd_convolutions(proto).graph.node
+        kept += [node.attribute[0].i for node in nodes if node.op_type == "WinogradConvQuantize"]
+    assert kept == [0, 1]
 
 
 def test_the_graph_that_was_given_does_not_change() -> None:

@@ -63,12 +63,13 @@ class Case:
     """One call: what goes in, and what of it is quantised or fused."""
 
     x: np.ndarray
-    w: np.ndarray
+    w: np.ndarray  # int8 weights stay bytes in the kernel's memory, and have a scale for each output
     bias: np.ndarray | None = None
     residual: np.ndarray | None = None
     scale: np.ndarray | None = None
     offset: np.ndarray | None = None
     silu: bool = False
+    w_scale: np.ndarray | None = None
     x_scale: float = 1.0
     x_zero_point: int = 0
     y_scale: float = 0.0
@@ -94,8 +95,11 @@ class Case:
             return y + (self.residual.astype(np.float64) - self.residual_zero_point) * np.float32(self.residual_scale)
         return y + self.residual
 
+    def scaled_w(self) -> np.ndarray:
+        return self.w if self.w_scale is None else self.w * self.w_scale[:, None, None, None].astype(np.float64)
+
     def expected(self) -> np.ndarray:
-        return self.finished(convolved(self.read(), self.w, 1))
+        return self.finished(convolved(self.read(), self.scaled_w(), 1))
 
 
 def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,12 +131,12 @@ def in_bfloat16(case: Case) -> np.ndarray:
     sums = np.einsum("bhwcij,ocij->bhwoij", v, u, optimize=True)
     y = np.einsum("ik,bhwokl,jl->bhiwjo", of_sums, sums, of_sums, optimize=True)
     whole = y.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width] * np.float32(factor)
-    return case.finished(whole)
+    return case.finished(whole if case.w_scale is None else whole * case.w_scale)
 
 
 @contextmanager
-def packed(w: np.ndarray, build: str) -> Iterator[int]:
-    pointer = pack(w, build)
+def packed(w: np.ndarray, build: str, w_scale: np.ndarray | None = None) -> Iterator[int]:
+    pointer = pack(w, build) if w_scale is None else pack_bytes(w, w_scale, build)
     assert pointer
     yield pointer
     ctypes.CDLL(None).free(ctypes.c_void_p(pointer))
@@ -146,6 +150,17 @@ def pack(w: np.ndarray, build: str, isa: int | None = None) -> int | None:
     isa = native.ISAS["best" if in_bf16 else build] if isa is None else isa
     given = fenced(w)
     return loaded.mdnet_winograd_pack(given.ctypes.data, w.shape[1], w.shape[0], in_bf16, isa)
+
+
+def pack_bytes(w: np.ndarray, w_scale: np.ndarray, build: str, isa: int | None = None) -> int | None:
+    assert loaded is not None
+    loaded.mdnet_winograd_pack_bytes.restype = ctypes.c_void_p
+    kinds = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, *[ctypes.c_int32] * 2]
+    loaded.mdnet_winograd_pack_bytes.argtypes = kinds
+    in_bf16 = build == "bfloat16"
+    isa = native.ISAS["best" if in_bf16 else build] if isa is None else isa
+    scale = fenced(w_scale)
+    return loaded.mdnet_winograd_pack_bytes(w.ctypes.data, scale.ctypes.data, w.shape[1], w.shape[0], in_bf16, isa)
 
 
 def run(case: Case, build: str) -> np.ndarray:
@@ -162,7 +177,7 @@ def run(case: Case, build: str) -> np.ndarray:
     memory = np.full(size + 64, 171 if in_bytes else np.nan, np.uint8 if in_bytes else np.float32)
     y = memory[FENCE : FENCE + size]
     pointers = {name: array.ctypes.data for name, array in kept.items()}
-    with packed(case.w, build) as weights:
+    with packed(case.w, build, case.w_scale) as weights:
         call = Call(*case.x.shape[:3], weights=weights, y=y.ctypes.data, silu=case.silu, **pointers)
         call.x_is_uint8, call.x_scale, call.x_zero_point = case.x.dtype == np.uint8, case.x_scale, case.x_zero_point
         call.y_is_uint8, call.y_scale, call.y_zero_point = in_bytes, case.y_scale, case.y_zero_point
@@ -185,6 +200,13 @@ def assert_close(y: np.ndarray, case: Case, build: str) -> None:
         assert np.sqrt(np.mean(error**2)) <= TYPICAL * unit
 
 
+def with_bytes_for_weights(case: Case) -> Case:
+    """Scales are such that y is about as large as with weights that are normal numbers."""
+    w = RANDOM.integers(-127, 128, case.w.shape, np.int8)
+    scale = (RANDOM.random(len(w)) / 73 + 1e-4).astype(np.float32)
+    return Case(**{**vars(case), "w": w, "w_scale": scale})
+
+
 def case_of(shape: tuple[int, ...], *, of_bytes: bool = False, **others: object) -> Case:
     *sizes, channels, outputs = shape
     x = RANDOM.integers(0, 256, (*sizes, channels), np.uint8) if of_bytes else normal(*sizes, channels)
@@ -199,6 +221,15 @@ def case_of(shape: tuple[int, ...], *, of_bytes: bool = False, **others: object)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_build_convolves(shape: tuple[int, ...], build: str) -> None:
     case = case_of(shape)
+    assert_close(run(case, build), case, build)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("of_bytes", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 33, 34, 48, 40)])
+def test_weights_may_stay_bytes(shape: tuple[int, ...], of_bytes: bool, build: str) -> None:
+    """Transformed in each call, for up to 64 or 96 tiles."""
+    case = with_bytes_for_weights(case_of(shape, of_bytes=of_bytes, bias=normal(shape[-1])))
     assert_close(run(case, build), case, build)
 
 
@@ -268,9 +299,12 @@ def test_a_residual_is_added_before_anything_is_rounded(
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_an_image_has_the_same_result_in_a_batch(build: str) -> None:
+@pytest.mark.parametrize("bytes_for_weights", [False, True])
+def test_an_image_has_the_same_result_in_a_batch(bytes_for_weights: bool, build: str) -> None:
     """To the bit; alone it is cut into other tasks."""
     case = case_of((5, 21, 18, 40, 300), bias=normal(300))
+    if bytes_for_weights:
+        case = with_bytes_for_weights(case)
     together = run(case, build)
     for i in range(5):
         alone = run(Case(**{**vars(case), "x": case.x[i : i + 1]}), build)
@@ -315,7 +349,8 @@ def smooth(size: int, channels: int) -> Case:
 @pytest.mark.parametrize(("channels", "stated"), [(32, 1.0e-6), (128, 1.5e-6), (512, 2.6e-6)])
 def test_it_is_as_accurate_as_stated(channels: int, stated: float, build: str) -> None:
     """Root mean square of the error, relative to that of y."""
-    for case in (case_of((1, 32, 32, channels, 64)), smooth(32, channels)):
+    cases = (case_of((1, 32, 32, channels, 64)), smooth(32, channels))
+    for case in (*cases, *map(with_bytes_for_weights, cases)):
         expected = case.expected()
         error = np.sqrt(np.mean((run(case, build) - expected) ** 2) / np.mean(expected**2))
         assert error <= (1.3e-2 if build == "bfloat16" else stated)
@@ -336,6 +371,13 @@ def test_weights_of_no_size_or_for_no_such_build_are_not_packed() -> None:
     assert loaded.mdnet_winograd_pack(w.ctypes.data, 4, 4, 2, 0) is None
     for sizes in ((0, 4), (4, 0), (-1, 4)):
         assert loaded.mdnet_winograd_pack(w.ctypes.data, *sizes, 0, 0) is None
+    w_bytes, scale = w.astype(np.int8), normal(4)
+    assert pack_bytes(w_bytes, scale, "portable", isa=99) is None
+    assert pack_bytes(w_bytes, scale, "bfloat16", isa=native.ISAS["avx2"]) is None
+    assert loaded.mdnet_winograd_pack_bytes(None, scale.ctypes.data, 4, 4, 0, 0) is None
+    assert loaded.mdnet_winograd_pack_bytes(w_bytes.ctypes.data, None, 4, 4, 0, 0) is None
+    for sizes in ((0, 4), (4, 0), (-1, 4)):
+        assert loaded.mdnet_winograd_pack_bytes(w_bytes.ctypes.data, scale.ctypes.data, *sizes, 0, 0) is None
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def open_session(
     given: dict[str, np.ndarray],
     *,
     registered: bool,
+    keep_bytes: int = 0,
     constant: tuple[str, ...] = ("w", "w_scale"),
     **options: Path,
 ) -> onnxruntime.InferenceSession:
@@ -75,7 +76,7 @@ def open_session(
     shape_of = {of: [None] * array.ndim for of, array in given.items()}
     output = TensorProto.UINT8 if name.endswith("Quantize") else TensorProto.FLOAT
     graph = helper.make_graph(
-        [helper.make_node(name, list(given), ["y"], domain=DOMAIN)],
+        [helper.make_node(name, list(given), ["y"], domain=DOMAIN, keep_bytes=keep_bytes)],
         "winograd",
         [
             helper.make_tensor_value_info(of, helper.np_dtype_to_tensor_dtype(array.dtype), shape_of[of])
@@ -99,18 +100,19 @@ def open_session(
     return onnxruntime.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def run(name: str, given: dict[str, np.ndarray], *, registered: bool, **options: tuple[str, ...]) -> np.ndarray:
+def run(name: str, given: dict[str, np.ndarray], *, registered: bool, **options: int) -> np.ndarray:
     session = open_session(name, given, registered=registered, **options)  # type: ignore[arg-type]
     return session.run(None, {one.name: given[one.name] for one in session.get_inputs()})[0]
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 1])
 @pytest.mark.parametrize("registered", [False, pytest.param(True, marks=needs_kernel)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_operator_convolves(name: str, shape: tuple[int, ...], registered: bool) -> None:
+def test_every_operator_convolves(name: str, shape: tuple[int, ...], registered: bool, keep_bytes: int) -> None:
     """To a step of its bytes; the function body's sum is of a convolution that is rounded too."""
     given = arrays(name, shape)
-    y, exact = run(name, given, registered=registered), expected(name, given)
+    y, exact = run(name, given, registered=registered, keep_bytes=keep_bytes), expected(name, given)
     of_float = np.sqrt(np.mean(expected(CONV_QUANTIZE, given) ** 2))
     bfloat16 = 0.1 * of_float if registered and loaded and loaded.mdnet_winograd_products() == 1 else 1e-4
     rounded = SCALES["c"][0] / 2 if name in CONV_SUMS.values() and not registered else 0
