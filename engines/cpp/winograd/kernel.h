@@ -3,9 +3,8 @@
 // A position is one of the 6 x 6 places of a transformed tile. The products of all channels at one position are a
 // matrix product: tiles x channels by channels x outputs.
 //   weights: panels of `columns` outputs; in a panel position after position; at a position strips of as many outputs
-//   as
-//            a build multiplies at a time; in a strip channel after channel (in bfloat16 pair after pair), the outputs
-//            side by side. Missing channels and outputs are 0.
+//            as a build multiplies at a time; in a strip channel after channel (in bfloat16 pair after pair), the
+//            outputs side by side. Missing channels and outputs are 0.
 //   weights that stay bytes: likewise, but that a panel is strip after strip, and that each row of a strip (a channel
 //            or pair by all its outputs) is there nine times, for the nine places of the kernel. kZero stands for 0.
 #pragma once

@@ -2,36 +2,16 @@
 // more for products in bfloat16 with AVX-512.
 //
 // Channels lie side by side and are the lanes of a vector, so that the transforms need no step across lanes.
-#include <type_traits>
 #include <utility>
 
 #include "common/arithmetic.h"
 #include "common/buffer.h"
 #include "quantised/bytes.h"
 #include "simd/builds.h"
-#include "winograd/kernel.h"
+#include "winograd/weights.h"
 
 namespace MDNET_NAMESPACE {
 namespace {
-
-constexpr int kTile = int(WinogradKernel::kTile), kSize = 6, kPositions = int(WinogradKernel::kPositions);
-constexpr int kTaps = int(WinogradKernel::kTaps);
-constexpr int kVectors = 2;                               // registers side by side: of channels, or of outputs
-constexpr int64_t kChannels = kVectors * W;               // transformed at a time
-constexpr int64_t kStrip = kVectors * W;                  // outputs multiplied at a time
-constexpr int64_t kColumns = 32;                          // outputs of a panel: one strip, or several
-constexpr int kRows = MDNET_VECTOR_BYTES == 64 ? 12 : 6;  // tiles multiplied at a time: the sums fit into the registers
-constexpr int64_t kTiles = MDNET_VECTOR_BYTES == 64 ? 32 : 48;  // of a block: all of them use a weight that was read
-constexpr int64_t kLine = 64;                                   // bytes of a cache line
-
-#ifdef MDNET_BFLOAT16
-using Element = uint16_t;
-using Factor = uint32_t;  // a pair of elements, which one instruction multiplies by a pair of the other side and adds
-#else
-using Element = float;
-using Factor = float;
-#endif
-constexpr int64_t kPair = sizeof(Factor) / sizeof(Element);
 
 // Where the values of a block lie. Positions are a cache line further apart than their values need: at a distance of
 // a power of 2 they would compete for a few places of the cache.
@@ -45,100 +25,6 @@ struct Layout {
   int64_t input_bytes() const { return int64_t(aligned(size_t(kPositions * input_stride) * sizeof(Element))); }
   int64_t bytes() const { return input_bytes() + kPositions * sum_stride * int64_t(sizeof(float)); }
 };
-
-// --- the transforms, for the points 0, +-1/sqrt(2), +-sqrt(2) and infinity ---
-
-constexpr float kNear = 0.70710678f, kFar = 1.41421356f;
-
-inline Floats times_plus(float factor, Floats a, Floats b) { return multiply_add<float>(splat(factor), a, b); }
-
-// Six values of x, in place.
-inline void transform_input(Floats (&d)[kSize]) {
-  const Floats first = times_plus(-2.5f, d[2], d[0] + d[4]), last = times_plus(-2.5f, d[3], d[1] + d[5]);
-  const Floats even_near = times_plus(-2.0f, d[2], d[4]), odd_near = times_plus(-2.0f, d[1], d[3]);
-  const Floats even_far = times_plus(-0.5f, d[2], d[4]), odd_far = times_plus(-0.5f, d[1], d[3]);
-  d[0] = first;
-  d[1] = times_plus(kNear, odd_near, even_near);
-  d[2] = times_plus(-kNear, odd_near, even_near);
-  d[3] = times_plus(kFar, odd_far, even_far);
-  d[4] = times_plus(-kFar, odd_far, even_far);
-  d[5] = last;
-}
-
-// Six sums to four values of y.
-inline void transform_output(const Floats (&m)[kSize], Floats (&y)[kTile]) {
-  const Floats even_near = m[1] + m[2], odd_near = m[1] - m[2], even_far = m[3] + m[4], odd_far = m[3] - m[4];
-  y[0] = m[0] + even_near + even_far;
-  y[1] = times_plus(kNear, odd_near, kFar * odd_far);
-  y[2] = times_plus(0.5f, even_near, even_far + even_far);
-  y[3] = times_plus(0.5f * kNear, odd_near, times_plus(2 * kFar, odd_far, m[5]));
-}
-
-// Three weights to six.
-template <typename T>
-inline void transform_weights(const T (&g)[3], T (&u)[kSize]) {
-  using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr double kRoot = 1.41421356237309504880;
-  const T near = g[0] * Scalar(-2.0 / 3) + g[2] * Scalar(-1.0 / 3),
-          far = g[0] * Scalar(1.0 / 6) + g[2] * Scalar(1.0 / 3);
-  const T near_odd = g[1] * Scalar(kRoot / 3), far_odd = g[1] * Scalar(kRoot / 6);
-  u[0] = g[0];
-  u[1] = near - near_odd;
-  u[2] = near + near_odd;
-  u[3] = far + far_odd;
-  u[4] = far - far_odd;
-  u[5] = g[2];
-}
-
-// --- weights ---
-
-// Where a weight lies in a strip: the row of its channel or pair, and the place in that row.
-constexpr int64_t kRow = kStrip * kPair;
-inline int64_t row_of(int64_t channel) { return channel / kPair; }
-inline int64_t place_in_row(int64_t output, int64_t channel) { return output % kStrip * kPair + channel % kPair; }
-
-void pack(const float* w, int64_t channels, int64_t outputs, void* panels) {
-  const int64_t padded = round_up(channels, kChannels);
-  Element* to = static_cast<Element*>(panels);
-  for (int64_t o = 0; o < round_up(outputs, kColumns); ++o) {
-    for (int64_t c = 0; c < padded; ++c) {
-      double g[kTaps] = {};
-      for (int i = 0; i < kTaps && o < outputs && c < channels; ++i) g[i] = double(w[(o * channels + c) * kTaps + i]);
-      Element* place = to + o / kColumns * kPositions * padded * kColumns + o % kColumns / kStrip * padded * kStrip +
-                       row_of(c) * kRow + place_in_row(o, c);
-      double half[3][kSize];
-      for (int i = 0; i < 3; ++i) transform_weights({g[3 * i], g[3 * i + 1], g[3 * i + 2]}, half[i]);
-      for (int j = 0; j < kSize; ++j) {
-        double column[kSize];
-        transform_weights({half[0][j], half[1][j], half[2][j]}, column);
-        for (int i = 0; i < kSize; ++i) {
-          const float value = float(column[i]);
-          Element* element = place + (i * kSize + j) * padded * kColumns;
-#ifdef MDNET_BFLOAT16
-          Bfloat rounded;
-          narrow(value, &rounded);
-          *element = rounded.bits;
-#else
-          *element = value;
-#endif
-        }
-      }
-    }
-  }
-}
-
-void pack_bytes(const int8_t* w, int64_t channels, int64_t outputs, uint8_t* panels) {
-  const int64_t padded = round_up(channels, kChannels);
-  for (int64_t o = 0; o < round_up(outputs, kColumns); ++o) {
-    for (int64_t c = 0; c < padded; ++c) {
-      uint8_t* place = panels + (o / kStrip * padded / kPair + row_of(c)) * kTaps * kRow + place_in_row(o, c);
-      for (int i = 0; i < kTaps; ++i) {
-        const int value = o < outputs && c < channels ? w[(o * channels + c) * kTaps + i] : 0;
-        place[i * kRow] = uint8_t(value + WinogradKernel::kZero);
-      }
-    }
-  }
-}
 
 // --- x ---
 
@@ -189,42 +75,6 @@ class Input {
   const Floats zero_point_;
   Floats scale_[kVectors], offset_[kVectors];
 };
-
-// The transformed values of kChannels channels at one position of a tile.
-inline void put(Element* to, const Floats (&values)[kVectors]) {
-#ifdef MDNET_BFLOAT16
-  store(to, _mm512_cvtne2ps_pbh(values[1], values[0]));
-#else
-  for (int v = 0; v < kVectors; ++v) store(to + v * W, values[v]);
-#endif
-}
-
-// A panel of weights that are bytes: as `pack` would make it.
-void transform_panel(const uint8_t* bytes, int64_t padded, int64_t stride, Element* to) {
-  for (int64_t strip = 0; strip < kColumns / kStrip; ++strip) {
-    for (int64_t row = 0; row < padded / kPair; ++row, bytes += kTaps * kRow) {
-      for (int64_t at = 0; at < kRow; at += kVectors * W, to += kVectors * W) {
-        Floats half[kVectors][3][kSize];
-        for (int v = 0; v < kVectors; ++v) {
-          for (int i = 0; i < 3; ++i) {
-            Floats g[3];
-            for (int j = 0; j < 3; ++j) {
-              g[j] = widened(bytes + (3 * i + j) * kRow + at + v * W) - splat(float(WinogradKernel::kZero));
-            }
-            transform_weights(g, half[v][i]);
-          }
-        }
-        for (int j = 0; j < kSize; ++j) {
-          Floats columns[kVectors][kSize];
-          for (int v = 0; v < kVectors; ++v) {
-            transform_weights({half[v][0][j], half[v][1][j], half[v][2][j]}, columns[v]);
-          }
-          for (int i = 0; i < kSize; ++i) put(to + (i * kSize + j) * stride, {columns[0][i], columns[1][i]});
-        }
-      }
-    }
-  }
-}
 
 // Some channels of all tiles of a block, `to` the first of them.
 template <typename X, Prologue kind, bool all>
