@@ -22,7 +22,7 @@ from mdnet_engines.ops.quantised import RESIDUAL_SUMS
 from mdnet_engines.ops.selective_scan import DOMAIN
 from mdnet_engines.ops.winograd import CONV_QUANTIZE, CONV_SUMS, function
 
-MOST_WEIGHTS, MOST_TRANSFORMED = 5000, 600
+MOST_WEIGHTS, MOST_TRANSFORMED = 5000, 600  # for a place of y
 _LAST, _SECOND = [0, 2, 3, 1], [0, 3, 1, 2]
 
 

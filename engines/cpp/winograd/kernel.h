@@ -5,8 +5,8 @@
 //   weights: panels of `columns` outputs; in a panel position after position; at a position strips of as many outputs
 //            as a build multiplies at a time; in a strip channel after channel (in bfloat16 pair after pair), the
 //            outputs side by side. Missing channels and outputs are 0.
-//   weights that stay bytes: likewise, but that a panel is strip after strip, and that each row of a strip (a channel
-//            or pair by all its outputs) is there nine times, for the nine places of the kernel. kZero stands for 0.
+//   weights that stay bytes: in a panel strip after strip; a row of a strip (one channel or pair, all its outputs) has
+//            nine parts, one for each tap. kZero is added to each.
 #pragma once
 
 #include "winograd/winograd.h"

@@ -1,5 +1,5 @@
-// The transforms of Winograd's F(4 x 4, 3 x 3), for the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, and in what a
-// build multiplies what they give.
+// The transforms of Winograd's F(4 x 4, 3 x 3), for the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, and the type in
+// which each build multiplies.
 #pragma once
 
 #include <type_traits>

@@ -1,6 +1,7 @@
 // Winograd convolutions on the host's threads. A task has a block of tiles and some of its outputs.
 #include "winograd/winograd.h"
 
+#include <sched.h>
 #include <string.h>
 
 #include "common/arena.h"
@@ -20,8 +21,18 @@ extern const WinogradKernel mdnet_avx512_bf16_winograd;
 namespace {
 
 constexpr int64_t kTile = WinogradKernel::kTile, kPositions = WinogradKernel::kPositions;
-constexpr int64_t kTasks = 8;      // of a call at least, where its size allows
-constexpr int64_t kOutputs = 128;  // of a task at least: each task transforms its inputs anew
+
+// Processors that this process may use, up to 8: hosts don't say on how many threads they run tasks, and with more,
+// tasks would be so small that transforming their inputs took longest.
+int64_t processors() {
+  constexpr int kMost = 8;
+  static const int known = [] {
+    cpu_set_t usable;
+    const int count = sched_getaffinity(0, sizeof usable, &usable) ? kMost : CPU_COUNT(&usable);
+    return count < kMost ? count : kMost;
+  }();
+  return known;
+}
 
 const WinogradKernel* kernel_for(int32_t products, int32_t isa) {
   if (products == MDNET_WINOGRAD_FLOAT32) return build_for(isa, winograd_builds);
@@ -48,8 +59,16 @@ class Blocks {
     height_ = smaller(tiles / width_, rows_);
     panels_ = ceil_div(call.weights->outputs, kernel.columns);
     const int64_t blocks = call.batch * blocks_per_image();
-    const int64_t wanted = ceil_div(kTasks, blocks), most = larger(panels_ * kernel.columns / kOutputs, 1);
-    panels_per_task_ = ceil_div(panels_, smaller(wanted, most));
+    // Each task transforms its inputs anew, which takes 0.4 times as long as a panel.
+    int64_t least = INT64_MAX;
+    for (int64_t panels = panels_; panels > 0; --panels) {
+      const int64_t turns = ceil_div(blocks * ceil_div(panels_, panels), processors());
+      const int64_t time = turns * (10 * panels + 4);
+      if (time < least) {
+        least = time;
+        panels_per_task_ = panels;
+      }
+    }
     tasks_ = blocks * tasks_per_block();
   }
 

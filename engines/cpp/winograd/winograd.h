@@ -27,7 +27,7 @@ MdnetWinogradWeights* mdnet_winograd_pack(const float* w, int64_t channels, int6
                                           int32_t isa);
 
 // The same for weights w * scale[output], which stay bytes: each call transforms them anew for every block of tiles.
-// That takes some time, and an eighth of the memory (bfloat16) or a sixteenth (float32).
+// Calls are slower; weights take an eighth of the memory (bfloat16) or a sixteenth (float32).
 MdnetWinogradWeights* mdnet_winograd_pack_bytes(const int8_t* w, const float* scale, int64_t channels, int64_t outputs,
                                                 int32_t products, int32_t isa);
 

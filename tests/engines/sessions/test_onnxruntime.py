@@ -390,6 +390,8 @@ def test_threads_spin_within_a_run_of_a_large_graph_and_never_between_runs(
     if megabytes:
         with (tmp_path / "graph.onnx.data").open("wb") as weights:
             weights.truncate(megabytes << 20)
-    OrtSession(graph)
+    session = OrtSession(graph)
     assert entries["session.intra_op.allow_spinning"] == spins
     assert entries["session.force_spinning_stop"] == "1"
+    keeps_one_block = session.session.get_session_options().enable_mem_pattern
+    assert keeps_one_block == (spins == "0")  # which takes memory that only large graphs have much of
