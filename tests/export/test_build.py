@@ -75,16 +75,17 @@ def test_fp16_halves_the_weights_and_int8_and_fp8_more(bundle: Bundle) -> None:
 
 
 def test_verify_measures_again_on_other_images(bundle: Bundle, tmp_path: Path) -> None:
-    report = verify_bundle(bundle.path, num_images=3, output=tmp_path / "report")
+    # Of three faces one backend or the other fails a gate by chance.
+    report = verify_bundle(bundle.path, num_images=24, output=tmp_path / "report")
     assert report.passed
-    assert len(report.scores) == 3
+    assert len(report.scores) == 24
     assert "<svg" in (tmp_path / "report" / "parity.html").read_text()
 
 
 def test_graphs_for_gpus_meet_gates_of_their_own(bundle: Bundle) -> None:
     """On ONNX Runtime's CPU, in the build's report and in that of verify. A backend that is named is measured alone."""
     built = from_json(json.loads((bundle.path / "parity.json").read_text()))
-    reports = [built, verify_bundle(bundle.path, num_images=6)]
+    reports = [built, verify_bundle(bundle.path, num_images=24)]
     for report in reports:
         names = [gate.name for gate in report.gates if gate.name.startswith("graphs for GPUs, on onnxruntime-cpu: ")]
         assert ("graphs for GPUs, on onnxruntime-cpu: score max |Δ|" in names) is (bundle.manifest.precision == "int8")
@@ -105,7 +106,7 @@ def test_a_graph_for_gpus_that_is_off_the_gates_is_found(bundles: dict[Precision
     document = json.loads((folder / "manifest.json").read_text())
     document["graphs"]["vim"]["gpu"]["file"] = file_entry(file).model_dump()
     (folder / "manifest.json").write_text(json.dumps(document))
-    report = verify_bundle(folder, num_images=3)
+    report = verify_bundle(folder, num_images=24)
     failed = [gate.name for gate in report.gates if gate.failed]
     assert failed
     assert all(name.startswith("graphs for GPUs") for name in failed)
