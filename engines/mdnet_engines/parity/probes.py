@@ -78,8 +78,8 @@ def load_probes(file: Path, manifest: Manifest) -> Probes:
                 raise BundleError(f"{file} unpacks to more than {_MAX_BYTES} bytes; this is not a file of probes")
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        # NotImplementedError is zipfile's, of a compression that it doesn't know.
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
+        # RuntimeError is zipfile's: a member is encrypted, or compressed in a way that it doesn't know.
         raise BundleError(f"{file} can't be read as probes: {first_line(error)}") from None
     pixels, score = arrays.pop("pixels", None), arrays.pop("score", None)
     size = manifest.preprocessing.image_size

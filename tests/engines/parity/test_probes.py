@@ -78,6 +78,16 @@ def test_a_damaged_file_is_one_line(content: bytes | str, bundle: Bundle, tmp_pa
     assert "can't be read as probes" in refusal(file, bundle)
 
 
+@pytest.mark.parametrize(("field", "value"), [("flags", 1), ("compression", 99)])
+def test_a_member_that_zipfile_can_not_read_is_one_line(field: str, value: int, bundle: Bundle, tmp_path: Path) -> None:
+    """Encrypted, or compressed in a way of its own: both its headers say so."""
+    file, content = tmp_path / PROBES_NAME, bytearray((bundle.path / PROBES_NAME).read_bytes())
+    for header, start in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + start + (0 if field == "flags" else 2)] = value
+    file.write_bytes(content)
+    assert "can't be read as probes" in refusal(file, bundle)
+
+
 GOOD: dict[str, Any] = {
     "pixels": PIXELS,
     **{name if name == "score" else f"output.{name}": values for name, values in expected_outputs(PIXELS).items()},
