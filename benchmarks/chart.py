@@ -23,10 +23,10 @@ OURS = ("auto, int8", "OpenVINO, int8", "OpenVINO, fp16 bundle in bf16")
 BARS = {  # contestant of benchmarks/precision.py → its label; None: the baseline that all are measured against
     None: "PyTorch eager, fp32",
     "torch.compile": "torch.compile, fp32",
-    "ONNX Runtime, fp32": "ONNX Runtime, fp32 bundle",
     "OpenVINO, its own conversion, fp32": "OpenVINO's own conversion, fp32",
     "PyTorch eager, bf16 autocast": "PyTorch eager, bf16 autocast",
     "OpenVINO, its own conversion, bf16": "OpenVINO's own conversion, bf16",
+    "ONNX Runtime, fp32": "ONNX Runtime, fp32 bundle",
     "OpenVINO, fp16 bundle in bf16": "OpenVINO, fp16 bundle in bf16",
     "OpenVINO, int8": "OpenVINO, int8 bundle",
     "auto, int8": "int8 bundle, default backend",

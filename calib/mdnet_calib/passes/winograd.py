@@ -96,7 +96,7 @@ class _View(GraphView):
         return ones and explicit and self.floats(conv.input[2]) is not None
 
     def weights_per_place(self, conv: NodeProto, w: TensorProto) -> float | None:
-        """Of an image's places of y; None where their number is not known."""
+        """How many weights there are for each place of y; None where y's size is not known."""
         height, width = (self.shapes.get(conv.output[0]) or [0] * 4)[2:]
         known = isinstance(height, int) and isinstance(width, int) and height and width
         return math.prod(w.dims) / (height * width) if known else None
